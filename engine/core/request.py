@@ -1,0 +1,107 @@
+"""A request as the engine core sees it, and what it gives back: integers only, no text.
+
+`EngineRequest` and `RequestOutput` cross the process border (msgpack); `Request` is the scheduler's own record.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+from engine.core.sampling_params import SamplingParams
+
+
+class RequestStatus(enum.IntEnum):
+    WAITING = 0
+    RUNNING = 1
+    PREEMPTED = 2
+    FINISHED_STOP = 3
+    FINISHED_LENGTH = 4
+    FINISHED_ABORT = 5
+    FINISHED_ERROR = 6
+
+    @property
+    def is_finished(self) -> bool:
+        return self >= RequestStatus.FINISHED_STOP
+
+
+class FinishReason(enum.StrEnum):
+    """Why a request ended; `stop` and `length` are the wire names of the OpenAI API."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRequest:
+    """One sequence to generate. A client's `n=k` becomes k of these (`params.n` is then ignored).
+
+    Units: `arrival_time` is a monotonic second of the sender and only orders requests. `priority`: lower runs first.
+    `seed` is always set (drawn by the sender when the client gave none). `stop_token_ids` holds eos and the client's
+    stop ids; the engine finishes with STOP after emitting one of them (unless fewer than `min_tokens` were made).
+    `max_tokens` is resolved: never above the room in the context.
+    """
+
+    request_id: str
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    max_tokens: int
+    seed: int
+    stop_token_ids: tuple[int, ...] = ()
+    priority: int = 0
+    arrival_time: float = 0.0
+    cache_salt: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Log-probabilities (natural log) of one output position, of the distribution before temperature and filters.
+
+    `top_ids`/`top_logprobs` hold the k most likely tokens, best first. -inf is clamped to -9999.0.
+    """
+
+    logprob: float
+    top_ids: list[int]
+    top_logprobs: list[float]
+
+
+@dataclass(slots=True)
+class RequestOutput:
+    """New tokens of one request after one step, and its end when it ended in this step."""
+
+    request_id: str
+    new_token_ids: list[int]
+    finish_reason: FinishReason | None = None
+    new_logprobs: list[TokenLogprobs] | None = None
+    # Prompt tokens found in the prefix cache; set on the first output of a request.
+    num_cached_tokens: int | None = None
+    # Fixed sentence for FinishReason.ERROR, never a stack trace.
+    error: str | None = None
+    # The stop id that ended the request, if one did.
+    stop_token_id: int | None = None
+
+
+@dataclass(slots=True)
+class SchedulerStats:
+    """Gauges of the core at one moment, and counters since start."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_blocks: int = 0
+    num_used_blocks: int = 0
+    num_cached_blocks: int = 0
+    num_preemptions: int = 0
+    prefix_queries_tokens: int = 0
+    prefix_hits_tokens: int = 0
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    num_steps: int = 0
+
+
+@dataclass(slots=True)
+class StepOutputs:
+    """What `advance` returns: request outputs in batch order."""
+
+    outputs: list[RequestOutput] = field(default_factory=list)

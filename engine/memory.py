@@ -1,0 +1,219 @@
+"""One arithmetic of memory for the launcher's fit preview and for the engine's own sizing.
+
+Knows: bytes of weights (from safetensors headers, or from the shape when no file is at hand), bytes of KV per block and
+group, the activation arena. Refuses to know: torch, the device; budgets come in as numbers.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine.config import MXFP4_BLOCK, ConfigError, ModelConfig
+
+MAX_HEADER_BYTES = 64 << 20
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
+# Interpreter, torch and allocator slack of one CPU rank; measured at 0.35 GiB with tiny-oss.
+CPU_RUNTIME_BYTES = 512 << 20
+CPU_KV_CAP_BYTES = 4 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class KVCacheGroup:
+    """Layers that share one block table: one kind of attention, one window."""
+
+    window: int | None
+    layers: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryFit:
+    """Bytes of one rank. `budget_bytes` is what the device may give; the pool gets what is left of it."""
+
+    budget_bytes: int
+    weight_bytes: int
+    activation_bytes: int
+    runtime_bytes: int
+    kv_block_bytes: int
+    num_blocks: int
+    block_size: int
+    blocks_per_full_request: int
+
+    @property
+    def kv_bytes(self) -> int:
+        return self.num_blocks * self.kv_block_bytes
+
+    @property
+    def required_bytes(self) -> int:
+        return self.weight_bytes + self.activation_bytes + self.runtime_bytes + self.kv_bytes
+
+    @property
+    def max_full_requests(self) -> float:
+        """Requests of full context length that the pool holds at once."""
+        return (self.num_blocks - 1) / self.blocks_per_full_request
+
+    @property
+    def fits(self) -> bool:
+        return self.required_bytes <= self.budget_bytes and self.max_full_requests >= 1.0
+
+
+def kv_cache_groups(model: ModelConfig) -> tuple[KVCacheGroup, ...]:
+    """Group layers by window, split so that every group has equally many layers.
+
+    Equal groups make all blocks equally large, so that one pool serves them all. Order: by first layer.
+    """
+    by_window: dict[int | None, list[int]] = {}
+    for layer, window in enumerate(model.layer_windows):
+        by_window.setdefault(window, []).append(layer)
+    size = min(len(layers) for layers in by_window.values())
+    while any(len(layers) % size for layers in by_window.values()):
+        size -= 1
+    groups = [
+        KVCacheGroup(window, tuple(layers[i : i + size]))
+        for window, layers in by_window.items()
+        for i in range(0, len(layers), size)
+    ]
+    return tuple(sorted(groups, key=lambda group: group.layers[0]))
+
+
+def kv_block_bytes(model: ModelConfig, block_size: int, kv_dtype: str) -> int:
+    """Bytes of one block: keys and values of `block_size` tokens in the layers of one group."""
+    layers = len(kv_cache_groups(model)[0].layers)
+    return layers * 2 * model.num_kv_heads * model.head_dim * DTYPE_BYTES[kv_dtype] * block_size
+
+
+def blocks_per_request(model: ModelConfig, num_tokens: int, block_size: int, chunk: int) -> int:
+    """Blocks that one request of `num_tokens` holds at most, over all groups.
+
+    A sliding group keeps its window plus the chunk being computed, in whole blocks, plus one for the misaligned start.
+    """
+    full = -(-num_tokens // block_size)
+    total = 0
+    for group in kv_cache_groups(model):
+        if group.window is None:
+            total += full
+        else:
+            total += min(full, -(-(group.window - 1 + chunk) // block_size) + 1)
+    return total
+
+
+def checkpoint_bytes(folder: Path) -> dict[str, int]:
+    """Bytes of every tensor in the safetensors files of a folder, from their headers alone.
+
+    Raises: ConfigError naming the file when a header is malformed.
+    """
+    sizes: dict[str, int] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with path.open("rb") as file:
+                (length,) = struct.unpack("<Q", file.read(8))
+                if length > MAX_HEADER_BYTES or length > path.stat().st_size:
+                    raise ConfigError(str(path), f"header of {length} bytes is larger than the file or the limit")
+                header = json.loads(file.read(length))
+            for name, info in header.items():
+                if name != "__metadata__":
+                    begin, end = info["data_offsets"]
+                    sizes[name] = int(end) - int(begin)
+        except (
+            OSError,
+            struct.error,
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            RecursionError,
+        ) as error:
+            if isinstance(error, ConfigError):
+                raise
+            raise ConfigError(str(path), f"not a safetensors file: {error}") from error
+    return sizes
+
+
+def model_bytes(model: ModelConfig) -> int:
+    """Bytes of a checkpoint of this shape: MXFP4 experts (17 bytes for 32 values) when quantized, bf16 for the rest."""
+    rest = _non_expert_parameters(model) * 2
+    weights = _expert_weights(model)
+    biases = model.num_layers * model.num_experts * (2 * model.intermediate_size + model.hidden_size) * 2
+    if model.quantization == "mxfp4":
+        return rest + biases + weights * 17 // MXFP4_BLOCK
+    return rest + biases + weights * 2
+
+
+def loaded_weight_bytes(model: ModelConfig, dtype: str, expand_experts: bool) -> int:
+    """Bytes of the weights once a rank holds them in `dtype`; MXFP4 experts stay packed unless expanded."""
+    unit = DTYPE_BYTES[dtype]
+    rest = _non_expert_parameters(model) * unit
+    biases = model.num_layers * model.num_experts * (2 * model.intermediate_size + model.hidden_size) * unit
+    weights = _expert_weights(model)
+    if model.quantization == "mxfp4" and not expand_experts:
+        return rest + biases + weights * 17 // MXFP4_BLOCK
+    return rest + biases + weights * unit
+
+
+def should_expand_experts(model: ModelConfig, dtype: str, budget_bytes: int) -> bool:
+    """Whether a CPU rank expands MXFP4 experts once at load: when that takes at most a quarter of its budget."""
+    return _expert_weights(model) * DTYPE_BYTES[dtype] <= budget_bytes // 4
+
+
+def activation_bytes(model: ModelConfig, max_num_batched_tokens: int, max_num_seqs: int) -> int:
+    """Arena of one step in float32: the widest layer for every token, and logits for every row."""
+    width = 4 * model.hidden_size + 2 * model.num_attention_heads * model.head_dim
+    width += model.num_experts_per_token * (3 * model.intermediate_size + model.hidden_size)
+    return 4 * (max_num_batched_tokens * width + 3 * max_num_seqs * model.vocab_size)
+
+
+def fit(
+    model: ModelConfig,
+    *,
+    budget_bytes: int,
+    weight_bytes: int,
+    kv_dtype: str,
+    block_size: int,
+    max_model_len: int,
+    max_num_seqs: int,
+    max_num_batched_tokens: int,
+    kv_cache_bytes: int = 0,
+    num_blocks: int = 0,
+    runtime_bytes: int = CPU_RUNTIME_BYTES,
+) -> MemoryFit:
+    """Size the block pool of one rank.
+
+    `num_blocks` or `kv_cache_bytes` fix the pool; otherwise it gets what the budget leaves, at most what
+    `max_num_seqs` requests of full length can use and at most 4 GiB. Block 0 is the null block.
+    """
+    block_bytes = kv_block_bytes(model, block_size, kv_dtype)
+    activations = activation_bytes(model, max_num_batched_tokens, max_num_seqs)
+    per_request = blocks_per_request(model, max_model_len, block_size, max_num_batched_tokens)
+    if not num_blocks:
+        if kv_cache_bytes:
+            num_blocks = kv_cache_bytes // block_bytes
+        else:
+            left = max(0, budget_bytes - weight_bytes - activations - runtime_bytes)
+            num_blocks = min(min(left, CPU_KV_CAP_BYTES) // block_bytes, max_num_seqs * per_request + 1)
+    return MemoryFit(
+        budget_bytes=budget_bytes,
+        weight_bytes=weight_bytes,
+        activation_bytes=activations,
+        runtime_bytes=runtime_bytes,
+        kv_block_bytes=block_bytes,
+        num_blocks=num_blocks,
+        block_size=block_size,
+        blocks_per_full_request=per_request,
+    )
+
+
+def _expert_weights(model: ModelConfig) -> int:
+    return model.num_layers * model.num_experts * 3 * model.intermediate_size * model.hidden_size
+
+
+def _non_expert_parameters(model: ModelConfig) -> int:
+    query = model.num_attention_heads * model.head_dim
+    key = model.num_kv_heads * model.head_dim
+    attention = model.hidden_size * (query + 2 * key) + query + 2 * key
+    attention += query * model.hidden_size + model.hidden_size + model.num_attention_heads
+    router = model.num_experts * (model.hidden_size + 1)
+    norms = 2 * model.hidden_size
+    embeddings = model.vocab_size * model.hidden_size * (1 if model.tie_word_embeddings else 2)
+    return model.num_layers * (attention + router + norms) + embeddings + model.hidden_size
