@@ -1,0 +1,190 @@
+"""The process that holds the engine core: an inbox thread, the loop, and one socket back to the API process.
+
+Started as `python -m engine.core_process --fd N --parent PID`; the configuration is the first frame. It ends when the
+socket closes, when its parent dies, or with a FATAL frame that says why.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from queue import Empty, SimpleQueue
+from typing import Any
+
+from engine import ipc
+from engine.config import ConfigError, EngineConfig
+from engine.core.request import RequestOutput
+from engine.process import die_with_parent, dump_stacks_on_signal
+
+STATS_INTERVAL_SECONDS = 0.1
+EXIT_FAILED = 1
+EXIT_DOES_NOT_FIT = 6
+
+
+class _Link:
+    """Blocking frames over the inherited socket. Only the main thread sends, only the inbox thread receives."""
+
+    def __init__(self, fd: int) -> None:
+        self._socket = socket.socket(fileno=fd)
+        self._socket.setblocking(True)
+
+    def send(self, kind: ipc.Kind, body: Any) -> None:
+        try:
+            self._socket.sendall(ipc.encode(kind, body))
+        except (BrokenPipeError, ConnectionResetError):
+            # The API process is gone: nobody is left to serve.
+            os._exit(0)
+
+    def receive(self) -> tuple[ipc.Kind, Any] | None:
+        """Return the next message, or None when the peer closed."""
+        header = self._read(ipc.HEADER.size)
+        if header is None:
+            return None
+        length, kind = ipc.decode_header(header)
+        payload = self._read(length)
+        return None if payload is None else (kind, ipc.decode(kind, payload))
+
+    def _read(self, size: int) -> bytes | None:
+        chunks = bytearray()
+        while len(chunks) < size:
+            try:
+                chunk = self._socket.recv(min(size - len(chunks), 1 << 20))
+            except ConnectionResetError:
+                return None
+            if not chunk:
+                return None
+            chunks += chunk
+        return bytes(chunks)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="engine.core_process")
+    parser.add_argument("--fd", type=int, required=True)
+    parser.add_argument("--parent", type=int, required=True)
+    arguments = parser.parse_args()
+    die_with_parent(arguments.parent)
+    dump_stacks_on_signal()
+    # Ctrl-C reaches the whole foreground group; the API process decides when this one ends.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    link = _Link(arguments.fd)
+    phase = "config"
+
+    def report(name: str, state: str, fraction: float | None, detail: str) -> None:
+        nonlocal phase
+        phase = name
+        link.send(ipc.Kind.PHASE, ipc.PhaseMessage(name, state, fraction, detail))
+
+    try:
+        first = link.receive()
+        if first is None:
+            return 0
+        kind, text = first
+        if kind is not ipc.Kind.CONFIG:
+            raise ipc.WireError(f"the first frame is {kind.name}, not CONFIG")
+        config = EngineConfig.from_json(text)
+        report("import", "begin", None, "torch")
+        core = _import_and_start(config, report)
+    except (ConfigError, ipc.WireError, OSError, MemoryError, RuntimeError, ValueError) as error:
+        link.send(ipc.Kind.FATAL, _fatal(phase, error))
+        traceback.print_exc()
+        return EXIT_FAILED
+    try:
+        _serve(link, core)
+    except Exception as error:  # noqa: BLE001 - the process border: the cause travels, then the process ends
+        link.send(ipc.Kind.FATAL, _fatal("serve", error))
+        traceback.print_exc()
+        return EXIT_FAILED
+    return 0
+
+
+def _import_and_start(config: EngineConfig, report: Any) -> Any:
+    from engine.engine_core import EngineCore
+
+    report("import", "end", None, "")
+    return EngineCore.start(config, report)
+
+
+def _fatal(phase: str, error: BaseException) -> ipc.FatalMessage:
+    message = str(error).splitlines()[0] if str(error) else type(error).__name__
+    hint = getattr(error, "hint", "")
+    does_not_fit = type(error).__name__ == "OutOfMemoryPlan" or isinstance(error, MemoryError)
+    return ipc.FatalMessage(
+        phase=phase,
+        error_type=type(error).__name__,
+        message=message,
+        hint=hint if isinstance(hint, str) else "",
+        exit_code=EXIT_DOES_NOT_FIT if does_not_fit else EXIT_FAILED,
+    )
+
+
+def _serve(link: _Link, core: Any) -> None:
+    """Run the loop: drain the inbox, step, publish; park on the inbox when there is nothing to do."""
+    inbox: SimpleQueue[tuple[ipc.Kind, Any] | None] = SimpleQueue()
+
+    def listen() -> None:
+        try:
+            while (message := link.receive()) is not None:
+                inbox.put(message)
+        except ipc.WireError as error:
+            print(f"engine core: {error}", file=sys.stderr)
+        inbox.put(None)
+
+    threading.Thread(target=listen, name="inbox", daemon=True).start()
+    facts = core.facts
+    link.send(
+        ipc.Kind.READY,
+        ipc.ReadyMessage(
+            max_model_len=facts.max_model_len,
+            facts={name: getattr(facts, name) for name in facts.__dataclass_fields__},
+        ),
+    )
+    # Objects of the start-up never die: keep the collector from walking them in every step.
+    gc.collect()
+    gc.freeze()
+    next_stats = 0.0
+    while True:
+        outputs: list[RequestOutput] = []
+        is_parked = not core.has_work
+        with contextlib.suppress(Empty):
+            while True:
+                message = inbox.get(block=is_parked)
+                is_parked = False
+                if message is None:
+                    core.stop()
+                    return
+                _handle(link, core, message, outputs)
+        if core.has_work:
+            outputs.extend(core.step())
+        now = time.monotonic()
+        is_due = now >= next_stats or not core.has_work
+        if outputs or is_due:
+            stats = core.stats() if is_due else None
+            if is_due:
+                next_stats = now + STATS_INTERVAL_SECONDS
+            link.send(ipc.Kind.OUTPUTS, ipc.OutputsMessage(outputs, stats))
+
+
+def _handle(link: _Link, core: Any, message: tuple[ipc.Kind, Any], outputs: list[RequestOutput]) -> None:
+    kind, body = message
+    if kind is ipc.Kind.ADD:
+        refusal = core.add(body)
+        if refusal is not None:
+            outputs.append(refusal)
+    elif kind is ipc.Kind.ABORT:
+        for request_id in body:
+            core.abort(request_id)
+    elif kind is ipc.Kind.PING:
+        link.send(ipc.Kind.PONG, ipc.OutputsMessage([], core.stats()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

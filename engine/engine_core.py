@@ -1,0 +1,193 @@
+"""The loop: scheduler and executor joined, without text and without sockets.
+
+    plan = scheduler.plan(now); result = executor.execute(plan); outputs = scheduler.advance(result)
+
+The overlapped loop makes plan k+1 while plan k computes; it has the same shape and stands beside the plain one.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine.config import ConfigError, EngineConfig, ModelConfig, load_model_config, resolve_model_folder
+from engine.core.request import EngineRequest, FinishReason, RequestOutput, SchedulerStats
+from engine.core.scheduler import RequestRejected, Scheduler
+from engine.executor.base import Executor
+from engine.executor.inline import InlineExecutor, InlineThreadExecutor
+from engine.memory import MemoryFit, fit, kv_cache_groups
+from engine.placement import Placement, single_rank
+from engine.worker.worker import Worker
+
+PhaseReport = Callable[[str, str, float | None, str], None]
+
+
+class OutOfMemoryPlan(ConfigError):
+    """The model does not fit the memory at hand; nothing was allocated."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServingFacts:
+    """What the engine settled on at start: sizes in bytes and counts, for the launcher's summary and for tests."""
+
+    max_model_len: int
+    weight_bytes: int
+    kv_bytes: int
+    num_blocks: int
+    block_size: int
+    max_full_requests: float
+    device: str
+    dtype: str
+
+
+class EngineCore:
+    """Serve one model on one placement: add requests, step, take outputs."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        model: ModelConfig,
+        executor: Executor,
+        memory: MemoryFit,
+        max_model_len: int,
+        facts: ServingFacts,
+    ) -> None:
+        self.config = config
+        self.model = model
+        self.max_model_len = max_model_len
+        self.facts = facts
+        self.scheduler = Scheduler(
+            config.scheduler,
+            num_blocks=memory.num_blocks,
+            block_size=memory.block_size,
+            group_windows=tuple(group.window for group in kv_cache_groups(model)),
+            max_model_len=max_model_len,
+            hash_seed=secrets.token_bytes(16),
+        )
+        self.executor = executor
+        self.step = self._step_overlapped if config.scheduler.async_scheduling else self._step_plain
+
+    @classmethod
+    def start(cls, config: EngineConfig, report: PhaseReport = lambda *_: None) -> EngineCore:
+        """Load the model, size the KV pool, warm up.
+
+        Raises: ConfigError (and its kinds), CheckpointError; each names what, where and the fix.
+        """
+        report("load", "begin", 0.0, "")
+        folder, model = open_model(config)
+        max_model_len = config.max_model_len or model.max_position_embeddings
+        if max_model_len > model.max_position_embeddings:
+            raise ConfigError(
+                "max_model_len",
+                f"{max_model_len} is above the model's {model.max_position_embeddings} positions",
+                f"use at most {model.max_position_embeddings}",
+            )
+        placement = place(config, model)
+        worker = Worker(config, model, placement.ranks[0])
+        worker.load(lambda fraction, detail: report("load", "progress", fraction, detail))
+        report("load", "end", 1.0, f"{worker.weight_bytes / 2**20:.1f} MiB of weights from {folder.name}")
+
+        report("kv", "begin", None, "")
+        memory = fit(
+            model,
+            budget_bytes=worker.available_memory() + worker.weight_bytes,
+            weight_bytes=worker.weight_bytes,
+            kv_dtype=worker.kv_dtype_name,
+            block_size=config.cache.block_size,
+            max_model_len=max_model_len,
+            max_num_seqs=config.scheduler.max_num_seqs,
+            max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
+            kv_cache_bytes=config.cache.kv_cache_bytes,
+            num_blocks=config.cache.num_blocks,
+        )
+        if memory.max_full_requests < 1.0 and not config.cache.num_blocks:
+            raise OutOfMemoryPlan(
+                "memory",
+                f"{memory.num_blocks} KV blocks hold no request of {max_model_len} tokens "
+                f"(one needs {memory.blocks_per_full_request})",
+                "lower max-model-len or max-num-batched-tokens, or give more memory",
+            )
+        worker.allocate_kv(memory.num_blocks)
+        report("kv", "end", None, f"{memory.num_blocks} blocks, {memory.max_full_requests:.1f} full requests")
+
+        report("warmup", "begin", None, "")
+        worker.warm_up()
+        report("warmup", "end", None, "")
+        facts = ServingFacts(
+            max_model_len=max_model_len,
+            weight_bytes=worker.weight_bytes,
+            kv_bytes=memory.kv_bytes,
+            num_blocks=memory.num_blocks,
+            block_size=memory.block_size,
+            max_full_requests=memory.max_full_requests,
+            device=placement.ranks[0].device,
+            dtype=worker.dtype_name,
+        )
+        overlapped = config.scheduler.async_scheduling
+        executor: Executor = InlineThreadExecutor(worker) if overlapped else InlineExecutor(worker)
+        return cls(config, model, executor, memory, max_model_len, facts)
+
+    def add(self, request: EngineRequest) -> RequestOutput | None:
+        """Queue a request. A refusal comes back as its one and only output."""
+        try:
+            self.scheduler.add(request)
+        except RequestRejected as error:
+            return RequestOutput(
+                request.request_id, [], finish_reason=FinishReason.ERROR, error=f"{error.code}: {error.message}"
+            )
+        return None
+
+    def abort(self, request_id: str) -> None:
+        self.scheduler.abort(request_id)
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_unfinished or self.executor.num_in_flight > 0
+
+    def stats(self) -> SchedulerStats:
+        return self.scheduler.stats()
+
+    def stop(self) -> None:
+        self.executor.stop()
+
+    def _step_plain(self) -> list[RequestOutput]:
+        plan = self.scheduler.plan(time.monotonic())
+        if plan is None:
+            return []
+        self.executor.submit(plan)
+        return self.scheduler.advance(self.executor.collect())
+
+    def _step_overlapped(self) -> list[RequestOutput]:
+        plan = self.scheduler.plan(time.monotonic())
+        if plan is not None:
+            self.executor.submit(plan)
+        # One plan computes while the next is made: collect once two are in flight, or when there is nothing to add.
+        if self.executor.num_in_flight > 1 or (plan is None and self.executor.num_in_flight):
+            return self.scheduler.advance(self.executor.collect())
+        return []
+
+
+def open_model(config: EngineConfig) -> tuple[Path, ModelConfig]:
+    """Find the model's folder and read its shape.
+
+    Raises: ConfigError naming where it was looked for.
+    """
+    folder = resolve_model_folder(config.model)
+    if folder is None:
+        raise ConfigError("model", f"{config.model!r} is neither a bundled model nor a folder with a config.json")
+    return folder, load_model_config(folder)
+
+
+def place(config: EngineConfig, model: ModelConfig) -> Placement:
+    """Place the model on the one device that the configuration names."""
+    return single_rank(
+        node="localhost",
+        device=config.device,
+        num_layers=model.num_layers,
+        num_kv_heads=model.num_kv_heads,
+        intermediate_size=model.intermediate_size,
+        num_experts=model.num_experts,
+    )

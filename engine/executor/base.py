@@ -1,0 +1,27 @@
+"""The seam between the loop and the ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from engine.core.plan import ExecutionPlan, StepResult
+
+Progress = Callable[[float, str], None]
+
+
+class ExecutorError(Exception):
+    """A rank failed or did not answer. `message` is one line for people."""
+
+
+class Executor(Protocol):
+    """Runs plans in submit order. `submit` may return before the plan ran; `collect` blocks for the oldest result."""
+
+    @property
+    def num_in_flight(self) -> int: ...
+
+    def submit(self, plan: ExecutionPlan) -> None: ...
+
+    def collect(self) -> StepResult: ...
+
+    def stop(self) -> None: ...

@@ -1,0 +1,81 @@
+"""What every engine process owes its parent: die with it, dump stacks when asked, report phases.
+
+Knows: Linux process signals and the status pipe's lines. Refuses to know: what the phases do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import faulthandler
+import json
+import os
+import signal
+import sys
+import time
+from typing import Any, Literal
+
+_PR_SET_PDEATHSIG = 1
+
+PhaseState = Literal["begin", "progress", "end"]
+
+
+def die_with_parent(parent_pid: int, sig: int = signal.SIGKILL) -> None:
+    """Ask the kernel to send `sig` to this process when its parent dies; exit at once if it is dead already.
+
+    The signal follows the parent's *thread*: parents spawn from their main thread.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.prctl(_PR_SET_PDEATHSIG, sig, 0, 0, 0)
+    if os.getppid() != parent_pid:
+        os._exit(1)
+
+
+def dump_stacks_on_signal() -> None:
+    """Write the stacks of all threads to stderr on SIGUSR1 and on a crash."""
+    faulthandler.enable(sys.stderr)
+    faulthandler.register(signal.SIGUSR1, sys.stderr, all_threads=True)
+
+
+class StatusPipe:
+    """One JSON object per line to whoever started us: phases, `ready`, or the one `fatal` that explains an exit.
+
+    A reader that is gone is not an error: the process then runs on unobserved (or dies with its parent).
+    """
+
+    def __init__(self, fd: int | None) -> None:
+        self._fd = fd
+
+    def phase(self, phase: str, state: PhaseState, fraction: float | None = None, detail: str = "") -> None:
+        self._write(
+            {
+                "kind": "phase",
+                "phase": phase,
+                "state": state,
+                "fraction": fraction,
+                "detail": detail,
+                "at": time.monotonic(),
+            }
+        )
+
+    def ready(self, url: str, model: str, facts: dict[str, Any]) -> None:
+        self._write({"kind": "ready", "url": url, "model": model, "facts": facts, "at": time.monotonic()})
+
+    def fatal(self, phase: str, error_type: str, message: str, hint: str, exit_code: int) -> None:
+        self._write(
+            {
+                "kind": "fatal",
+                "phase": phase,
+                "type": error_type,
+                "message": message,
+                "hint": hint,
+                "exit_code": exit_code,
+            }
+        )
+
+    def _write(self, record: dict[str, Any]) -> None:
+        if self._fd is None:
+            return
+        line = json.dumps(record).encode() + b"\n"
+        with contextlib.suppress(BrokenPipeError, OSError):
+            os.write(self._fd, line)
