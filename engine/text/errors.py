@@ -1,0 +1,29 @@
+"""The exceptions of `engine.text`.
+
+    TextError
+    ├── TokenizerError     a tokenizer file, a token id or a text that cannot be encoded
+    └── ChatRequestError   a conversation that cannot be rendered; carries the path of the offending field
+
+Messages are one line and safe to show to the client that sent the request.
+"""
+
+from __future__ import annotations
+
+
+class TextError(ValueError):
+    """Anything that `engine.text` refuses."""
+
+
+class TokenizerError(TextError):
+    """A tokenizer file is unusable, an id lies outside the vocabulary, or a text cannot be encoded."""
+
+
+class ChatRequestError(TextError):
+    """A conversation or a tool definition cannot be rendered.
+
+    `param` is the path of the offending field as the API names it, for example `messages[2].tool_call_id`.
+    """
+
+    def __init__(self, message: str, param: str) -> None:
+        super().__init__(message)
+        self.param = param
