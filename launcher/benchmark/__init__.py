@@ -1,0 +1,1 @@
+"""`hlaunch bench`: load on an OpenAI-compatible server, figures, report and plot."""
