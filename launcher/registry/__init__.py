@@ -1,0 +1,78 @@
+"""The registry: strict YAML with marks -> schema -> resolved entry with provenance.
+
+Pure functions of (text, environment, overrides); the only effect is reading the one registry file. Typical use:
+
+    path = find_registry(explicit=None, environ=os.environ, cwd=Path.cwd())
+    registry = load_registry(path)                       # RegistryInvalid holds every error of the file
+    entry = resolve(registry, "gpt-oss-20b", os.environ, ["max-num-seqs=8"])
+    entry.integer("max-num-seqs")                        # 8
+    str(entry.origin("max-num-seqs"))                    # "flag (--set max-num-seqs=8)"
+    entry.integer_or_none("max-model-len")               # None: the model's own limit
+    entry.secret("api-key")                              # SecretRef or None; .reveal(os.environ) reads it
+    entry.env["NCCL_DEBUG"].value                        # variables for the child, each with its origin
+
+Values are bool, int (tokens, bytes), float (seconds, fractions), str, tuple of str, SecretRef, or None where the
+engine or the model decides. `entry.values` has every key of the schema (`launcher.registry.keys.KEYS`).
+Errors are those of `launcher.errors`: RegistryNotFound, RegistryInvalid, UnknownModel, OverrideError; BadValue
+comes only from the `parse_*` functions and `SecretRef`.
+"""
+
+from __future__ import annotations
+
+from launcher.errors import Issue, OverrideError, RegistryError, RegistryInvalid, RegistryNotFound, UnknownModel
+from launcher.registry.loading import check_registry, load_registry, parse_registry
+from launcher.registry.locate import find_registry
+from launcher.registry.resolving import find_model, resolve
+from launcher.registry.types import (
+    Layer,
+    ModelEntry,
+    Options,
+    Origin,
+    Registry,
+    ResolvedEntry,
+    ResolvedValue,
+    Setting,
+    Value,
+)
+from launcher.registry.values import (
+    AUTO,
+    BadValue,
+    SecretRef,
+    format_duration,
+    format_size,
+    parse_count,
+    parse_duration,
+    parse_size,
+)
+
+__all__ = [
+    "AUTO",
+    "BadValue",
+    "Issue",
+    "Layer",
+    "ModelEntry",
+    "Options",
+    "Origin",
+    "OverrideError",
+    "Registry",
+    "RegistryError",
+    "RegistryInvalid",
+    "RegistryNotFound",
+    "ResolvedEntry",
+    "ResolvedValue",
+    "SecretRef",
+    "Setting",
+    "UnknownModel",
+    "Value",
+    "check_registry",
+    "find_model",
+    "find_registry",
+    "format_duration",
+    "format_size",
+    "load_registry",
+    "parse_count",
+    "parse_duration",
+    "parse_registry",
+    "parse_size",
+    "resolve",
+]

@@ -1,0 +1,53 @@
+"""Which registry file is meant. Knows the search order; refuses to read the file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from launcher.errors import RegistryNotFound
+
+REGISTRY_FILE = "model_registry.yml"
+_IN_FOLDER = (REGISTRY_FILE, f"config/{REGISTRY_FILE}", "hlaunch.yml")
+
+
+def find_registry(explicit: Path | None, environ: Mapping[str, str], cwd: Path) -> Path:
+    """Return the first registry of: `explicit`, $HLAUNCH_REGISTRY, `cwd`, the XDG config folder, the packaged copy.
+
+    Files are never merged. A file that was named must exist; a searched place may be absent.
+    Raises: RegistryNotFound.
+    """
+    for named, origin in ((explicit, "--file"), (environ.get("HLAUNCH_REGISTRY"), "$HLAUNCH_REGISTRY")):
+        if named is not None and str(named) != "":
+            path = cwd / Path(named).expanduser()
+            if not path.is_file():
+                problem = "is a folder" if path.is_dir() else "does not exist"
+                raise RegistryNotFound(f"registry {str(named)!r} {problem}", hint=f"it was named by {origin}")
+            return path
+    for path in _searched(environ, cwd):
+        if path.is_file():
+            return path
+    raise RegistryNotFound("no registry found", hint=f"write {REGISTRY_FILE} here, or name one: hlaunch --file PATH …")
+
+
+def packaged_registry() -> Path:
+    """The registry that comes with hlaunch; in a checkout it is the file at the root."""
+    return Path(__file__).resolve().parent.parent / REGISTRY_FILE
+
+
+def display_path(path: Path, cwd: Path) -> str:
+    """Write a path as a user would: relative to `cwd` when it is inside."""
+    try:
+        return str(path.relative_to(cwd))
+    except ValueError:
+        return str(path)
+
+
+def _searched(environ: Mapping[str, str], cwd: Path) -> Iterator[Path]:
+    yield from (cwd / name for name in _IN_FOLDER)
+    home = environ.get("HOME", "")
+    config = environ.get("XDG_CONFIG_HOME") or (f"{home}/.config" if home else "")
+    # The XDG specification tells readers to ignore relative paths.
+    if config.startswith("/"):
+        yield Path(config) / "hlaunch" / REGISTRY_FILE
+    yield packaged_registry()

@@ -1,0 +1,29 @@
+"""Did-you-mean for keys, values and names. Pure; refuses to know what the words are for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+# get_close_matches is quadratic in length: a hostile 1 MiB key must not stall the error message.
+_MAX_WORD = 100
+
+
+def close_names(word: str, known: Iterable[str]) -> list[str]:
+    """Return up to three known names that are close to `word`, best first, whatever its case and separators."""
+    if len(word) > _MAX_WORD:
+        return []
+    by_form: dict[str, str] = {}
+    for name in known:
+        by_form.setdefault(_form(name), name)
+    return [by_form[form] for form in get_close_matches(_form(word), list(by_form), n=3, cutoff=0.6)]
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return `did you mean 'x' or 'y'?`, or nothing when no name is close."""
+    names = close_names(word, known)
+    return f"did you mean {' or '.join(repr(name) for name in names)}?" if names else ""
+
+
+def _form(name: str) -> str:
+    return name.lower().replace("_", "-")

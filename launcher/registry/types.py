@@ -1,0 +1,199 @@
+"""The registry's values: what a loaded file and a resolved entry are.
+
+Knows: names, settings, where each came from. Refuses to know: how YAML is read or layers are merged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from types import MappingProxyType
+from typing import TypeAlias, TypeVar
+
+from launcher.errors import Issue
+from launcher.registry.values import AUTO, SecretRef
+
+_T = TypeVar("_T")
+
+Value: TypeAlias = bool | int | float | str | tuple[str, ...] | SecretRef | None
+"""A validated value. None: nobody set it, the engine or the model decides."""
+
+
+class Layer(StrEnum):
+    """Where a value can come from, lowest first. Layers to come keep their place in this order."""
+
+    BUILT_IN = "built-in"
+    DEFAULTS = "defaults"
+    MODEL = "model"
+    ENVIRONMENT = "environment"
+    FLAG = "flag"
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """A position in a file, counted from 1."""
+
+    line: int
+    column: int
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where one value came from. `source` is the file, `$HLAUNCH_<KEY>` or `--set`; None for a built-in."""
+
+    layer: Layer
+    source: str | None = None
+    line: int | None = None
+    column: int | None = None
+
+    def __str__(self) -> str:
+        if self.source is None:
+            return str(self.layer)
+        where = self.source if self.line is None else f"{self.source}:{self.line}:{self.column}"
+        return f"{self.layer} ({where})"
+
+
+BUILT_IN = Origin(Layer.BUILT_IN)
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One validated value in a file, and where its text stands."""
+
+    value: Value
+    mark: Mark
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """The settings of `defaults` or of one model: canonical dashed key -> setting; `env` variables apart.
+
+    In `env`, a setting of None removes the variable that a lower layer set.
+    """
+
+    settings: Mapping[str, Setting] = field(default_factory=lambda: MappingProxyType({}))
+    env: Mapping[str, Setting] = field(default_factory=lambda: MappingProxyType({}))
+
+
+@dataclass(frozen=True, slots=True)
+class ModelEntry:
+    """One model of the registry, validated, not yet resolved."""
+
+    name: str
+    mark: Mark
+    options: Options
+
+    @property
+    def model(self) -> str:
+        return str(self.options.settings["model"].value)
+
+    @property
+    def description(self) -> str:
+        setting = self.options.settings.get("description")
+        return str(setting.value) if setting is not None else ""
+
+    @property
+    def aliases(self) -> tuple[str, ...]:
+        return self._names("aliases")
+
+    @property
+    def tags(self) -> tuple[str, ...]:
+        return self._names("tags")
+
+    def _names(self, key: str) -> tuple[str, ...]:
+        setting = self.options.settings.get(key)
+        return setting.value if setting is not None and isinstance(setting.value, tuple) else ()
+
+
+@dataclass(frozen=True, slots=True)
+class Registry:
+    """A registry file without errors. `issues` are its warnings; `source` is its path as the user named it."""
+
+    path: Path
+    source: str
+    defaults: Options
+    models: Mapping[str, ModelEntry]
+    issues: tuple[Issue, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedValue:
+    """One value with its origin, and the origins that it hides, lowest first."""
+
+    key: str
+    value: Value
+    origin: Origin
+    shadowed: tuple[ResolvedValue, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedEntry:
+    """One model, every key of the schema present with its origin. Frozen.
+
+    `values` maps canonical dashed keys (`max-num-seqs`, `ready.timeout`) to values; `env` maps variable names.
+    The typed getters raise KeyError for a key that the schema lacks and TypeError for the wrong type: both our bugs.
+    """
+
+    name: str
+    registry: Path
+    values: Mapping[str, ResolvedValue]
+    env: Mapping[str, ResolvedValue]
+    issues: tuple[Issue, ...] = ()
+
+    def __getitem__(self, key: str) -> Value:
+        return self.values[key].value
+
+    def is_set(self, key: str) -> bool:
+        """Say whether any layer above the built-in one set `key`."""
+        return self.values[key].origin.layer is not Layer.BUILT_IN
+
+    def origin(self, key: str) -> Origin:
+        return self.values[key].origin
+
+    @property
+    def model(self) -> str:
+        return self.text("model")
+
+    def text(self, key: str) -> str:
+        """Return a text; the key must have a default or be required."""
+        return self._typed(key, str)
+
+    def text_or_none(self, key: str) -> str | None:
+        return None if self[key] is None else self.text(key)
+
+    def integer(self, key: str) -> int:
+        """Return a whole number (bytes for a size)."""
+        return self._typed(key, int)
+
+    def integer_or_none(self, key: str) -> int | None:
+        """Return a whole number; None when unset or `auto`: the model or the engine decides."""
+        return None if self[key] is None or self[key] == AUTO else self.integer(key)
+
+    def number(self, key: str) -> float:
+        """Return a number (seconds for a duration)."""
+        value = self[key]
+        return float(value) if isinstance(value, int) and not isinstance(value, bool) else self._typed(key, float)
+
+    def number_or_none(self, key: str) -> float | None:
+        return None if self[key] is None else self.number(key)
+
+    def flag(self, key: str) -> bool:
+        return self._typed(key, bool)
+
+    def flag_or_none(self, key: str) -> bool | None:
+        return None if self[key] is None else self.flag(key)
+
+    def texts(self, key: str) -> tuple[str, ...]:
+        """Return a list of texts, empty when unset."""
+        return () if self[key] is None else self._typed(key, tuple)
+
+    def secret(self, key: str) -> SecretRef | None:
+        return None if self[key] is None else self._typed(key, SecretRef)
+
+    def _typed(self, key: str, kind: type[_T]) -> _T:
+        value = self[key]
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            raise TypeError(f"{key} is {type(value).__name__}, not {kind.__name__}")
+        return value

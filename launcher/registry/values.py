@@ -1,0 +1,174 @@
+"""Quantities as people write them: sizes, token counts, durations, secrets.
+
+Knows: the text forms and their limits. Refuses to know: YAML, keys, files other than a secret's own.
+
+Errors: `BadValue` carries a stable code, one line of cause and one of fix; it is a ValueError.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+AUTO: Literal["auto"] = "auto"
+
+MAX_QUANTITY = 1 << 62
+"""Above this no quantity makes sense, and 64-bit consumers would overflow."""
+
+_BYTE_UNITS = {
+    "": 1,
+    "B": 1,
+    **{f"{prefix}iB": 1024 ** (power + 1) for power, prefix in enumerate(("K", "M", "G", "T", "P"))},
+    **{f"{prefix}B": 1000 ** (power + 1) for power, prefix in enumerate(("k", "M", "G", "T", "P"))},
+}
+_UNIT_SPELLINGS = {unit.lower(): unit for unit in _BYTE_UNITS}
+_SECONDS = {"ms": 0.001, "": 1.0, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
+_QUANTITY = re.compile(r"([0-9]{1,20}(?:\.[0-9]{1,9})?)\s?([A-Za-z]{0,3})", re.ASCII)
+_VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}", re.ASCII)
+_MAX_SECRET_BYTES = 64 << 10
+
+
+class BadValue(ValueError):
+    """A value that cannot be read. `code` is stable, `message` the cause, `hint` the fix."""
+
+    def __init__(self, code: str, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+        self.hint = hint
+
+
+def show_text(text: str, limit: int = 60) -> str:
+    """Quote user text for a message: escaped, on one line, at most `limit` characters of it."""
+    cut = text if len(text) <= limit else text[: limit - 1] + "…"
+    return repr(cut)
+
+
+def parse_size(text: str) -> int:
+    """Read `4GiB`, `500MB` or a plain number of bytes. Units: KiB MiB GiB TiB are 1024ⁿ, kB MB GB TB are 1000ⁿ.
+
+    Returns: bytes. Raises: BadValue, also for a bare `4G`, which people read in both ways.
+    """
+    hint = "write a number and a unit, such as 4GiB (1024³ bytes) or 4GB (1000³ bytes)"
+    match = _QUANTITY.fullmatch(text.strip())
+    if match is None:
+        raise BadValue("wrong-type", f"{show_text(text)} is not a size", hint)
+    unit = _UNIT_SPELLINGS.get(match[2].lower())
+    if unit is None:
+        raise BadValue("wrong-type", f"{show_text(text)}: unknown or ambiguous unit '{match[2]}'", hint)
+    return _whole(text, match[1], _BYTE_UNITS[unit], "bytes")
+
+
+def format_size(num_bytes: int) -> str:
+    """Write bytes the way `parse_size` reads them, exact when a binary unit divides them."""
+    for unit in ("TiB", "GiB", "MiB", "KiB"):
+        step = _BYTE_UNITS[unit]
+        if num_bytes >= step:
+            return f"{num_bytes // step}{unit}" if num_bytes % step == 0 else f"{num_bytes / step:.2f}{unit}"
+    return f"{num_bytes}B"
+
+
+def parse_count(text: str) -> int:
+    """Read a number of tokens: `131072`, `128k` (k = 1024) or `1m` (m = 1024²).
+
+    Raises: BadValue.
+    """
+    hint = "write a whole number such as 131072, or 128k (k = 1024)"
+    match = _QUANTITY.fullmatch(text.strip())
+    scale = {"": 1, "k": 1024, "m": 1024 * 1024}.get(match[2].lower()) if match else None
+    if match is None or scale is None:
+        raise BadValue("wrong-type", f"{show_text(text)} is not a number of tokens", hint)
+    return _whole(text, match[1], scale, "tokens")
+
+
+def parse_duration(text: str) -> float:
+    """Read `900s`, `15m`, `1h`, `500ms` or a plain number of seconds.
+
+    Returns: seconds. Raises: BadValue.
+    """
+    match = _QUANTITY.fullmatch(text.strip())
+    scale = _SECONDS.get(match[2].lower()) if match else None
+    if match is None or scale is None:
+        raise BadValue(
+            "wrong-type", f"{show_text(text)} is not a duration", "write a number and a unit: 500ms, 30s, 15m, 1h"
+        )
+    return float(match[1]) * scale
+
+
+def format_duration(seconds: float) -> str:
+    """Write seconds the way `parse_duration` reads them."""
+    for unit, step in (("h", 3600.0), ("m", 60.0)):
+        if seconds >= step and seconds % step == 0:
+            return f"{int(seconds // step)}{unit}"
+    return f"{seconds:g}s"
+
+
+def _whole(text: str, digits: str, scale: int, noun: str) -> int:
+    value = float(digits) * scale if "." in digits else int(digits) * scale
+    if not math.isfinite(value) or value > MAX_QUANTITY:
+        raise BadValue("out-of-range", f"{show_text(text)} is more than 2^62 {noun}")
+    if value != int(value):
+        raise BadValue("wrong-type", f"{show_text(text)} is not a whole number of {noun}")
+    return int(value)
+
+
+@dataclass(frozen=True, slots=True)
+class SecretRef:
+    """Where a secret comes from; the secret itself is read only by `reveal` and never printed.
+
+    `kind` is `env` (`${NAME}`), `file` (`file:/path`) or `literal` (written in the registry; loading warns).
+    """
+
+    kind: Literal["env", "file", "literal"]
+    name: str
+    _literal: str = field(default="", repr=False)
+
+    @classmethod
+    def parse(cls, text: str) -> SecretRef:
+        """Read `${NAME}`, `file:/path` or a literal. Raises: BadValue for anything half way."""
+        variable = _VARIABLE.fullmatch(text)
+        if variable is not None:
+            return cls("env", variable[1])
+        if text.startswith("file:"):
+            if len(text) == len("file:"):
+                raise BadValue("bad-secret", "'file:' names no file", "write file:/run/secrets/api_key")
+            return cls("file", text[len("file:") :])
+        if "$" in text or any(ch.isspace() for ch in text) or not text.isprintable():
+            # The value is left out on purpose: it may be most of a secret.
+            raise BadValue(
+                "bad-secret",
+                "not a secret reference, and not usable as a literal key",
+                "write ${NAME} for an environment variable, or file:/path",
+            )
+        return cls("literal", "literal", text)
+
+    def __str__(self) -> str:
+        if self.kind == "env":
+            return f"${{{self.name}}}"
+        return f"file:{self.name}" if self.kind == "file" else "<literal, hidden>"
+
+    def reveal(self, environ: Mapping[str, str]) -> str:
+        """Read the secret. Blocks on the file, at most 64 KiB of it.
+
+        Raises: BadValue when the variable is unset or empty, or the file cannot be read.
+        """
+        if self.kind == "literal":
+            return self._literal
+        if self.kind == "env":
+            value = environ.get(self.name, "")
+            if not value:
+                raise BadValue("secret-unset", f"{self} is not set", f"run: export {self.name}=…")
+            return value
+        try:
+            with Path(self.name).expanduser().open("rb") as handle:
+                secret = handle.read(_MAX_SECRET_BYTES).decode("utf-8").strip()
+        except (OSError, UnicodeDecodeError, RuntimeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "not readable text"
+            raise BadValue("secret-unset", f"{self} cannot be read: {reason}") from error
+        if not secret:
+            raise BadValue("secret-unset", f"{self} is empty")
+        return secret
