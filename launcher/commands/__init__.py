@@ -12,8 +12,8 @@ A command module `launcher/commands/<name>.py` has one public function, `registe
             entry = invocation.resolve("tiny-oss", ["max-num-seqs=4"])
             invocation.console.data("…")
 
-Failures are raised as `launcher.errors.HlaunchError`; `launcher.cli.main` prints them and picks the exit code. A command
-that ends with another code raises `typer.Exit(code)`. Heavy imports belong inside the command's function.
+Failures are raised as `launcher.errors.HlaunchError`; `launcher.cli.main` prints them and picks the exit code. A
+command that ends with another code raises `typer.Exit(code)`. Heavy imports belong inside the command's function.
 """
 
 from __future__ import annotations

@@ -1,0 +1,195 @@
+"""The `hlaunch` command: global options, lazy commands, and the boundary where every failure becomes one line.
+
+Knows: which commands exist and where they live, global options, exit codes. Refuses to know: what any command does.
+
+How a command registers: it has a row in `COMMANDS` (name -> help line) and a module `launcher/commands/<name>.py` with
+`register(app: typer.Typer)`, described in `launcher.commands`. The module is imported only when its command runs, so
+`hlaunch --help` loads none of them; a module that is missing breaks its own command and no other.
+
+Global options may stand before or after the command (`-f` only before it: `logs -f` follows). The seed's form is
+kept: `MODEL_NAME=x hlaunch` is `up x`, and `--dry-run` goes along.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from launcher import __version__
+from launcher.commands import Invocation
+from launcher.console import Console
+from launcher.errors import HlaunchError, UsageError
+from launcher.exit_codes import ExitCode
+
+COMMANDS: Mapping[str, str] = {
+    "up": "Start a model and serve it until Ctrl-C; -d detaches.",
+    "down": "Stop what `up` started.",
+    "ps": "Show what runs.",
+    "logs": "Show the log of a running or past model.",
+    "chat": "Talk to a model in the terminal.",
+    "bench": "Measure latency and throughput of a model.",
+    "list": "List the models of the registry.",
+    "show": "Show one model, resolved; --explain says where each value comes from.",
+    "validate": "Check a registry and report every problem.",
+    "schema": "Print the JSON schema of the registry, or its keys.",
+}
+
+_FLAGS = ("--no-color", "--plain", "--debug")
+
+
+class _LazyGroup(TyperGroup):
+    """A group whose commands are imported when they are called."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name not in COMMANDS:
+            from launcher.registry.suggest import did_you_mean
+
+            raise UsageError(
+                f"no such command: {cmd_name}",
+                hint=did_you_mean(cmd_name, COMMANDS) or f"commands: {', '.join(COMMANDS)}",
+            )
+        return _load(cmd_name)
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+def _load(name: str) -> Any:
+    module_name = f"launcher.commands.{name}"
+    try:
+        module = import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name == module_name:
+            raise UsageError(f"'{name}' is not part of this installation") from error
+        raise HlaunchError(
+            f"'{name}' needs the Python package '{error.name}'",
+            hint="install the engine's packages: pip install 'hlaunch[engine]'",
+        ) from error
+    app = _app()
+    module.register(app)
+    return typer.main.get_command(app)
+
+
+def _app(**options: Any) -> typer.Typer:
+    # Typer's rich help costs 0.1 s of imports, and its pretty exceptions print local variables: secrets.
+    return typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, **options)
+
+
+def _build() -> Any:
+    app = _app(cls=_LazyGroup, help="Launch large language models from a YAML registry.")
+
+    @app.callback(invoke_without_command=True, epilog="MODEL_NAME=x hlaunch [--dry-run] is short for: hlaunch up x")
+    def root(
+        ctx: typer.Context,
+        file: Annotated[Path | None, typer.Option("--file", "-f", metavar="PATH", help="The registry to use.")] = None,
+        plain: Annotated[bool, typer.Option("--plain", help="No colour, no redrawing.")] = False,
+        no_color: Annotated[bool, typer.Option("--no-color", help="The same; NO_COLOR=1 also works.")] = False,
+        debug: Annotated[bool, typer.Option("--debug", help="Show a traceback when something breaks.")] = False,
+        version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+        dry_run: Annotated[
+            bool, typer.Option("--dry-run", help="With MODEL_NAME set: show the plan, start nothing.")
+        ] = False,
+    ) -> None:
+        environ = dict(os.environ)
+        console = Console(is_plain=plain or no_color, environ=environ)
+        ctx.obj = Invocation(console, environ, Path.cwd(), file, debug)
+        if version:
+            console.data(f"hlaunch {__version__}")
+            raise typer.Exit
+        if ctx.invoked_subcommand is None:
+            console.raw(ctx.get_help() + "\n")
+            if dry_run:
+                raise UsageError("--dry-run needs a model", hint="MODEL_NAME=tiny-oss hlaunch --dry-run")
+        elif dry_run:
+            raise UsageError(
+                "--dry-run stands after the command", hint=f"hlaunch {ctx.invoked_subcommand} NAME --dry-run"
+            )
+
+    return typer.main.get_command(app)
+
+
+def arrange(args: Sequence[str], environ: Mapping[str, str]) -> list[str]:
+    """Move global options to the front, and turn the seed's bare form into `up`. Pure."""
+    front: list[str] = []
+    rest: list[str] = []
+    waiting = iter(args)
+    for arg in waiting:
+        if arg == "--":
+            rest += [arg, *waiting]
+        elif arg in _FLAGS or arg.startswith("--file="):
+            front.append(arg)
+        elif arg == "--file" or (arg == "-f" and not rest):
+            front += [arg, *([value] if (value := next(waiting, None)) is not None else [])]
+        else:
+            rest.append(arg)
+    model = environ.get("MODEL_NAME", "")
+    if model and all(arg == "--dry-run" for arg in rest):
+        # '--' keeps a name such as '--help' a name.
+        return [*front, "up", *rest, "--", model]
+    return front + rest
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run one command and exit the process. No exception gets past it."""
+    sys.exit(run(list(sys.argv[1:] if args is None else args)))
+
+
+def run(args: Sequence[str]) -> int:
+    """Run one command and return its exit code."""
+    is_debug = "--debug" in args
+    console = Console(is_plain=any(flag in args for flag in ("--plain", "--no-color")), environ=os.environ)
+    try:
+        outcome = _build().main(args=arrange(args, os.environ), prog_name="hlaunch", standalone_mode=False)
+        sys.stdout.flush()
+    except HlaunchError as error:
+        if is_debug:
+            _print_traceback()
+        console.failure(error)
+        return int(error.exit_code)
+    except KeyboardInterrupt:
+        return ExitCode.INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output has gone (`hlaunch list | head -1`); nothing is wrong here.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return ExitCode.OK
+    except Exception as error:  # noqa: BLE001 - the process boundary: a user never sees a traceback
+        return _unexpected(error, console, is_debug)
+    return outcome if isinstance(outcome, int) else ExitCode.OK
+
+
+def _unexpected(error: Exception, console: Console, is_debug: bool) -> int:
+    """Tell a bad command line (Typer's own exceptions carry a message for the user) from a bug."""
+    describe = getattr(error, "format_message", None)
+    if callable(describe):
+        context = getattr(error, "ctx", None)
+        hint = f"see: {context.command_path} --help" if context is not None else "see: hlaunch --help"
+        console.error(str(describe()).rstrip("."), hint=hint)
+        return ExitCode.USAGE
+    if isinstance(error, typer.Abort):
+        return ExitCode.INTERRUPTED
+    if is_debug:
+        _print_traceback()
+    hint = "" if is_debug else "this is a bug in hlaunch; run again with --debug for the traceback"
+    console.error(f"internal error: {type(error).__name__}: {error}", hint=hint)
+    return ExitCode.INTERNAL
+
+
+def _print_traceback() -> None:
+    import traceback
+
+    traceback.print_exc()
+
+
+if __name__ == "__main__":
+    main()

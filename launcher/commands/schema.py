@@ -1,0 +1,60 @@
+"""`hlaunch schema`: what a registry may hold, for editors (JSON schema) and for people (--keys)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from launcher.commands import invocation_of
+
+if TYPE_CHECKING:
+    from launcher.registry.keys import KeySpec
+
+
+def register(app: typer.Typer) -> None:
+    @app.command("schema")
+    def schema(
+        ctx: typer.Context,
+        keys: Annotated[bool, typer.Option("--keys", help="List the keys in a readable form.")] = False,
+        as_json: Annotated[
+            bool, typer.Option("--json", help="Print JSON: the schema, or with --keys the table of keys.")
+        ] = False,
+    ) -> None:
+        """Print the JSON schema of the registry, or its keys."""
+        from launcher.registry.keys import KEYS
+        from launcher.registry.schema import json_schema_text
+
+        console = invocation_of(ctx).console
+        if not keys:
+            console.raw(json_schema_text())
+        elif as_json:
+            console.json([_facts(spec) for spec in KEYS.values()])
+        else:
+            for spec in KEYS.values():
+                console.heading(", ".join((spec.key, *spec.aliases)))
+                console.data(f"    {spec.summary}")
+                console.data(f"    {_terms(spec)}")
+
+
+def _terms(spec: KeySpec) -> str:
+    facts = [f"default: {spec.describe_default()}"]
+    if spec.unit:
+        facts.append(f"unit: {spec.unit}")
+    if accepted := spec.describe_range():
+        facts.append(accepted)
+    return "; ".join(facts)
+
+
+def _facts(spec: KeySpec) -> dict[str, object]:
+    return {
+        "key": spec.key,
+        "aliases": list(spec.aliases),
+        "kind": spec.kind.name.lower(),
+        "summary": spec.summary,
+        "default": spec.describe_default(),
+        "unit": spec.unit or None,
+        "range": spec.describe_range() or None,
+        "variable": None if spec.is_fixed else spec.environment,
+        "launcher_only": spec.is_launcher_only,
+    }

@@ -1,0 +1,57 @@
+"""`hlaunch validate`: every problem of a registry, with position. Knows the verdict's form, not the rules."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from launcher.commands import invocation_of
+from launcher.exit_codes import ExitCode
+
+
+def register(app: typer.Typer) -> None:
+    @app.command("validate")
+    def validate(
+        ctx: typer.Context,
+        file: Annotated[
+            Path | None, typer.Argument(metavar="[FILE]", help="The registry; by default the one that commands use.")
+        ] = None,
+        strict: Annotated[bool, typer.Option("--strict", help="Fail on warnings too.")] = False,
+        as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    ) -> None:
+        """Check a registry and report every problem."""
+        from launcher.registry import check_registry, find_registry
+        from launcher.registry.locate import display_path
+
+        invocation = invocation_of(ctx)
+        path = find_registry(file or invocation.registry_file, invocation.environ, invocation.cwd)
+        registry, issues = check_registry(path, invocation.cwd)
+        errors = sum(issue.severity == "error" for issue in issues)
+        warnings = sum(issue.severity == "warning" for issue in issues)
+        is_valid = errors == 0 and not (strict and warnings)
+        source = display_path(path, invocation.cwd)
+        if as_json:
+            invocation.console.json(
+                {
+                    "file": source,
+                    "valid": is_valid,
+                    "models": list(registry.models) if registry is not None else [],
+                    "issues": [issue.as_dict() for issue in issues],
+                }
+            )
+        else:
+            invocation.console.issues(issues)
+            counts = ", ".join(part for part in (_count(errors, "error"), _count(warnings, "warning")) if part)
+            if is_valid and registry is not None:
+                models = _count(len(registry.models), "model")
+                invocation.console.data(f"{source}: valid, {', '.join(part for part in (models, counts) if part)}")
+            else:
+                invocation.console.error(f"{source} is not valid: {counts}")
+        if not is_valid:
+            raise typer.Exit(ExitCode.REGISTRY_INVALID)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}" if number else ""

@@ -1,0 +1,351 @@
+"""The terminal: data to stdout, messages to stderr. The only module that knows rich, and it loads rich late.
+
+Knows: colour or not, width, escaping, tables, errors, phases with bars. Refuses to know: what is being said.
+
+Every text may come from a registry or a child process, so none of it is markup and none of it may move the cursor:
+rich's markup is never parsed, and control characters are shown as escapes. Colour needs a terminal and is off with
+`--plain`, `--no-color`, a non-empty `NO_COLOR` or `TERM=dumb`; what is printed reads the same without it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Protocol, Self, TextIO
+
+if TYPE_CHECKING:
+    import rich.console
+    import rich.progress
+
+    from launcher.errors import HlaunchError, Issue
+
+__all__ = ["Console", "PhaseView"]
+
+PIPE_WIDTH = 80
+"""Columns when the output is no terminal."""
+MAX_ISSUES = 50
+"""More problems than this are counted, not printed; `--json` has all of them."""
+
+_SEVERITY_STYLES = {"error": "bold red", "warning": "bold yellow", "info": "bold blue"}
+
+
+class PhaseView(Protocol):
+    """Shows the phases of a start. Use as a context manager; leaving it stops any live drawing.
+
+    `begin`, `progress` and `end` come in any number and order per phase; `fail` marks the phase that broke.
+    After leaving, `summary` prints the time-to-ready table. Not thread-safe: one thread calls it.
+    """
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+    def begin(self, phase: str) -> None: ...
+
+    def progress(self, phase: str, fraction: float | None, detail: str = "") -> None: ...
+
+    def end(self, phase: str, seconds: float, detail: str = "") -> None: ...
+
+    def fail(self, phase: str, detail: str = "") -> None: ...
+
+    def summary(self, total_seconds: float) -> None: ...
+
+
+class Console:
+    """Where a command writes. One per invocation; streams and environment are arguments, for tests."""
+
+    def __init__(
+        self,
+        *,
+        is_plain: bool = False,
+        environ: Mapping[str, str] | None = None,
+        stdout: TextIO | None = None,
+        stderr: TextIO | None = None,
+    ) -> None:
+        self._stdout = stdout if stdout is not None else sys.stdout
+        self._stderr = stderr if stderr is not None else sys.stderr
+        environ = environ or {}
+        self._is_plain = is_plain or bool(environ.get("NO_COLOR")) or environ.get("TERM") == "dumb"
+        self._rich: dict[int, rich.console.Console] = {}
+
+    @property
+    def is_live(self) -> bool:
+        """Say whether stderr is a terminal that may be redrawn."""
+        return not self._is_plain and self._stderr.isatty()
+
+    def data(self, text: str = "") -> None:
+        """Write one line of result to stdout, unwrapped."""
+        self._write(self._stdout, text)
+
+    def json(self, value: object) -> None:
+        """Write a value as indented JSON to stdout."""
+        # Only ASCII: a reader in any locale gets the same value.
+        self._stdout.write(json.dumps(value, indent=2) + "\n")
+        self._stdout.flush()
+
+    def raw(self, text: str) -> None:
+        """Write text of our own making to stdout as it is."""
+        self._stdout.write(text)
+        self._stdout.flush()
+
+    def heading(self, text: str) -> None:
+        """Write a title line to stdout."""
+        self._write(self._stdout, text, "bold")
+
+    def note(self, text: str) -> None:
+        """Write one line of message to stderr."""
+        self._write(self._stderr, text)
+
+    def warning(self, message: str, hint: str = "") -> None:
+        """Write `warning: …` and its hint to stderr."""
+        self._labelled("warning", message, hint)
+
+    def error(self, message: str, *, hint: str = "", details: Iterable[str] = ()) -> None:
+        """Write `error: …`, the details, and `hint: …` to stderr; never a traceback."""
+        self._labelled("error", message, "")
+        for line in details:
+            self.note(f"  {line}")
+        self._hint(hint)
+
+    def failure(self, error: HlaunchError) -> None:
+        """Write an exception of ours: its located issues if it has any, then the one-line verdict."""
+        self.issues(error.issues)
+        self.error(error.message, hint=error.hint, details=error.details)
+
+    def issues(self, issues: Sequence[Issue]) -> None:
+        """Write located problems to stderr, each with its hint, at most 50."""
+        for issue in issues[:MAX_ISSUES]:
+            head, label, tail = issue.headline().partition(f"{issue.severity}[{issue.code}]")
+            self._write(self._stderr, (head, ""), (label, _SEVERITY_STYLES[issue.severity]), (tail, ""))
+            self._hint(issue.hint)
+        if len(issues) > MAX_ISSUES:
+            self.note(f"… and {len(issues) - MAX_ISSUES} more")
+
+    def table(self, columns: Sequence[str], rows: Iterable[Sequence[str]], *, title: str = "") -> None:
+        """Write a table to stdout. Cells wrap so that a line has at most the terminal's width (80 in a pipe)."""
+        if title:
+            self.heading(title)
+        self._table(self._stdout, columns, rows)
+
+    def phases(self) -> PhaseView:
+        """Return the view of a start, on stderr: live bars on a terminal, plain lines elsewhere."""
+        return _LivePhases(self) if self.is_live else _PlainPhases(self)
+
+    def _hint(self, hint: str) -> None:
+        if hint:
+            self._write(self._stderr, ("hint: ", "cyan"), (hint, ""))
+
+    def _labelled(self, severity: str, message: str, hint: str) -> None:
+        self._write(self._stderr, (f"{severity}: ", _SEVERITY_STYLES[severity]), (message, ""))
+        self._hint(hint)
+
+    def _write(self, stream: TextIO, *parts: str | tuple[str, str]) -> None:
+        """Write one line of styled parts, control characters escaped. Bare text has no style."""
+        styled = [(part, "") if isinstance(part, str) else part for part in parts]
+        if len(parts) == 2 and isinstance(parts[0], str) and isinstance(parts[1], str):
+            styled = [(parts[0], parts[1])]
+        if self._is_plain or not stream.isatty():
+            stream.write(_encodable("".join(visible(text) for text, _ in styled), stream) + "\n")
+            stream.flush()
+            return
+        from rich.text import Text
+
+        line = Text.assemble(*((visible(text), style) for text, style in styled))
+        self.rich(stream).print(line, soft_wrap=True)
+
+    def _table(self, stream: TextIO, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+        for index, column in enumerate(columns):
+            is_number = column.startswith(">")
+            # The first column names the row: it may not be folded away by a long last one.
+            table.add_column(
+                column.removeprefix(">"),
+                justify="right" if is_number else "left",
+                overflow="fold",
+                no_wrap=is_number,
+                min_width=min(24, len(column)) if index else None,
+            )
+        for row in rows:
+            table.add_row(*(Text(_encodable(visible(cell), stream)) for cell in row))
+        with self.rich(stream).capture() as captured:
+            self.rich(stream).print(table)
+        stream.write("\n".join(line.rstrip() for line in captured.get().splitlines()) + "\n")
+        stream.flush()
+
+    def rich(self, stream: TextIO) -> rich.console.Console:
+        """Return the rich console of a stream; colours as decided here, never by rich."""
+        if id(stream) not in self._rich:
+            from rich.console import Console as RichConsole
+
+            is_styled = not self._is_plain and stream.isatty()
+            self._rich[id(stream)] = RichConsole(
+                file=stream,
+                force_terminal=is_styled,
+                no_color=not is_styled,
+                color_system="standard" if is_styled else None,
+                width=None if stream.isatty() else PIPE_WIDTH,
+                markup=False,
+                emoji=False,
+                highlight=False,
+                legacy_windows=False,
+            )
+        return self._rich[id(stream)]
+
+    @property
+    def stderr(self) -> TextIO:
+        return self._stderr
+
+
+def visible(text: str) -> str:
+    """Escape what a terminal would obey: control characters, bidirectional overrides, line breaks."""
+    if text.isprintable():
+        return text
+    return "".join(ch if ch.isprintable() else _escape(ch) for ch in text)
+
+
+def _escape(ch: str) -> str:
+    return " " if ch in "\n\t" else ch.encode("unicode_escape").decode("ascii")
+
+
+def _encodable(text: str, stream: TextIO) -> str:
+    """Replace what the stream's encoding lacks, so that an ASCII locale never raises."""
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    return text.encode(encoding, "replace").decode(encoding)
+
+
+class _Phases:
+    """What both views remember: each phase's time and last detail, in order of appearance."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._details: dict[str, str] = {}
+        self._seconds: dict[str, float] = {}
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        return None
+
+    def _note(self, phase: str, detail: str) -> None:
+        if detail or phase not in self._details:
+            self._details[phase] = detail
+
+    def summary(self, total_seconds: float) -> None:
+        """Write the time-to-ready table to stderr."""
+        known = sum(self._seconds.values())
+        rows = [(phase, f"{seconds:.2f}", _share(seconds, total_seconds)) for phase, seconds in self._seconds.items()]
+        if total_seconds - known >= 0.005:
+            rows.append(("(between)", f"{total_seconds - known:.2f}", _share(total_seconds - known, total_seconds)))
+        rows.append(("ready", f"{total_seconds:.2f}", ""))
+        details = [self._details.get(row[0], "") for row in rows]
+        self._console._table(
+            self._console.stderr,
+            ("PHASE", ">SECONDS", "SHARE", "DETAIL"),
+            [(*row, detail) for row, detail in zip(rows, details, strict=True)],
+        )
+
+
+def _share(seconds: float, total: float) -> str:
+    """A bar of up to ten marks: readable in any terminal."""
+    return "#" * max(1, round(10 * seconds / total)) if total > 0 and seconds > 0 else ""
+
+
+class _PlainPhases(_Phases):
+    """Plain lines: one when a phase ends, and one every few seconds while it runs."""
+
+    EVERY_SECONDS = 5.0
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(console)
+        self._spoke_at = time.monotonic()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def begin(self, phase: str) -> None:
+        self._note(phase, "")
+        self._spoke_at = time.monotonic()
+
+    def progress(self, phase: str, fraction: float | None, detail: str = "") -> None:
+        self._note(phase, detail)
+        now = time.monotonic()
+        if now - self._spoke_at >= self.EVERY_SECONDS:
+            self._spoke_at = now
+            percent = "" if fraction is None else f" {100 * min(1.0, max(0.0, fraction)):3.0f}%"
+            self._console.note(f"  {phase:<10}{percent} {detail}".rstrip())
+
+    def end(self, phase: str, seconds: float, detail: str = "") -> None:
+        self._note(phase, detail)
+        self._seconds[phase] = self._seconds.get(phase, 0.0) + seconds
+        self._spoke_at = time.monotonic()
+        self._console.note(f"  {phase:<10} {seconds:6.2f} s  {self._details[phase]}".rstrip())
+
+    def fail(self, phase: str, detail: str = "") -> None:
+        self._note(phase, detail)
+        self._console.note(f"  {phase:<10} failed  {detail}".rstrip())
+
+
+class _LivePhases(_Phases):
+    """One live line per phase: a mark, the name, a bar, the seconds, the last detail."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(console)
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+        self._progress: rich.progress.Progress = Progress(
+            TextColumn("{task.fields[mark]}", markup=False),
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=20),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[detail]}", markup=False),
+            console=console.rich(console.stderr),
+            refresh_per_second=10,
+            # The engine's own output may share the terminal; rich would swallow it line by line.
+            redirect_stdout=False,
+            redirect_stderr=False,
+        )
+        self._tasks: dict[str, Any] = {}
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def begin(self, phase: str) -> None:
+        self._note(phase, "")
+        if phase not in self._tasks:
+            self._tasks[phase] = self._progress.add_task(f"{phase:<10}", total=None, mark="…", detail="")
+
+    def progress(self, phase: str, fraction: float | None, detail: str = "") -> None:
+        self.begin(phase)
+        self._note(phase, detail)
+        total = None if fraction is None else 1.0
+        self._progress.update(
+            self._tasks[phase], total=total, completed=fraction or 0.0, detail=visible(self._details[phase])
+        )
+
+    def end(self, phase: str, seconds: float, detail: str = "") -> None:
+        self.begin(phase)
+        self._note(phase, detail)
+        self._seconds[phase] = self._seconds.get(phase, 0.0) + seconds
+        shown = f"{seconds:.2f} s  {self._details[phase]}".rstrip()
+        self._progress.update(self._tasks[phase], total=1.0, completed=1.0, mark="✓", detail=visible(shown))
+        self._progress.stop_task(self._tasks[phase])
+
+    def fail(self, phase: str, detail: str = "") -> None:
+        self.begin(phase)
+        self._note(phase, detail)
+        self._progress.update(self._tasks[phase], mark="✗", detail=visible(self._details[phase]))
+        self._progress.stop_task(self._tasks[phase])
