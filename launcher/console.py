@@ -162,19 +162,21 @@ class Console:
         from rich.table import Table
         from rich.text import Text
 
+        body = [[_encodable(visible(cell), stream) for cell in row] for row in rows]
+        # The first column names the row: it may not be folded away by a long last one.
+        names = min(40, max((len(row[0]) for row in body), default=0))
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
         for index, column in enumerate(columns):
             is_number = column.startswith(">")
-            # The first column names the row: it may not be folded away by a long last one.
             table.add_column(
                 column.removeprefix(">"),
                 justify="right" if is_number else "left",
                 overflow="fold",
                 no_wrap=is_number,
-                min_width=min(24, len(column)) if index else None,
+                min_width=len(column) if index else names,
             )
-        for row in rows:
-            table.add_row(*(Text(_encodable(visible(cell), stream)) for cell in row))
+        for row in body:
+            table.add_row(*(Text(cell) for cell in row))
         with self.rich(stream).capture() as captured:
             self.rich(stream).print(table)
         stream.write("\n".join(line.rstrip() for line in captured.get().splitlines()) + "\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -31,18 +32,12 @@ def register(app: typer.Typer) -> None:
         if as_json:
             invocation.console.json(facts(entry))
             return
-        invocation.console.heading(entry.name)
+        console = invocation.console
         if explain:
-            rows = [(item.key, _value(item), "\n".join((str(item.origin), *_hidden(item)))) for item in _items(entry)]
-            for key, value, origin in rows:
-                invocation.console.data(f"  {key}: {value}")
-                for line in origin.splitlines():
-                    invocation.console.data(f"      {line}")
+            console.table(("KEY", "VALUE", "ORIGIN"), [row for item in _items(entry) for row in _explained(item)])
             return
-        rows_set = [(item.key, _value(item)) for item in _items(entry) if item.origin.source is not None]
-        invocation.console.table(("KEY", "VALUE"), rows_set)
-        unset = sum(item.origin.source is None for item in _items(entry))
-        invocation.console.note(f"{unset} more keys have their built-in value: add --explain")
+        console.table(("KEY", "VALUE"), [(item.key, _value(item)) for item in _items(entry) if _is_set(item)])
+        console.note(f"{sum(not _is_set(item) for item in _items(entry))} more keys are built-in; see --explain")
 
 
 def facts(entry: ResolvedEntry) -> dict[str, object]:
@@ -57,8 +52,6 @@ def facts(entry: ResolvedEntry) -> dict[str, object]:
 
 
 def _items(entry: ResolvedEntry) -> list[ResolvedValue]:
-    from dataclasses import replace
-
     return [*entry.values.values(), *(replace(item, key=f"env.{item.key}") for item in entry.env.values())]
 
 
@@ -89,5 +82,14 @@ def _value(item: ResolvedValue) -> str:
     return str(item.value) if spec is None else show_value(spec, item.value)
 
 
-def _hidden(item: ResolvedValue) -> list[str]:
-    return [f"hides {_value(below)} from {below.origin}" for below in reversed(item.shadowed)]
+def _is_set(item: ResolvedValue) -> bool:
+    return item.origin.source is not None
+
+
+def _explained(item: ResolvedValue) -> list[tuple[str, str, str]]:
+    """One row for the value, then one for each value that it hides, nearest first."""
+    hidden = [below for below in reversed(item.shadowed) if below.value is not None]
+    return [
+        (item.key, _value(item), str(item.origin)),
+        *(("", f"over {_value(below)}", str(below.origin)) for below in hidden),
+    ]

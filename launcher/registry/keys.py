@@ -98,7 +98,7 @@ class KeySpec:
         return ", ".join(part for part in (low, high) if part)
 
     def _bound(self, value: float) -> str:
-        return show_value(self, value) if self.kind in (Kind.SIZE, Kind.DURATION) else f"{value:.15g}"
+        return show_value(self, value) if self.kind in (Kind.SIZE, Kind.DURATION) else f"{value}"
 
 
 def show_value(spec: KeySpec, value: Value) -> str:
@@ -498,9 +498,12 @@ ENVIRONMENT: Mapping[str, str] = MappingProxyType(
 """`HLAUNCH_<KEY>` -> canonical key."""
 
 RESERVED_ENVIRONMENT = frozenset(
-    f"HLAUNCH_{name}" for name in ("REGISTRY", "PROFILE", "CLUSTER", "NODE_IP", "MODEL_DIR", "STATE_DIR", "DEBUG")
+    f"HLAUNCH_{name}" for name in ("REGISTRY", "PROFILE", "CLUSTER", "NODE_IP", "MODEL_DIR", "STATE_DIR")
 )
 """Variables with the prefix that are not keys."""
+
+DASHED: Mapping[str, str] = MappingProxyType({name: spec.key for spec in _TABLE for name in (spec.key, *spec.aliases)})
+"""Every spelling worth proposing -> canonical key."""
 
 MODEL_ONLY = frozenset({"model", "revision", "tokenizer", "served-model-name", "description", "aliases", "tags"})
 """Keys that describe one model, so `defaults` cannot hold them."""

@@ -17,7 +17,7 @@ from types import MappingProxyType
 
 from launcher.errors import Issue, OverrideError, RegistryInvalid, UnknownModel
 from launcher.registry.document import Scalar
-from launcher.registry.keys import ENVIRONMENT, KEYS, RESERVED_ENVIRONMENT, KeySpec, Kind, canonical_key
+from launcher.registry.keys import DASHED, ENVIRONMENT, KEYS, RESERVED_ENVIRONMENT, KeySpec, Kind, canonical_key
 from launcher.registry.reading import read_scalar, read_variable
 from launcher.registry.rules import check_rules
 from launcher.registry.suggest import did_you_mean
@@ -206,7 +206,7 @@ def _flag_layer(overrides: Sequence[str]) -> tuple[Contribution, list[Issue]]:
 def _overridable(written: str) -> KeySpec:
     key = canonical_key(written)
     if key is None:
-        known = [item.key for item in KEYS.values() if not item.is_fixed]
+        known = [name for name, item in DASHED.items() if not KEYS[item].is_fixed]
         raise BadValue(
             "unknown-key",
             f"{show_text(written)} is not a known option",

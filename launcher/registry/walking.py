@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 
 from launcher.errors import Issue
 from launcher.registry.document import Mapping, Node, Scalar, Sequence
-from launcher.registry.keys import GROUPS, KEYS, MODEL_ONLY, canonical_key
+from launcher.registry.keys import DASHED, GROUPS, KEYS, MODEL_ONLY, canonical_key
 from launcher.registry.schema import NAME_PATTERN
 from launcher.registry.suggest import did_you_mean
 from launcher.registry.types import Mark
@@ -184,7 +184,7 @@ class _Walker:
                 "model-only", node.mark, (*path, key), "belongs to one model", "move it into an entry of models"
             )
             return None
-        known = [name for name in KEYS if "." not in name] + sorted(GROUPS)
+        known = [name for name in DASHED if "." not in name] + sorted(GROUPS)
         if level is _Level.DEFAULTS:
             known = [name for name in known if name not in MODEL_ONLY]
         is_known = key is not None and "." not in key
