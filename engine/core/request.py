@@ -1,6 +1,8 @@
 """A request as the engine core sees it, and what it gives back: integers only, no text.
 
 `EngineRequest` and `RequestOutput` cross the process border (msgpack); `Request` is the scheduler's own record.
+
+Errors: `RequestRejected` (refused before admission: the request's own fault or a full queue, never the engine's).
 """
 
 from __future__ import annotations
@@ -23,6 +25,18 @@ class RequestStatus(enum.IntEnum):
     @property
     def is_finished(self) -> bool:
         return self >= RequestStatus.FINISHED_STOP
+
+
+class RequestRejected(Exception):
+    """A request that never entered the queue. `code` is one word for programs, `message` one line for people.
+
+    Codes: queue_full, too_long, never_fits, duplicate_id, empty_prompt, bad_token.
+    """
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(f"{code}: {message}")
+        self.code = code
+        self.message = message
 
 
 class FinishReason(enum.StrEnum):
@@ -105,3 +119,69 @@ class StepOutputs:
     """What `advance` returns: request outputs in batch order."""
 
     outputs: list[RequestOutput] = field(default_factory=list)
+
+
+class Request:
+    """The scheduler's record of one request. Counts are tokens; a plain slotted class, because steps touch only ints.
+
+    `token_ids` holds prompt and outputs whose ids are known. `num_tokens` counts them and the placeholders: tokens
+    that a planned step samples and whose ids have not arrived. `num_computed` counts tokens whose KV a planned step
+    has written or will write before any later plan runs.
+    """
+
+    __slots__ = (
+        "block_contents",
+        "block_hashes",
+        "capacity",
+        "end",
+        "generation",
+        "is_hashable",
+        "min_end",
+        "num_cached_tokens",
+        "num_computed",
+        "num_hashed_blocks",
+        "num_prompt_tokens",
+        "num_tokens",
+        "order",
+        "request_id",
+        "row",
+        "slow_append_from",
+        "source",
+        "status",
+        "steady_until",
+        "stop_token_ids",
+        "tables",
+        "token_ids",
+        "window_starts",
+    )
+
+    def __init__(self, source: EngineRequest, end: int, order: tuple[float, ...]) -> None:
+        self.source = source
+        self.request_id = source.request_id
+        self.token_ids = list(source.prompt_token_ids)
+        self.num_prompt_tokens = len(self.token_ids)
+        self.num_tokens = self.num_prompt_tokens
+        self.num_computed = 0
+        # The token count that ends the request (max_tokens or context), and the one below which no stop id ends it.
+        self.end = end
+        self.min_end = self.num_prompt_tokens + source.params.min_tokens
+        self.stop_token_ids = frozenset(source.stop_token_ids)
+        # Sorts the waiting queue and picks victims: smallest first, largest preempted.
+        self.order = order
+        self.status = RequestStatus.WAITING
+        self.row = -1
+        self.generation = 0
+        # Steady decode: while num_computed is below this, a step needs no block and does not reach the end.
+        self.steady_until = -1
+        # A token that makes the list longer than this may end the request, or is its first: look closely.
+        self.slow_append_from = 0
+        self.tables: tuple[list[int], ...] = ()
+        # Positions that `tables` cover, and per group the first table entry that is not yet null.
+        self.capacity = 0
+        self.window_starts: list[int] = []
+        self.num_hashed_blocks = 0
+        self.is_hashable = True
+        self.block_hashes: list[bytes] = []
+        self.block_contents: list[bytes] = []
+        # Prompt tokens found in the prefix cache at the first admission; None before it and after it was reported.
+        self.num_cached_tokens: int | None = None
