@@ -10,7 +10,9 @@ rich's markup is never parsed, and control characters are shown as escapes. Colo
 from __future__ import annotations
 
 import json
+import shutil
 import sys
+import textwrap
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
@@ -159,28 +161,12 @@ class Console:
         self.rich(stream).print(line, soft_wrap=True)
 
     def _table(self, stream: TextIO, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-        from rich.table import Table
-        from rich.text import Text
-
-        body = [[_encodable(visible(cell), stream) for cell in row] for row in rows]
-        # The first column names the row: it may not be folded away by a long last one.
-        names = min(40, max((len(row[0]) for row in body), default=0))
-        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-        for index, column in enumerate(columns):
-            is_number = column.startswith(">")
-            table.add_column(
-                column.removeprefix(">"),
-                justify="right" if is_number else "left",
-                overflow="fold",
-                no_wrap=is_number,
-                min_width=len(column) if index else names,
-            )
-        for row in body:
-            table.add_row(*(Text(cell) for cell in row))
-        with self.rich(stream).capture() as captured:
-            self.rich(stream).print(table)
-        stream.write("\n".join(line.rstrip() for line in captured.get().splitlines()) + "\n")
-        stream.flush()
+        body = [[visible(cell) for cell in row] for row in rows]
+        width = shutil.get_terminal_size().columns if stream.isatty() else PIPE_WIDTH
+        header, *lines = layout_table(columns, body, width)
+        self._write(stream, (header, "bold"))
+        for line in lines:
+            self._write(stream, line)
 
     def rich(self, stream: TextIO) -> rich.console.Console:
         """Return the rich console of a stream; colours as decided here, never by rich."""
@@ -204,6 +190,36 @@ class Console:
     @property
     def stderr(self) -> TextIO:
         return self._stderr
+
+
+def layout_table(columns: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> list[str]:
+    """Lay out a table without rules in lines of at most `width`, header first; `>` before a name aligns right.
+
+    A column keeps its longest word whole while there is room: names and positions must survive to be copied.
+    """
+    names = [column.removeprefix(">") for column in columns]
+    cells = [names, *rows]
+    natural = [max(len(row[i]) for row in cells) for i in range(len(columns))]
+    widths = [max(len(word) for row in cells for word in (row[i].split() or [""])) for i in range(len(columns))]
+    room = max(width, 20) - 2 * (len(columns) - 1)
+    while sum(widths) > room:
+        widest = widths.index(max(widths))
+        widths[widest] -= 1
+    # What is left goes to whoever still wraps, one column after the other, so that short columns finish first.
+    while sum(widths) < min(room, sum(natural)):
+        i = min((k for k in range(len(columns)) if widths[k] < natural[k]), key=lambda k: natural[k] - widths[k])
+        widths[i] += min(natural[i] - widths[i], room - sum(widths))
+    lines = []
+    for row in cells:
+        wrapped = [textwrap.wrap(cell, widths[i]) or [""] for i, cell in enumerate(row)]
+        for k in range(max(len(part) for part in wrapped)):
+            parts = [part[k] if k < len(part) else "" for part in wrapped]
+            aligned = [
+                part.rjust(widths[i]) if columns[i].startswith(">") else part.ljust(widths[i])
+                for i, part in enumerate(parts)
+            ]
+            lines.append("  ".join(aligned).rstrip())
+    return lines
 
 
 def visible(text: str) -> str:
