@@ -1,0 +1,73 @@
+"""The dry run of `up`: prints the whole plan and touches nothing. Knows the order of its sections, nothing else."""
+
+from __future__ import annotations
+
+import shlex
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from launcher.console import Console
+    from launcher.plan import LaunchPlan
+
+
+def dry_run(console: Console, plan: LaunchPlan, *, as_json: bool) -> int:
+    """Print the plan: entry with origins, memory, placement, environment, engine.json, argv.
+
+    Returns: 0, or the exit code of the first problem, whose cause is then the last line on stderr. What `up` would
+    still miss (files, a key) is a warning here.
+    """
+    from launcher.plan.drawing import plan_data
+
+    if as_json:
+        console.json(plan_data(plan))
+    else:
+        _print(console, plan)
+    for blocker in plan.blockers:
+        console.warning(f"up would stop here: {blocker.message}", hint=blocker.hint)
+    # The first problem decides the exit code, so its cause is the last line.
+    for problem in reversed(plan.problems):
+        for line in problem.details:
+            console.note(f"  {line}")
+        if problem.hint:
+            console.note(f"hint: {problem.hint}")
+        console.error(problem.message)
+    return int(plan.problems[0].exit_code) if plan.problems else 0
+
+
+def _print(console: Console, plan: LaunchPlan) -> None:
+    from launcher.plan.drawing import base_url, fit_lines, placement_lines
+    from launcher.registry.keys import KEYS, show_value
+
+    rows = []
+    for key, item in plan.entry.values.items():
+        spec = KEYS.get(key)
+        rows.append((key, str(item.value) if spec is None else show_value(spec, item.value), str(item.origin)))
+    console.table(("KEY", "VALUE", "ORIGIN"), rows, title=f"{plan.name}: resolved entry")
+    console.data()
+    console.heading("memory")
+    if plan.fit is None:
+        console.data("unknown: no files here and the model is not in the built-in table")
+    else:
+        for line in fit_lines(plan.fit):
+            console.data(line)
+    console.data()
+    console.heading("placement")
+    for line in placement_lines(plan):
+        console.data(line)
+    console.data()
+    console.table(
+        ("VARIABLE", "VALUE", "ORIGIN"),
+        [(item.name, item.shown, item.origin) for item in plan.environment],
+        title="environment of the engine",
+    )
+    console.data()
+    console.heading(f"engine.json ({plan.argv[plan.argv.index('--config') + 1]})")
+    for line in plan.config.to_json().splitlines():
+        console.raw(line + "\n")
+    console.data()
+    console.heading(f"command (in {plan.working_folder}; N is the status pipe)")
+    console.data(shlex.join(plan.argv))
+    console.data()
+    console.data(f"address: {base_url(plan)}")
+    for note in plan.notes:
+        console.note(f"note: {note}")

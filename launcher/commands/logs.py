@@ -1,0 +1,48 @@
+"""`hlaunch logs`: the engine's output of a running or past instance. Knows which lines, not what they say."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from launcher.commands import invocation_of
+
+
+def register(app: typer.Typer) -> None:
+    @app.command("logs")
+    def logs(
+        ctx: typer.Context,
+        name: Annotated[str, typer.Argument(metavar="NAME", help="A model's name or alias.")],
+        is_following: Annotated[bool, typer.Option("--follow", "-f", help="Go on until it ends.")] = False,
+        num_lines: Annotated[int, typer.Option("--lines", "-n", min=0, help="Lines from the end.")] = 200,
+    ) -> None:
+        """Show the log of a running or past model."""
+        from launcher.errors import HlaunchError, UnknownModel
+        from launcher.supervise.instance import InstanceFolder, state_root
+        from launcher.supervise.logfile import follow, tail
+        from launcher.supervise.stopping import instance_folders
+
+        invocation = invocation_of(ctx)
+        root = state_root(invocation.environ)
+        folder = InstanceFolder(root, name)
+        if not folder.log_file.is_file():
+            try:
+                folder = InstanceFolder(root, invocation.resolve(name).name)
+            except HlaunchError:
+                folder = InstanceFolder(root, name)
+        if not folder.log_file.is_file():
+            known = [item.name for item in instance_folders(root) if item.log_file.is_file()]
+            raise UnknownModel(f"'{name}' has no log", available=known, hint="a log begins with: hlaunch up NAME")
+        position = folder.log_file.stat().st_size
+        for line in tail(folder.log_file, num_lines, position):
+            invocation.console.data(line)
+        if not is_following:
+            return
+
+        def is_over() -> bool:
+            state = folder.read()
+            return state is None or not state.is_alive
+
+        for line in follow(folder.log_file, position, is_over):
+            invocation.console.data(line)

@@ -1,0 +1,83 @@
+"""`hlaunch ps`: what runs, from the instances' records. Knows columns; dead records are removed on the way."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from launcher.commands import invocation_of
+
+if TYPE_CHECKING:
+    from launcher.supervise.instance import InstanceState
+
+
+def register(app: typer.Typer) -> None:
+    @app.command("ps")
+    def ps(
+        ctx: typer.Context,
+        as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    ) -> None:
+        """Show what runs."""
+        from launcher.supervise.instance import state_root
+        from launcher.supervise.stopping import clean_stale, instance_folders, running_instances, stale_instances
+
+        invocation = invocation_of(ctx)
+        folders = list(instance_folders(state_root(invocation.environ)))
+        for folder, state in stale_instances(folders):
+            clean_stale(folder, state)
+            invocation.console.note(f"{state.name}: its launcher (pid {state.launcher.pid}) is gone; record removed")
+        facts = [_facts(state) for _, state in running_instances(folders)]
+        if as_json:
+            invocation.console.json(facts)
+            return
+        if not facts:
+            invocation.console.note("nothing runs; start with: hlaunch up NAME")
+            return
+        invocation.console.table(
+            ("NAME", "MODEL", "STATE", ">PID", "ENDPOINT", ">MEM", ">UPTIME"), [_row(fact) for fact in facts]
+        )
+
+
+def _facts(state: InstanceState) -> dict[str, Any]:
+    from launcher.supervise import procfs
+
+    members = [] if state.engine is None else procfs.session_members(state.engine)
+    return {
+        "name": state.name,
+        "model": state.model,
+        "state": state.state,
+        "pid": state.launcher.pid,
+        "engine_pid": None if state.engine is None else state.engine.pid,
+        "url": state.url,
+        "memory_bytes": procfs.memory_bytes([state.launcher.pid, *members]),
+        "uptime_seconds": round(procfs.age_seconds(state.launcher), 1),
+        "ready_seconds": state.ready_seconds,
+        "is_detached": state.is_detached,
+    }
+
+
+def _row(fact: dict[str, Any]) -> tuple[str, ...]:
+    from launcher.plan.drawing import size
+
+    return (
+        fact["name"],
+        fact["model"],
+        fact["state"],
+        str(fact["pid"]),
+        fact["url"],
+        size(fact["memory_bytes"]),
+        _uptime(fact["uptime_seconds"]),
+    )
+
+
+def _uptime(seconds: float) -> str:
+    """Write an age with its two largest units: `42s`, `3m10s`, `5h02m`, `2d07h`."""
+    whole = int(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02}s"
+    if whole < 86400:
+        return f"{whole // 3600}h{whole % 3600 // 60:02}m"
+    return f"{whole // 86400}d{whole % 86400 // 3600:02}h"

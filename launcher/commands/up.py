@@ -1,0 +1,257 @@
+"""`hlaunch up`: plan, check, start, show the phases, serve. Knows the order of these steps and what the user sees.
+
+Imports are late on purpose: the engine's own imports are the longest part of a start, so nothing that only draws is
+loaded before the engine runs.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from launcher.commands import Invocation, invocation_of
+
+if TYPE_CHECKING:
+    from launcher.console import Console, PhaseView
+    from launcher.plan import LaunchPlan
+    from launcher.supervise.instance import InstanceFolder
+    from launcher.supervise.spec import LaunchSpec
+    from launcher.supervise.status import Phase, Ready
+    from launcher.supervise.supervisor import Outcome
+    from launcher.supervise.timeline import Timeline
+
+
+def register(app: typer.Typer) -> None:
+    @app.command("up")
+    def up(
+        ctx: typer.Context,
+        name: Annotated[str, typer.Argument(metavar="NAME", help="A model's name or alias.")],
+        overrides: Annotated[
+            list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key; may repeat.")
+        ] = None,
+        port: Annotated[int | None, typer.Option("--port", help="TCP port; 0 takes a free one.")] = None,
+        detach: Annotated[bool, typer.Option("--detach", "-d", help="Return when ready; stop with: down.")] = False,
+        replace: Annotated[bool, typer.Option("--replace", help="Stop a running one of this name first.")] = False,
+        dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan, start nothing.")] = False,
+        as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: print JSON.")] = False,
+    ) -> int:
+        """Start a model and serve it until Ctrl-C."""
+        from launcher.errors import UsageError
+
+        if as_json and not dry_run:
+            raise UsageError("--json goes with --dry-run", hint="add --dry-run")
+        invocation = invocation_of(ctx)
+        plan = _plan(invocation, name, list(overrides or []), port)
+        if dry_run:
+            from launcher.commands.dry_run import dry_run as show
+
+            return show(invocation.console, plan, as_json=as_json)
+        return launch(invocation.console, plan, is_detached=detach, is_replacing=replace)
+
+
+def _plan(invocation: Invocation, name: str, overrides: list[str], port: int | None) -> LaunchPlan:
+    from launcher.plan import make_plan, read_inventory
+    from launcher.supervise.instance import InstanceFolder, state_root
+
+    entry = invocation.resolve(name, overrides if port in (None, 0) else [*overrides, f"port={port}"])
+    if port == 0:
+        from launcher.supervise.ports import free_port
+
+        entry = invocation.resolve(name, [*overrides, f"port={free_port(entry.text('host'))}"])
+    folder = InstanceFolder(state_root(invocation.environ), entry.name)
+    return make_plan(entry, read_inventory(), invocation.environ, folder.path)
+
+
+def launch(console: Console, plan: LaunchPlan, *, is_detached: bool, is_replacing: bool) -> int:
+    """Start what was planned and return the exit code: when it has ended, or when it is ready and detached.
+
+    Raises: HlaunchError; its message is the cause and the last thing to print.
+    """
+    from launcher.plan.drawing import base_url
+    from launcher.supervise.instance import InstanceFolder
+    from launcher.supervise.ports import check_port
+    from launcher.supervise.procfs import own_age_seconds
+    from launcher.supervise.spec import LaunchSpec
+
+    began = time.monotonic() - own_age_seconds()
+    plan.check()
+    folder = InstanceFolder(plan.instance_folder.parent.parent, plan.name)
+    folder.create()
+    lock_fd = _take_lock(folder, is_replacing)
+    check_port(plan.config.server.host, plan.config.server.port)
+    spec = LaunchSpec(
+        name=plan.name,
+        model=plan.entry.model,
+        url=base_url(plan),
+        argv=plan.argv[: plan.argv.index("--status-fd")],
+        working_folder=str(plan.working_folder),
+        config_text=plan.config.to_json(),
+        ready_timeout_seconds=plan.ready_timeout_seconds,
+        drain_timeout_seconds=plan.config.server.drain_timeout_seconds,
+        environment=plan.environment_mapping,
+    )
+    view = LaunchView(console, plan, is_detached)
+    try:
+        outcome = _run(spec, folder, lock_fd, view, began, is_detached)
+    finally:
+        view.close()
+    return _conclude(console, view, outcome)
+
+
+def _run(
+    spec: LaunchSpec, folder: InstanceFolder, lock_fd: int, view: LaunchView, began: float, is_detached: bool
+) -> Outcome:
+    if is_detached:
+        from launcher.supervise.detached import start_detached
+
+        return start_detached(spec, folder, lock_fd, view, began)
+    from launcher.supervise.supervisor import Supervisor
+
+    return Supervisor(spec, folder, view, launched_at=began).run()
+
+
+def _take_lock(folder: InstanceFolder, is_replacing: bool) -> int:
+    """Become the one launcher of this name, and clear what a dead one left.
+
+    Raises: PreflightError when a live one has it.
+    """
+    from launcher.errors import PreflightError
+    from launcher.supervise.stopping import clean_stale, stop_instance
+
+    lock_fd = folder.try_lock()
+    if lock_fd is None and is_replacing:
+        stop_instance(folder)
+        deadline = time.monotonic() + 5
+        while (lock_fd := folder.try_lock()) is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+    state = folder.read()
+    if lock_fd is None:
+        where = f" (pid {state.launcher.pid}, {state.url})" if state is not None else ""
+        raise PreflightError(
+            f"{folder.name} is already running{where}; run: hlaunch down {folder.name}, or add --replace"
+        )
+    if state is not None:
+        clean_stale(folder, state)
+    return lock_fd
+
+
+def _conclude(console: Console, view: LaunchView, outcome: Outcome) -> int:
+    """Turn an end into an exit code. Log tail and hint of a failure come first: the cause is the last line."""
+    if not outcome.cause:
+        if outcome.was_ready and not view.is_detached:
+            console.note("stopped")
+        return int(outcome.exit_code)
+    from launcher.errors import EngineFailed
+
+    view.fail()
+    if outcome.log_tail:
+        console.note("last lines of the engine's log:")
+    for line in outcome.log_tail:
+        console.note(f"  | {line}")
+    if outcome.hint:
+        console.note(f"hint: {outcome.hint}")
+    raise EngineFailed(outcome.cause, exit_code=int(outcome.exit_code))
+
+
+class LaunchView:
+    """What the user sees of a launch; a `Listener` of the supervisor."""
+
+    def __init__(self, console: Console, plan: LaunchPlan, is_detached: bool) -> None:
+        from launcher.supervise.status import LineSplitter
+
+        self.is_detached = is_detached
+        self._console = console
+        self._plan = plan
+        self._view: PhaseView | None = None
+        self._began: dict[str, float] = {}
+        self._is_serving = False
+        self._lines = LineSplitter()
+
+    def started(self, pid: int) -> None:
+        """The engine is on its way: now there is time to draw."""
+        self._summary()
+        self._view = self._console.phases()
+        self._view.__enter__()
+
+    def phase(self, phase: Phase) -> None:
+        if self._view is None or self._is_serving:
+            return
+        if phase.state == "begin":
+            self._began[phase.name] = phase.at
+            self._view.begin(phase.name)
+        elif phase.state == "end":
+            self._view.end(phase.name, phase.at - self._began.pop(phase.name, phase.at), phase.detail)
+        else:
+            self._began.setdefault(phase.name, phase.at)
+            self._view.progress(phase.name, phase.fraction, phase.detail)
+
+    def ready(self, ready: Ready, timeline: Timeline) -> None:
+        """Print the table, the address and the request to paste."""
+        from launcher.plan.drawing import curl_line
+
+        for name, began in list(self._began.items()):
+            if self._view is not None:
+                self._view.end(name, ready.at - began)
+        self._began.clear()
+        self._is_serving = True
+        self.close()
+        self._table(timeline)
+        url = ready.url or self._plan.config.server.host
+        names = ", ".join(self._plan.config.server.served_model_names)
+        self._console.data(f"{names} is ready at {url}")
+        self._console.data(curl_line(self._plan, url))
+        if self.is_detached:
+            self._console.note(f"stop with: hlaunch down {self._plan.name}   log: hlaunch logs {self._plan.name}")
+        else:
+            self._console.note("Ctrl-C stops")
+
+    def stopping(self, drain_timeout_seconds: float) -> None:
+        if drain_timeout_seconds:
+            self._console.note(f"stopping: running requests get {drain_timeout_seconds:g} s; Ctrl-C again aborts")
+
+    def aborting(self) -> None:
+        self._console.note("aborting")
+
+    def output(self, data: bytes) -> None:
+        """Show the engine's own lines once it serves; before that they are in the log, and in the tail of a failure."""
+        if not self._is_serving:
+            return
+        for line in self._lines.feed(data):
+            self._console.note(line.decode("utf-8", errors="replace"))
+
+    def fail(self) -> None:
+        """Mark what was running when it broke."""
+        for name in self._began:
+            self._console.note(f"  {name:<10} failed")
+
+    def close(self) -> None:
+        """Stop drawing."""
+        if self._view is not None:
+            self._view.__exit__(None, None, None)
+            self._view = None
+
+    def _summary(self) -> None:
+        from launcher.plan.drawing import placement_lines, size
+
+        plan = self._plan
+        self._console.note(f"{plan.name}: {plan.files.folder}")
+        for line in placement_lines(plan):
+            self._console.note(f"  {line}")
+        if plan.fit is not None:
+            memory = plan.fit.memory
+            self._console.note(
+                f"  memory: weights {size(memory.weight_bytes)}, KV {size(memory.kv_bytes)} "
+                f"({memory.max_full_requests:.1f} x {plan.fit.limits.max_model_len} tokens), "
+                f"{size(memory.budget_bytes)} available"
+            )
+        for note in plan.notes:
+            self._console.note(f"  note: {note}")
+        sys.stderr.flush()
+
+    def _table(self, timeline: Timeline) -> None:
+        rows = [(row.name, f"{row.began_seconds:.2f}", f"{row.seconds:.2f}", row.detail) for row in timeline.rows()]
+        rows.append(("ready", f"{timeline.total_seconds:.2f}", "", ""))
+        self._console.table(("PHASE", ">AT", ">SECONDS", "DETAIL"), rows)

@@ -1,0 +1,209 @@
+"""Does it fit, and what would make it fit: the launcher's view of `engine.memory`.
+
+Knows: which limits can be traded for memory. Refuses to know: how bytes are counted (`engine.memory`, shared with the
+engine, so that the preview and the allocation cannot drift apart) and where the budget comes from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from engine.config import EngineConfig, ModelConfig
+from engine.memory import (
+    MemoryFit,
+    checkpoint_bytes,
+    fit,
+    loaded_weight_bytes,
+    model_bytes,
+    should_expand_experts,
+)
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """The settings that decide memory. Units: tokens, requests, bytes; 0 bytes lets the budget size the KV pool."""
+
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    block_size: int
+    kv_cache_bytes: int
+    num_blocks: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Suggestion:
+    """Settings that together would fit: registry key -> value as the registry takes it."""
+
+    settings: tuple[tuple[str, str], ...]
+
+    def __str__(self) -> str:
+        return " ".join(f"--set {key}={value}" for key, value in self.settings)
+
+
+@dataclass(frozen=True, slots=True)
+class FitReport:
+    """The fit of one rank with what led to it. `full_request_bytes` is the KV of one request of full length."""
+
+    memory: MemoryFit
+    limits: Limits
+    checkpoint_bytes: int
+    is_from_files: bool
+    dtype: str
+    kv_dtype: str
+    is_expanded: bool
+    suggestions: tuple[Suggestion, ...]
+
+    @property
+    def fits(self) -> bool:
+        return self.memory.fits
+
+    @property
+    def full_request_bytes(self) -> int:
+        return self.memory.blocks_per_full_request * self.memory.kv_block_bytes
+
+    @property
+    def minimum_bytes(self) -> int:
+        """What the budget must hold to serve one request of full length."""
+        fixed = self.memory.weight_bytes + self.memory.activation_bytes + self.memory.runtime_bytes
+        return fixed + self.full_request_bytes + self.memory.kv_block_bytes
+
+    def cause(self) -> str:
+        """Say in one line why it does not fit."""
+        memory = self.memory
+        fixed = memory.weight_bytes + memory.activation_bytes + memory.runtime_bytes
+        if fixed > memory.budget_bytes:
+            return (
+                f"weights, activations and runtime need {fixed / GIB:.1f} GiB, "
+                f"{memory.budget_bytes / GIB:.1f} GiB are available"
+            )
+        if memory.required_bytes > memory.budget_bytes:
+            left = (memory.budget_bytes - fixed) / GIB
+            return (
+                f"the KV cache of {memory.kv_bytes / GIB:.2f} GiB is above the {left:.2f} GiB left beside the weights"
+            )
+        return (
+            f"the KV cache of {memory.kv_bytes / GIB:.2f} GiB holds no request of {self.limits.max_model_len} tokens "
+            f"(one needs {self.full_request_bytes / GIB:.2f} GiB)"
+        )
+
+
+def limits_of(config: EngineConfig, model: ModelConfig) -> Limits:
+    """Read the limits out of an engine configuration, with the model's own where that leaves them open."""
+    return Limits(
+        max_model_len=config.max_model_len or model.max_position_embeddings,
+        max_num_seqs=config.scheduler.max_num_seqs,
+        max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
+        block_size=config.cache.block_size,
+        kv_cache_bytes=config.cache.kv_cache_bytes,
+        num_blocks=config.cache.num_blocks,
+    )
+
+
+def report_fit(config: EngineConfig, model: ModelConfig, folder: Path | None, budget_bytes: int) -> FitReport:
+    """Fit a model on one CPU rank whose budget is `budget_bytes`; `folder` None counts bytes from the shape alone.
+
+    Raises: ConfigError when a safetensors header on disk is malformed.
+    """
+    dtype = cpu_dtype(config.dtype)
+    kv_dtype = dtype if config.cache.dtype == "auto" else config.cache.dtype
+    on_disk = sum(checkpoint_bytes(folder).values()) if folder is not None else 0
+    is_expanded = should_expand_experts(model, dtype, budget_bytes)
+    weight_bytes = loaded_weight_bytes(model, dtype, is_expanded)
+    limits = limits_of(config, model)
+
+    def try_fit(tried: Limits) -> MemoryFit:
+        return fit(
+            model,
+            budget_bytes=budget_bytes,
+            weight_bytes=weight_bytes,
+            kv_dtype=kv_dtype,
+            block_size=tried.block_size,
+            max_model_len=tried.max_model_len,
+            max_num_seqs=tried.max_num_seqs,
+            max_num_batched_tokens=tried.max_num_batched_tokens,
+            kv_cache_bytes=tried.kv_cache_bytes,
+            num_blocks=tried.num_blocks,
+        )
+
+    memory = try_fit(limits)
+    return FitReport(
+        memory=memory,
+        limits=limits,
+        checkpoint_bytes=on_disk or model_bytes(model),
+        is_from_files=on_disk > 0,
+        dtype=dtype,
+        kv_dtype=kv_dtype,
+        is_expanded=is_expanded,
+        suggestions=() if memory.fits else suggest(limits, try_fit),
+    )
+
+
+def cpu_dtype(dtype: str) -> str:
+    """The type that a CPU rank computes and keeps its KV in when the entry says `auto`."""
+    return "float32" if dtype == "auto" else dtype
+
+
+def suggest(limits: Limits, try_fit: Callable[[Limits], MemoryFit]) -> tuple[Suggestion, ...]:
+    """Find the smallest changes that fit: each setting alone, else all of them together, else none."""
+    found: list[Suggestion] = []
+
+    def fits(tried: Limits) -> bool:
+        return try_fit(tried).fits
+
+    current = try_fit(limits)
+    # One request's blocks and the null block: enough when only the default cap of the pool is in the way.
+    needed = (current.blocks_per_full_request + 1) * current.kv_block_bytes
+    if not limits.num_blocks and fits(replace(limits, kv_cache_bytes=needed)):
+        found.append(Suggestion((("kv-cache-memory-bytes", f"{-(-needed // (1 << 20))}MiB"),)))
+    unit = limits.block_size
+    blocks = _largest_context(limits, fits)
+    if blocks:
+        found.append(Suggestion((("max-model-len", str(blocks * unit)),)))
+    seqs = _largest(limits.max_num_seqs, lambda n: fits(replace(limits, max_num_seqs=n)))
+    if seqs:
+        found.append(Suggestion((("max-num-seqs", str(seqs)),)))
+    tokens = _largest(
+        limits.max_num_batched_tokens,
+        lambda n: n >= limits.max_num_seqs and fits(replace(limits, max_num_batched_tokens=n)),
+        low=limits.max_num_seqs,
+    )
+    if tokens:
+        found.append(Suggestion((("max-num-batched-tokens", str(tokens)),)))
+    return tuple(found) if found else _suggest_together(limits, fits)
+
+
+def _suggest_together(limits: Limits, fits: Callable[[Limits], bool]) -> tuple[Suggestion, ...]:
+    unit = limits.block_size
+    for seqs, tokens in ((limits.max_num_seqs, max(256, limits.max_num_seqs)), (1, 256), (1, unit)):
+        if seqs > limits.max_num_seqs or tokens > limits.max_num_batched_tokens:
+            continue
+        small = replace(limits, max_num_seqs=seqs, max_num_batched_tokens=tokens)
+        blocks = _largest_context(small, fits)
+        if blocks:
+            settings = (("max-num-seqs", seqs), ("max-num-batched-tokens", tokens), ("max-model-len", blocks * unit))
+            return (Suggestion(tuple((key, str(value)) for key, value in settings)),)
+    return ()
+
+
+def _largest_context(limits: Limits, fits: Callable[[Limits], bool]) -> int:
+    """The largest context that fits, in blocks."""
+    unit = limits.block_size
+    return _largest(limits.max_model_len // unit, lambda n: fits(replace(limits, max_model_len=n * unit)))
+
+
+def _largest(high: int, fits: Callable[[int], bool], low: int = 1) -> int:
+    """The largest n in [low, high] that fits, 0 when none does. `fits` must not become true again above a failure."""
+    if high < low or not fits(low):
+        return 0
+    while low < high:
+        middle = (low + high + 1) // 2
+        if fits(middle):
+            low = middle
+        else:
+            high = middle - 1
+    return low

@@ -1,0 +1,171 @@
+"""Resolved entry -> EngineConfig: one place where registry keys and engine fields meet.
+
+Knows: both vocabularies, and what this version of the engine cannot do. Refuses to know: files, memory, processes.
+What the schema allows and the engine cannot serve yet is a clear refusal, never an option that is silently ignored.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import ipaddress
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+from engine.config import CacheConfig, ConfigError, EngineConfig, SchedulerConfig, ServerConfig
+from launcher.errors import DoesNotFit, HlaunchError, PreflightError
+from launcher.plan.inventory import Inventory
+from launcher.registry.types import Layer, ResolvedEntry
+from launcher.registry.values import BadValue
+
+_DTYPES: dict[str, Literal["auto", "float32", "bfloat16"]] = {
+    "auto": "auto",
+    "float": "float32",
+    "float32": "float32",
+    "bfloat16": "bfloat16",
+}
+
+
+def refusals(entry: ResolvedEntry, inventory: Inventory) -> tuple[HlaunchError, ...]:
+    """List what the entry asks and this version cannot do, each with what is possible instead."""
+    found: list[HlaunchError] = []
+    for key, short in (("tensor", "tp"), ("pipeline", "pp"), ("data", "dp")):
+        size = entry.integer(f"{key}-parallel-size")
+        if size > 1:
+            found.append(
+                DoesNotFit(
+                    f"{key}-parallel-size {size}: this version runs one rank",
+                    hint=f"add --set {short}=1; one CPU rank on {inventory.node} is possible",
+                )
+            )
+    if entry.text("device") == "cuda":
+        gpus = f"{len(inventory.gpus)} GPU(s) seen" if inventory.gpus else "no GPU seen"
+        found.append(
+            DoesNotFit(
+                f"device cuda: this version runs on CPU ({gpus})", hint="add --set device=cpu, or leave it at auto"
+            )
+        )
+    backend = entry.text("distributed-executor-backend")
+    if backend not in ("auto", "uni"):
+        found.append(
+            DoesNotFit(
+                f"distributed-executor-backend {backend}: this version has the in-process executor only",
+                hint="add --set distributed-executor-backend=auto",
+            )
+        )
+    for key in ("dtype", "kv-cache-dtype"):
+        value = entry.text(key)
+        if value not in _DTYPES:
+            found.append(
+                DoesNotFit(f"{key} {value}: a CPU rank computes in float32 or bfloat16", hint=f"add --set {key}=auto")
+            )
+    for key in ("tokenizer", "tool-call-parser", "reasoning-parser"):
+        if entry.text_or_none(key) is not None:
+            found.append(
+                PreflightError(f"{key} {entry.text(key)}: this version takes it from the model", hint=f"remove {key}")
+            )
+    return tuple(found)
+
+
+def notes(entry: ResolvedEntry) -> tuple[str, ...]:
+    """Say which set options have no effect here."""
+    found = []
+    for key, why in (
+        ("gpu-memory-utilization", "no effect on CPU: the KV cache is sized from free memory"),
+        ("enforce-eager", "no effect on CPU: there are no CUDA graphs"),
+    ):
+        # A general `defaults:` is not a statement about this model on this machine.
+        if entry.origin(key).layer not in (Layer.BUILT_IN, Layer.DEFAULTS):
+            found.append(f"{key}: {why}")
+    return tuple(found)
+
+
+def engine_config(entry: ResolvedEntry, folder: Path | None, api_key_sha256: tuple[str, ...]) -> EngineConfig:
+    """Build the engine's configuration. `folder` None leaves the model's id in its place, for a plan without files.
+
+    Raises: DoesNotFit when values contradict each other in a way only the engine's own rules know.
+    """
+    dtype, kv_dtype = (_DTYPES.get(entry.text(key), "auto") for key in ("dtype", "kv-cache-dtype"))
+    load_format = entry.text("load-format")
+    try:
+        return EngineConfig(
+            model=str(folder) if folder is not None else entry.model,
+            device="cpu",
+            dtype=dtype,
+            max_model_len=entry.integer_or_none("max-model-len") or 0,
+            load_format=load_format if load_format in ("safetensors", "dummy") else "auto",  # type: ignore[arg-type]
+            cpu_threads=entry.integer("cpu-threads"),
+            seed=entry.integer_or_none("seed"),
+            step_timeout_seconds=entry.number("step-timeout"),
+            scheduler=_scheduler(entry),
+            cache=CacheConfig(
+                block_size=entry.integer("block-size"),
+                kv_cache_bytes=entry.integer_or_none("kv-cache-memory-bytes") or 0,
+                dtype=kv_dtype,
+            ),
+            server=_server(entry, api_key_sha256),
+        )
+    except ConfigError as error:
+        raise DoesNotFit(str(error).replace("_", "-"), hint=error.hint) from error
+
+
+def _scheduler(entry: ResolvedEntry) -> SchedulerConfig:
+    return SchedulerConfig(
+        max_num_seqs=entry.integer("max-num-seqs"),
+        max_num_batched_tokens=entry.integer("max-num-batched-tokens"),
+        long_prefill_limit=entry.integer("long-prefill-token-threshold"),
+        policy="priority" if entry.text("scheduling-policy") == "priority" else "fcfs",
+        enable_prefix_caching=entry.flag("enable-prefix-caching"),
+        enable_chunked_prefill=entry.flag("enable-chunked-prefill"),
+        async_scheduling=entry.flag("async-scheduling"),
+        max_queue=entry.integer("max-queue"),
+    )
+
+
+def _server(entry: ResolvedEntry, api_key_sha256: tuple[str, ...]) -> ServerConfig:
+    return ServerConfig(
+        host=entry.text("host"),
+        port=entry.integer("port"),
+        served_model_names=served_names(entry),
+        api_key_sha256=api_key_sha256,
+        insecure_no_auth=entry.flag("insecure-no-auth"),
+        drain_timeout_seconds=entry.number("drain-timeout"),
+        request_timeout_seconds=entry.number("request-timeout"),
+        max_body_bytes=entry.integer("max-body-size"),
+        max_connections=entry.integer("max-connections"),
+        stream_interval=entry.integer("stream-interval"),
+    )
+
+
+def served_names(entry: ResolvedEntry) -> tuple[str, ...]:
+    """The names clients may use: as set, else the entry's name and aliases."""
+    return entry.texts("served-model-name") or (entry.name, *entry.texts("aliases"))
+
+
+def api_key_digests(entry: ResolvedEntry, environ: Mapping[str, str]) -> tuple[tuple[str, ...], PreflightError | None]:
+    """Read the API key and return its SHA-256 as hex; the key itself goes nowhere.
+
+    Returns: the digests and, when the key cannot be read or is missing on a public address, why `up` must refuse.
+    """
+    reference = entry.secret("api-key")
+    if reference is not None:
+        try:
+            key = reference.reveal(environ)
+        except BadValue as error:
+            return (), PreflightError(f"api-key: {error.message}", hint=error.hint)
+        return (hashlib.sha256(key.encode()).hexdigest(),), None
+    host = entry.text("host")
+    if not is_loopback(host) and not entry.flag("insecure-no-auth"):
+        return (), PreflightError(
+            f"host {host} is reachable from other machines and the entry has no api-key",
+            hint="add --set api-key='${HLAUNCH_API_KEY}', or --set insecure-no-auth=true if the network is yours alone",
+        )
+    return (), None
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach `host`. A name other than localhost counts as public."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"

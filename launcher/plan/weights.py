@@ -1,0 +1,121 @@
+"""Where a model's files are on this machine, where else they could be, and what is missing of them.
+
+Knows: bundled names, folders, the Hugging Face cache layout. Refuses to know: the network; nothing is ever downloaded.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine.config import BUNDLED_MODELS, resolve_model_folder
+from launcher.errors import PreflightError
+
+_MAX_INDEX_BYTES = 64 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFiles:
+    """What was found: `folder` is None when nothing is on disk, `looked_in` lists the places in order."""
+
+    model: str
+    revision: str | None
+    folder: Path | None
+    looked_in: tuple[str, ...]
+
+    def missing(self, *, needs_weights: bool) -> PreflightError | None:
+        """Return why the files cannot be served, with the line that gets them; None when they are complete."""
+        if self.folder is None:
+            return self._error(f"the files of {self.model} are not on this machine", self.looked_in)
+        if not needs_weights:
+            return None
+        absent = missing_shards(self.folder)
+        if absent:
+            shown = ", ".join(absent[:3]) + (f" and {len(absent) - 3} more" if len(absent) > 3 else "")
+            return self._error(f"{self.folder} is incomplete: no {shown}", ())
+        return None
+
+    def _error(self, message: str, looked_in: tuple[str, ...]) -> PreflightError:
+        details = [f"looked in {place}" for place in looked_in]
+        if self.model.count("/") == 1 and not self.model.startswith((".", "/", "~")):
+            revision = f" --revision {self.revision}" if self.revision else ""
+            hint = f"run: huggingface-cli download {self.model}{revision}   (or point HLAUNCH_MODEL_DIR at the cache)"
+        elif self.model in BUNDLED_MODELS:
+            hint = "the bundled model is part of the package: install hlaunch again"
+        else:
+            hint = "write a folder with config.json, or a Hugging Face id such as openai/gpt-oss-20b"
+        return PreflightError(message, details=details, hint=hint)
+
+
+def cache_folders(environ: Mapping[str, str]) -> tuple[Path, ...]:
+    """List the model caches to search, in order: HLAUNCH_MODEL_DIR and its `hub`, then Hugging Face's own rules."""
+    folders: list[Path] = []
+    if model_dir := environ.get("HLAUNCH_MODEL_DIR"):
+        folders += [Path(model_dir), Path(model_dir) / "hub"]
+    if hub := environ.get("HF_HUB_CACHE"):
+        folders.append(Path(hub))
+    elif home := environ.get("HF_HOME"):
+        folders.append(Path(home) / "hub")
+    elif cache := environ.get("XDG_CACHE_HOME"):
+        folders.append(Path(cache) / "huggingface" / "hub")
+    elif user_home := environ.get("HOME"):
+        folders.append(Path(user_home) / ".cache" / "huggingface" / "hub")
+    return tuple(folders)
+
+
+def find_model_files(model: str, revision: str | None, environ: Mapping[str, str], base: Path) -> ModelFiles:
+    """Find the folder of `model`; a relative folder counts from `base`.
+
+    Reads a few small files; never raises for what is absent.
+    """
+    if model in BUNDLED_MODELS:
+        folder = BUNDLED_MODELS[model]
+        found = folder if (folder / "config.json").is_file() else None
+        return ModelFiles(model, revision, found, (str(folder),))
+    local = base / _expand_home(model, environ)
+    if (local / "config.json").is_file():
+        return ModelFiles(model, revision, local.resolve(), (str(local),))
+    looked_in = [str(local)]
+    for cache in cache_folders(environ):
+        looked_in.append(str(cache))
+        folder_in_cache = _in_cache(cache, model, revision)
+        if folder_in_cache is not None:
+            return ModelFiles(model, revision, folder_in_cache.absolute(), tuple(looked_in))
+    return ModelFiles(model, revision, None, tuple(looked_in))
+
+
+def _expand_home(model: str, environ: Mapping[str, str]) -> Path:
+    if model.startswith("~/") and environ.get("HOME"):
+        return Path(environ["HOME"]) / model[2:]
+    return Path(model)
+
+
+def _in_cache(cache: Path, model: str, revision: str | None) -> Path | None:
+    if model.count("/") != 1:
+        return None
+    if revision is None or revision == "main":
+        return resolve_model_folder(model, str(cache))
+    repository = cache / ("models--" + model.replace("/", "--"))
+    reference = repository / "refs" / revision
+    commit = reference.read_text(encoding="utf-8").strip() if reference.is_file() else revision
+    snapshot = repository / "snapshots" / commit
+    return snapshot if (snapshot / "config.json").is_file() else None
+
+
+def missing_shards(folder: Path) -> list[str]:
+    """List the weight files that a folder should have and lacks.
+
+    Without an index, any one `*.safetensors` counts as complete; a malformed index is the engine's to report.
+    """
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return [] if any(folder.glob("*.safetensors")) else ["*.safetensors"]
+    try:
+        if index.stat().st_size > _MAX_INDEX_BYTES:
+            return []
+        names = {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return []
+    return sorted(name for name in names if not (folder / name).is_file())
