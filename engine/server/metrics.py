@@ -1,0 +1,185 @@
+"""What the server counts, in Prometheus text: vLLM's names where vLLM has them, ours under `hlaunch_`.
+
+Knows: names, buckets, labels. The hot path pays an integer addition or a bisection per token; names and labels are put
+together only when somebody scrapes.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from engine.core.request import SchedulerStats
+
+_TTFT = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0)
+_ITL = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0)
+_E2E = (
+    0.05,
+    0.1,
+    0.3,
+    0.5,
+    0.8,
+    1.0,
+    1.5,
+    2.0,
+    2.5,
+    5.0,
+    10.0,
+    15.0,
+    20.0,
+    30.0,
+    40.0,
+    50.0,
+    60.0,
+    120.0,
+    240.0,
+    480.0,
+)
+_TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000, 200000)
+_N = (1, 2, 5, 10, 16)
+_OWN = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
+
+
+class Histogram:
+    """Fixed buckets; `observe` costs one bisection."""
+
+    __slots__ = ("_bounds", "_counts", "sum")
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self._bounds = tuple(float(bound) for bound in bounds)
+        self._counts = [0] * (len(self._bounds) + 1)
+        self.sum = 0.0
+
+    def observe(self, value: float, times: int = 1) -> None:
+        self._counts[bisect_left(self._bounds, value)] += times
+        self.sum += value * times
+
+    def buckets(self) -> list[tuple[str, float]]:
+        """Return cumulative (upper bound, count) pairs, the last one at +Inf."""
+        total = 0
+        found: list[tuple[str, float]] = []
+        for bound, count in zip((*self._bounds, float("inf")), self._counts, strict=True):
+            total += count
+            found.append(("+Inf" if bound == float("inf") else repr(bound), total))
+        return found
+
+
+class Metrics:
+    """Counters of one API process. All methods run on the event loop."""
+
+    def __init__(self, model_name: str) -> None:
+        self._labels = {"model_name": model_name, "engine": "0"}
+        self.time_to_first_token = Histogram(_TTFT)
+        self.inter_token_latency = Histogram(_ITL)
+        self.time_per_output_token = Histogram(_ITL)
+        self.e2e_latency = Histogram(_E2E)
+        self.prompt_tokens = Histogram(_TOKENS)
+        self.generation_tokens = Histogram(_TOKENS)
+        self.params_n = Histogram(_N)
+        self.params_max_tokens = Histogram(_TOKENS)
+        self.prepare_seconds = Histogram(_OWN)
+        self.num_prompt_tokens = 0
+        self.num_generation_tokens = 0
+        self.num_cached_tokens = 0
+        self.finished: dict[str, int] = {"stop": 0, "length": 0, "abort": 0, "error": 0}
+        self.refused: dict[str, int] = {}
+        self.num_disconnects = 0
+        self.num_nan = 0
+        self.responses: dict[tuple[str, int], int] = {}
+
+    def count_response(self, route: str, status: int) -> None:
+        key = (route, status)
+        self.responses[key] = self.responses.get(key, 0) + 1
+
+    def count_refusal(self, code: str) -> None:
+        self.refused[code] = self.refused.get(code, 0) + 1
+
+    def render(self, stats: SchedulerStats, num_open: int, state: str) -> bytes:
+        """Write the exposition text. `num_open` counts generations under way in this process."""
+        registry = CollectorRegistry(auto_describe=False)
+        registry.register(_Snapshot(lambda: self._collect(stats, num_open, state)))
+        return generate_latest(registry)
+
+    def _collect(self, stats: SchedulerStats, num_open: int, state: str) -> Iterator[Metric]:
+        usage = stats.num_used_blocks / stats.num_blocks if stats.num_blocks else 0.0
+        yield self._gauge("vllm:num_requests_running", "Requests in the running batch.", stats.num_running)
+        yield self._gauge("vllm:num_requests_waiting", "Requests that wait to be scheduled.", stats.num_waiting)
+        yield self._gauge("vllm:kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1.", usage)
+        info = GaugeMetricFamily(
+            "vllm:cache_config_info", "Sizes of the KV cache.", labels=[*self._labels, "num_gpu_blocks"]
+        )
+        info.add_metric([*self._labels.values(), str(stats.num_blocks)], 1)
+        yield info
+        counters = (
+            ("vllm:prompt_tokens", "Prompt tokens of admitted requests.", self.num_prompt_tokens),
+            ("vllm:generation_tokens", "Generated tokens.", self.num_generation_tokens),
+            ("vllm:prompt_tokens_cached", "Prompt tokens found in the prefix cache.", self.num_cached_tokens),
+            ("vllm:prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", stats.prefix_queries_tokens),
+            ("vllm:prefix_cache_hits", "Prompt tokens found by look-up.", stats.prefix_hits_tokens),
+            ("vllm:num_preemptions", "Requests sent back to the queue for lack of blocks.", stats.num_preemptions),
+            ("vllm:corrupted_requests", "Requests that ended on a value that is not finite.", self.num_nan),
+            ("hlaunch_nan", "Rows whose logits were not finite.", self.num_nan),
+            ("hlaunch_engine_steps", "Steps of the engine.", stats.num_steps),
+            ("hlaunch_client_disconnects", "Generations whose client left.", self.num_disconnects),
+        )
+        for name, text, value in counters:
+            yield self._counter(name, text, value)
+        finished = CounterMetricFamily(
+            "vllm:request_success", "Finished sequences.", labels=[*self._labels, "finished_reason"]
+        )
+        for reason, count in self.finished.items():
+            finished.add_metric([*self._labels.values(), reason], count)
+        yield finished
+        refused = CounterMetricFamily(
+            "vllm:admission_rejections", "Requests refused before the engine.", labels=[*self._labels, "reason"]
+        )
+        for code, count in self.refused.items():
+            refused.add_metric([*self._labels.values(), code], count)
+        yield refused
+        responses = CounterMetricFamily(
+            "hlaunch_http_responses", "Answers by route and status.", labels=["route", "status"]
+        )
+        for (route, status), count in self.responses.items():
+            responses.add_metric([route, str(status)], count)
+        yield responses
+        yield self._gauge("hlaunch_open_generations", "Generations under way in the API process.", num_open)
+        state_metric = GaugeMetricFamily("hlaunch_state", "1 for the state the server is in.", labels=["state"])
+        state_metric.add_metric([state], 1)
+        yield state_metric
+        histograms = (
+            ("vllm:time_to_first_token_seconds", "From arrival to the first token.", self.time_to_first_token),
+            ("vllm:inter_token_latency_seconds", "Between two tokens of a sequence.", self.inter_token_latency),
+            ("vllm:request_time_per_output_token_seconds", "Mean per token, by request.", self.time_per_output_token),
+            ("vllm:e2e_request_latency_seconds", "From arrival to the last token.", self.e2e_latency),
+            ("vllm:request_prompt_tokens", "Prompt tokens by sequence.", self.prompt_tokens),
+            ("vllm:request_generation_tokens", "Generated tokens by sequence.", self.generation_tokens),
+            ("vllm:request_params_n", "`n` by request.", self.params_n),
+            ("vllm:request_params_max_tokens", "`max_tokens` by request.", self.params_max_tokens),
+            ("hlaunch_prepare_seconds", "From arrival to submission: parse, render, tokenize.", self.prepare_seconds),
+        )
+        for name, text, histogram in histograms:
+            family = HistogramMetricFamily(name, text, labels=list(self._labels))
+            family.add_metric(list(self._labels.values()), histogram.buckets(), histogram.sum)
+            yield family
+
+    def _gauge(self, name: str, text: str, value: float) -> Metric:
+        family = GaugeMetricFamily(name, text, labels=list(self._labels))
+        family.add_metric(list(self._labels.values()), value)
+        return family
+
+    def _counter(self, name: str, text: str, value: float) -> Metric:
+        family = CounterMetricFamily(name, text, labels=list(self._labels))
+        family.add_metric(list(self._labels.values()), value)
+        return family
+
+
+class _Snapshot(Collector):
+    def __init__(self, collect: Callable[[], Iterator[Metric]]) -> None:
+        self._collect = collect
+
+    def collect(self) -> Iterator[Metric]:
+        return self._collect()

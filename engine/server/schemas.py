@@ -1,0 +1,133 @@
+"""The bodies that clients send, as structs: one source of truth for parsing and for the OpenAPI document.
+
+Knows field names and types. Ranges of sampling options live in `SamplingParams`; everything else that must hold is
+checked where the field is used. Every optional field takes null, because SDKs send it. Unknown fields are ignored.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from msgspec import Struct
+
+
+class StreamOptions(Struct):
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None
+
+
+class GenerationBody(Struct, kw_only=True):
+    """What completions and chat share. Extensions carry vLLM's names."""
+
+    model: str
+    temperature: float | None = None
+    top_p: float | None = None
+    n: int | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    max_tokens: int | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    min_tokens: int | None = None
+    ignore_eos: bool | None = None
+    stop_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+    return_token_ids: bool | None = None
+    cache_salt: str | None = None
+    priority: int | None = None
+
+    # Fields that are known and cannot be honoured yet. A value other than null is an error, not a silent surprise.
+    UNSUPPORTED: ClassVar[dict[str, str]] = {
+        "prompt_logprobs": "Log-probabilities of prompt tokens are not supported yet.",
+        "prompt_embeds": "Prompt embeddings are not supported.",
+        "bad_words": "bad_words is not supported yet.",
+        "allowed_token_ids": "allowed_token_ids is not supported yet.",
+        "structured_outputs": "Structured output is not supported yet.",
+        "guided_json": "Structured output is not supported yet.",
+        "guided_regex": "Structured output is not supported yet.",
+        "guided_choice": "Structured output is not supported yet.",
+        "guided_grammar": "Structured output is not supported yet.",
+        "thinking_token_budget": "thinking_token_budget is not supported yet.",
+    }
+    # Accepted and without effect; listed so that they are not reported as unknown.
+    IGNORED: ClassVar[frozenset[str]] = frozenset(
+        {
+            "user",
+            "metadata",
+            "store",
+            "service_tier",
+            "prompt_cache_key",
+            "prompt_cache_options",
+            "prompt_cache_retention",
+            "safety_identifier",
+            "verbosity",
+            "prediction",
+            "moderation",
+        }
+    )
+
+
+class CompletionBody(GenerationBody, kw_only=True):
+    """POST /v1/completions."""
+
+    prompt: Any
+    echo: bool | None = None
+    logprobs: int | None = None
+    suffix: str | None = None
+    best_of: int | None = None
+
+
+class ChatBody(GenerationBody, kw_only=True):
+    """POST /v1/chat/completions."""
+
+    messages: list[dict[str, Any]]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    tools: list[dict[str, Any]] | None = None
+    functions: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    function_call: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    response_format: dict[str, Any] | None = None
+    reasoning_effort: str | None = None
+    include_reasoning: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    modalities: list[str] | None = None
+
+    UNSUPPORTED: ClassVar[dict[str, str]] = {
+        **GenerationBody.UNSUPPORTED,
+        "audio": "Audio is not supported.",
+        "web_search_options": "Web search is not supported.",
+        "chat_template": "A request cannot bring its own chat template.",
+    }
+
+
+class TokenizeBody(Struct, kw_only=True):
+    """POST /tokenize: either a prompt or messages."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[dict[str, Any]] | None = None
+    tools: list[dict[str, Any]] | None = None
+    reasoning_effort: str | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    add_special_tokens: bool | None = None
+    return_token_strs: bool | None = None
+
+
+class DetokenizeBody(Struct, kw_only=True):
+    """POST /detokenize."""
+
+    tokens: list[int]
+    model: str | None = None
