@@ -266,6 +266,25 @@ def load_model_config(folder: Path) -> ModelConfig:
     return parse_model_config(data, str(path))
 
 
+def load_generation_defaults(folder: Path) -> dict[str, float]:
+    """Read `temperature`, `top_p` and `top_k` of `generation_config.json`; a missing file means no defaults.
+
+    Raises: ConfigError naming the file when it is malformed.
+    """
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return {}
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        return {
+            name: float(data[name])
+            for name in ("temperature", "top_p", "top_k")
+            if isinstance(data.get(name), (int, float)) and not isinstance(data[name], bool)
+        }
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise ConfigError(str(path), f"cannot be read: {error}") from error
+
+
 def parse_model_config(data: object, where: str = "config.json") -> ModelConfig:
     """Turn a Hugging Face `config.json` into a ModelConfig; unknown keys are ignored, known ones are checked."""
     if not isinstance(data, Mapping):

@@ -95,6 +95,15 @@ class Console:
         self._stdout.write(text)
         self._stdout.flush()
 
+    def piece(self, text: str, *, is_muted: bool = False) -> None:
+        """Write a piece of a model's running text: to stdout, or dimmed to stderr. Line ends pass, controls do not."""
+        stream = self._stderr if is_muted else self._stdout
+        shown = _encodable("\n".join(visible(line) for line in text.split("\n")), stream)
+        if is_muted and not self._is_plain and stream.isatty():
+            shown = f"\x1b[2m{shown}\x1b[22m"
+        stream.write(shown)
+        stream.flush()
+
     def heading(self, text: str) -> None:
         """Write a title line to stdout."""
         self._write(self._stdout, text, "bold")
@@ -211,7 +220,7 @@ def layout_table(columns: Sequence[str], rows: Sequence[Sequence[str]], width: i
         widths[i] += min(natural[i] - widths[i], room - sum(widths))
     lines = []
     for row in cells:
-        wrapped = [textwrap.wrap(cell, widths[i]) or [""] for i, cell in enumerate(row)]
+        wrapped = [textwrap.wrap(cell, max(1, widths[i]), break_on_hyphens=False) or [""] for i, cell in enumerate(row)]
         for k in range(max(len(part) for part in wrapped)):
             parts = [part[k] if k < len(part) else "" for part in wrapped]
             aligned = [

@@ -106,6 +106,11 @@ class SamplingParams:
         return self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0
 
 
+def sequence_seed(seed: int, index: int) -> int:
+    """Derive the seed of the `index`-th of `n` sequences; the first keeps the request's own."""
+    return (seed + index * 0x9E3779B97F4A7C15) % (1 << 63)
+
+
 def _number(name: str, value: object, low: float, high: float) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise InvalidSamplingParams(name, f"must be a finite number, got {value!r}")
