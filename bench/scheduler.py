@@ -1,0 +1,141 @@
+"""Host cost of one step of the scheduler: `plan` plus `advance`, with a worker that answers at once.
+
+Steady decode: all rows run, block crossings spread over the steps as in real traffic (block size 16, a sliding and a
+full group). Run: python -m bench.scheduler [--json] [--steps N]
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import platform
+import sys
+import time
+from collections import deque
+from dataclasses import asdict, dataclass
+
+from engine.config import SchedulerConfig
+from engine.core.plan import ExecutionPlan, StepResult
+from engine.core.request import EngineRequest
+from engine.core.sampling_params import SamplingParams
+from engine.core.scheduler import Scheduler
+
+BLOCK_SIZE = 16
+WINDOWS = (128, None)
+ROW_COUNTS = (1, 16, 64, 256)
+STOP_IDS = (1, 2, 3)
+TOKEN = 7
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """Microseconds per step (`plan` + `advance`)."""
+
+    rows: int
+    loop: str
+    prefix_caching: bool
+    median_us: float
+    p99_us: float
+    plan_median_us: float
+    advance_median_us: float
+
+
+def answer(plan: ExecutionPlan) -> StepResult:
+    """The result of a plan, as a worker would send it; not part of what is timed."""
+    rows = [row for row, samples in zip(plan.rows, plan.samples, strict=True) if samples]
+    return StepResult(plan.step_id, rows, [TOKEN] * len(rows), [0] * len(rows))
+
+
+def measure(rows: int, depth: int, prefix_caching: bool, steps: int) -> Figure:
+    """Time steady decode of `rows` requests with `depth` plans in flight."""
+    prompt_len = 512
+    config = SchedulerConfig(
+        max_num_seqs=rows,
+        max_num_batched_tokens=8192,
+        enable_prefix_caching=prefix_caching,
+        max_queue=rows,
+    )
+    max_tokens = steps + 200
+    blocks_each = len(WINDOWS) * ((prompt_len + max_tokens) // BLOCK_SIZE + 2)
+    scheduler = Scheduler(
+        config,
+        num_blocks=rows * blocks_each + rows + 1000,
+        block_size=BLOCK_SIZE,
+        group_windows=WINDOWS,
+        max_model_len=prompt_len + max_tokens + BLOCK_SIZE,
+        hash_seed=b"bench",
+    )
+    for i in range(rows):
+        # Lengths differ, so that block crossings spread over the steps; prompts differ from the first block on.
+        prompt = [i + 10] * (prompt_len - i % BLOCK_SIZE)
+        params = SamplingParams(max_tokens=max_tokens)
+        scheduler.add(EngineRequest(f"request-{i}", prompt, params, max_tokens, seed=i, stop_token_ids=STOP_IDS))
+    in_flight: deque[StepResult] = deque()
+    clock = time.perf_counter_ns
+    plan_ns: list[int] = []
+    advance_ns: list[int] = []
+    warm_up = 2 + rows * prompt_len // config.max_num_batched_tokens + 20
+    gc.collect()
+    gc.freeze()
+    for step in range(warm_up + steps):
+        begin = clock()
+        plan = scheduler.plan(0.0)
+        planned = clock()
+        if plan is None:
+            raise RuntimeError("nothing was planned in steady decode")
+        in_flight.append(answer(plan))
+        if step >= warm_up:
+            if len(plan.rows) != rows or plan.admits:
+                raise RuntimeError("not in steady decode yet")
+            plan_ns.append(planned - begin)
+        if len(in_flight) == depth:
+            result = in_flight.popleft()
+            begin = clock()
+            outputs = scheduler.advance(result)
+            if step >= warm_up:
+                advance_ns.append(clock() - begin)
+            del outputs
+    total = sorted(a + b for a, b in zip(plan_ns, advance_ns, strict=True))
+    return Figure(
+        rows=rows,
+        loop="plain" if depth == 1 else "overlapped",
+        prefix_caching=prefix_caching,
+        median_us=total[len(total) // 2] / 1e3,
+        p99_us=total[len(total) * 99 // 100] / 1e3,
+        plan_median_us=sorted(plan_ns)[len(plan_ns) // 2] / 1e3,
+        advance_median_us=sorted(advance_ns)[len(advance_ns) // 2] / 1e3,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0] if __doc__ else "")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    parser.add_argument("--steps", type=int, default=1000, help="timed steps per figure")
+    arguments = parser.parse_args()
+    figures = [
+        measure(rows, depth, prefix_caching, arguments.steps)
+        for prefix_caching in (False, True)
+        for depth in (1, 2)
+        for rows in ROW_COUNTS
+    ]
+    if arguments.json:
+        report = {
+            "bench": "scheduler",
+            "python": platform.python_version(),
+            "machine": platform.machine(),
+            "figures": [asdict(figure) for figure in figures],
+        }
+        print(json.dumps(report, indent=2))
+        return
+    print("rows  loop        prefix cache   median us   p99 us   plan us   advance us")
+    for figure in figures:
+        cache = "on" if figure.prefix_caching else "off"
+        print(
+            f"{figure.rows:4d}  {figure.loop:10s}  {cache:12s}  {figure.median_us:9.1f}  {figure.p99_us:7.1f}"
+            f"  {figure.plan_median_us:8.1f}  {figure.advance_median_us:11.1f}"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
