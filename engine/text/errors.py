@@ -27,3 +27,9 @@ class ChatRequestError(TextError):
     def __init__(self, message: str, param: str) -> None:
         super().__init__(message)
         self.param = param
+
+
+def quoted(value: object) -> str:
+    """Quote a client's value in a message, cut to a length that is safe to log and to send back."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

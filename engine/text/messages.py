@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
-from engine.text.errors import ChatRequestError
+from engine.text.errors import ChatRequestError, quoted
 
 Role: TypeAlias = Literal["system", "developer", "user", "assistant", "tool"]
 JsonObject: TypeAlias = Mapping[str, Any]
@@ -121,7 +121,7 @@ def _message(raw: JsonObject, path: str) -> ChatMessage:
         raise ChatRequestError("a message must be an object", path)
     role = _ROLES.get(str(raw.get("role")))
     if role is None:
-        raise ChatRequestError(f"unknown role {raw.get('role')!r}", f"{path}.role")
+        raise ChatRequestError(f"unknown role {quoted(raw.get('role'))}", f"{path}.role")
     content = _content(raw.get("content"), f"{path}.content")
     calls: tuple[ToolCall, ...] = ()
     reasoning = None
@@ -152,7 +152,7 @@ def _content(raw: object, path: str) -> str | None:
     for index, part in enumerate(raw):
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind not in ("text", "input_text", "output_text", "refusal"):
-            raise ChatRequestError(f"content parts of type {kind!r} are not supported", f"{path}[{index}].type")
+            raise ChatRequestError(f"content parts of type {quoted(kind)} are not supported", f"{path}[{index}].type")
         key = "refusal" if kind == "refusal" else "text"
         text = part.get(key)
         if not isinstance(text, str):

@@ -24,6 +24,7 @@ from engine.core.request import FinishReason
 from engine.text.events import (
     ChatEvent,
     ChatFinishReason,
+    ContentChannel,
     ContentDelta,
     ReasoningDelta,
     StreamEnd,
@@ -78,7 +79,8 @@ class HarmonyParser:
         self._finish_reason: FinishReason | None = None
         self._state = _State.HEADER
         self._segments: list[tuple[Part, bytearray]] = [(Part.ROLE, bytearray())]
-        self._header_positions: list[int] = []
+        # (position, number of segments so far, bytes of the segment so far) of each token, to find those of a body
+        self._header_tokens: list[tuple[int, int, int]] = []
         self._has_start = False
         self._route = Route.CONTENT
         self._channel: str | None = None
@@ -166,7 +168,7 @@ class HarmonyParser:
     def _open_header(self, state: _State, *, has_start: bool) -> None:
         self._state = state
         self._segments = [(Part.ROLE, bytearray())]
-        self._header_positions = []
+        self._header_tokens = []
         self._has_start = has_start
 
     @property
@@ -175,14 +177,15 @@ class HarmonyParser:
         return not self._has_start and len(self._segments) == 1
 
     def _take_header_text(self, token_id: int) -> None:
-        self._segments[-1][1].extend(self._token_bytes(token_id))
-        self._header_positions.append(self._num_tokens)
+        segment = self._segments[-1][1]
+        segment.extend(self._token_bytes(token_id))
+        self._header_tokens.append((self._num_tokens, len(self._segments), len(segment)))
         if self._is_bare:
-            if len(self._header_positions) > MAX_HEADER_TOKENS or not may_be_header(
+            if len(self._header_tokens) > MAX_HEADER_TOKENS or not may_be_header(
                 self._segments[0][1].decode("utf-8", "replace")
             ):
                 self._open_as_text()
-        elif len(self._header_positions) > MAX_HEADER_TOKENS:
+        elif len(self._header_tokens) > MAX_HEADER_TOKENS:
             self._open_with_rest(self._read_header())
 
     def _take_message(self) -> None:
@@ -218,15 +221,27 @@ class HarmonyParser:
 
     def _open_as_text(self) -> None:
         """Open a message of plain text whose beginning was taken for a header."""
-        text, positions = bytes(self._segments[0][1]), self._header_positions
-        self._open_message(Route.CONTENT, None, "")
-        self._content_positions.extend(positions)
-        self._emit(self._decoder.decode(text))
+        self._open_within_header(Route.CONTENT, None, "", bytes(self._segments[0][1]))
 
     def _open_with_rest(self, header: Header) -> None:
         """Open a message whose `<|message|>` got lost: its body begins within the header."""
-        self._open_message(header.route, header.channel, header.tool)
-        self._emit(self._decoder.decode(header.rest.encode("utf-8", "surrogateescape")))
+        body = header.rest.encode("utf-8", "surrogateescape")
+        self._open_within_header(header.route, header.channel, header.tool, body)
+
+    def _open_within_header(self, route: Route, channel: str | None, tool: str, body: bytes) -> None:
+        """Open a message whose first bytes, `body`, are the end of the header's last segment."""
+        num_segments, begin = len(self._segments), len(self._segments[-1][1]) - len(body)
+        positions = [at for at, segment, end in self._header_tokens if segment == num_segments and end > begin]
+        self._open_message(route, channel, tool)
+        self._count(positions)
+        self._emit(self._decoder.decode(body))
+
+    def _count(self, positions: list[int]) -> None:
+        """Count tokens of the open message."""
+        if self._route is Route.REASONING:
+            self.reasoning_tokens += len(positions)
+        elif self._route is Route.CONTENT:
+            self._content_positions += positions
 
     def _open_message(self, route: Route, channel: str | None, tool: str) -> None:
         self._state = _State.CONTENT
@@ -238,25 +253,21 @@ class HarmonyParser:
         self._has_call_started = False
 
     def _take_content(self, token_id: int) -> None:
-        if self._route is Route.REASONING:
-            self.reasoning_tokens += 1
-        elif self._route is Route.CONTENT:
-            self._content_positions.append(self._num_tokens)
+        self._count([self._num_tokens])
         self._emit(self._decoder.decode(self._token_bytes(token_id)))
 
     def _emit(self, text: str) -> None:
-        if not text:
+        if not text or self._route is Route.NOWHERE:
             return
-        match self._route:
-            case Route.REASONING | Route.CONTENT:
-                self._out.add_text(self._route, text, self._message, self._channel)
-            case Route.TOOL if self._stream_arguments:
-                self._start_call()
-                self._out.add(ToolArgumentsDelta(self._num_calls - 1, text))
-                self._has_arguments = self._has_arguments or not text.isspace()
-            case Route.TOOL:
-                self._arguments.append(text)
-                self._has_arguments = self._has_arguments or not text.isspace()
+        if self._route is not Route.TOOL:
+            self._out.add_text(self._route, text, self._message, self._channel)
+            return
+        self._has_arguments = self._has_arguments or not text.isspace()
+        if self._stream_arguments:
+            self._start_call()
+            self._out.add_text(Route.TOOL, text, self._num_calls - 1)
+        else:
+            self._arguments.append(text)
 
     def _close_message(self) -> None:
         self._emit(self._decoder.decode(b"", final=True))
@@ -269,15 +280,14 @@ class HarmonyParser:
     def _close_call(self) -> None:
         arguments = "".join(self._arguments)
         if not self._has_arguments:
-            self._start_call()
-            self._out.add(ToolArgumentsDelta(self._num_calls - 1, "{}"))
+            arguments = "{}"
         elif self._stream_arguments:
             return
-        elif is_json(arguments):
-            self._start_call()
-            self._out.add(ToolArgumentsDelta(self._num_calls - 1, arguments))
-        else:
-            self._out.add_text(Route.CONTENT, arguments, self._message, None)
+        elif not is_json(arguments):
+            self._out.add_text(Route.CONTENT, arguments, self._message)
+            return
+        self._start_call()
+        self._out.add_text(Route.TOOL, arguments, self._num_calls - 1)
 
     def _start_call(self) -> None:
         if not self._has_call_started:
@@ -294,7 +304,8 @@ class _EventBuffer:
         self._texts: list[str] = []
         self._key: tuple[Route, int, str | None] | None = None
 
-    def add_text(self, route: Route, text: str, message: int, channel: str | None) -> None:
+    def add_text(self, route: Route, text: str, message: int, channel: str | None = None) -> None:
+        """Add a piece of message number `message`, or of call number `message` on the route TOOL."""
         key = (route, message, channel)
         if key != self._key:
             self._flush()
@@ -314,11 +325,14 @@ class _EventBuffer:
         if self._key is not None:
             route, message, channel = self._key
             text = "".join(self._texts)
-            if route is Route.REASONING:
-                self._events.append(ReasoningDelta(text, message))
-            else:
-                is_preamble = channel == "commentary"
-                self._events.append(ContentDelta(text, message, "commentary" if is_preamble else "final"))
+            match route:
+                case Route.REASONING:
+                    self._events.append(ReasoningDelta(text, message))
+                case Route.TOOL:
+                    self._events.append(ToolArgumentsDelta(message, text))
+                case _:
+                    shown: ContentChannel = "commentary" if channel == "commentary" else "final"
+                    self._events.append(ContentDelta(text, message, shown))
         self._key, self._texts = None, []
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from engine.text.errors import ChatRequestError
+from engine.text.errors import ChatRequestError, quoted
 from engine.text.harmony.ids import HarmonyIds
 from engine.text.harmony.typescript import render_tools
 from engine.text.messages import (
@@ -66,7 +66,9 @@ def map_reasoning_effort(effort: str | None) -> str:
     if effort is None:
         return DEFAULT_EFFORT
     if effort not in _EFFORTS:
-        raise ChatRequestError(f"reasoning effort {effort!r} is none of {', '.join(_EFFORTS)}", "reasoning_effort")
+        raise ChatRequestError(
+            f"reasoning effort {quoted(effort)} is none of {', '.join(_EFFORTS)}", "reasoning_effort"
+        )
     return _EFFORTS[effort]
 
 
@@ -124,8 +126,8 @@ class HarmonyRenderer:
             tokens += self._message("assistant", reply.reasoning, channel="analysis")
         if reply.preamble:
             tokens += self._message("assistant", reply.preamble, channel="commentary")
-        for call in reply.tool_calls:
-            tokens += self._call(call, self.ids.call if call is reply.tool_calls[-1] else self.ids.end)
+        for num_left, call in zip(reversed(range(len(reply.tool_calls))), reply.tool_calls, strict=True):
+            tokens += self._call(call, self.ids.end if num_left else self.ids.call)
         if reply.final is not None:
             tokens += self._message("assistant", reply.final, channel="final", closer=self.ids.return_)
         return tokens[1 + len(self._codec.encode("assistant")) :]
@@ -232,6 +234,6 @@ def _tool_name(message: ChatMessage, names: dict[str, str], index: int) -> str:
         return message.name
     if message.tool_call_id not in names:
         raise ChatRequestError(
-            f"no earlier tool call has the id {message.tool_call_id!r}", f"messages[{index}].tool_call_id"
+            f"no earlier tool call has the id {quoted(message.tool_call_id)}", f"messages[{index}].tool_call_id"
         )
     return names[message.tool_call_id]
