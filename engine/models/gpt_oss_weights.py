@@ -1,0 +1,275 @@
+"""From a checkpoint's tensors to a gpt-oss model in memory: names, checks, and the layout that the kernels want.
+
+Three layouts are read: Hugging Face with MXFP4 experts (as gpt-oss ships), Hugging Face with expanded experts (as
+transformers saves), and the authors' original names.
+
+What changes on the way, all of it exact or one float32 rounding:
+- q and k rows are permuted so that rotation pairs lie side by side (`kernels.reference.rope.pair_order`);
+- gates and ups are taken apart, except in packed experts, which stay as they are;
+- in float32, norm weights are multiplied into the linear that follows (`fold_norms`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engine.config import MXFP4_BLOCK, ModelConfig
+from engine.models.checkpoint import FLOATS, Checkpoint, CheckpointError, ExpectedTensor, TensorSource
+from engine.models.gpt_oss import GptOss
+from engine.models.layers import Attention, MixtureOfExperts
+from kernels.ops import (
+    MAX_SCALE,
+    ExpertWeights,
+    YarnScaling,
+    gates_first,
+    inverse_frequencies,
+    mxfp4_expand,
+    pair_order,
+    rope_table,
+)
+
+_ORIGINAL_LAYER_NAMES = {
+    "input_layernorm.weight": "attn.norm.scale",
+    "post_attention_layernorm.weight": "mlp.norm.scale",
+    "self_attn.o_proj.weight": "attn.out.weight",
+    "self_attn.o_proj.bias": "attn.out.bias",
+    "self_attn.sinks": "attn.sinks",
+    "mlp.router.weight": "mlp.gate.weight",
+    "mlp.router.bias": "mlp.gate.bias",
+    "mlp.experts.gate_up_proj_blocks": "mlp.mlp1_weight.blocks",
+    "mlp.experts.gate_up_proj_scales": "mlp.mlp1_weight.scales",
+    "mlp.experts.gate_up_proj_bias": "mlp.mlp1_bias",
+    "mlp.experts.down_proj_blocks": "mlp.mlp2_weight.blocks",
+    "mlp.experts.down_proj_scales": "mlp.mlp2_weight.scales",
+    "mlp.experts.down_proj_bias": "mlp.mlp2_bias",
+}
+_ORIGINAL_TOP_NAMES = {
+    "model.embed_tokens.weight": "embedding.weight",
+    "lm_head.weight": "unembedding.weight",
+    "model.norm.weight": "norm.scale",
+}
+
+
+def expected_tensors(model: ModelConfig) -> dict[str, ExpectedTensor]:
+    """List the tensors of a Hugging Face checkpoint of this model, in file order."""
+    return dict(_expected(model))
+
+
+def _expected(model: ModelConfig) -> Iterator[tuple[str, ExpectedTensor]]:
+    hidden, inter, experts = model.hidden_size, model.intermediate_size, model.num_experts
+    query, key = model.num_attention_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    yield "model.embed_tokens.weight", ExpectedTensor((model.vocab_size, hidden))
+    for layer in range(model.num_layers):
+        at = f"model.layers.{layer}."
+        yield at + "input_layernorm.weight", ExpectedTensor((hidden,))
+        for name, rows in (("q", query), ("k", key), ("v", key)):
+            yield f"{at}self_attn.{name}_proj.weight", ExpectedTensor((rows, hidden))
+            yield f"{at}self_attn.{name}_proj.bias", ExpectedTensor((rows,))
+        yield at + "self_attn.o_proj.weight", ExpectedTensor((hidden, query))
+        yield at + "self_attn.o_proj.bias", ExpectedTensor((hidden,))
+        yield at + "self_attn.sinks", ExpectedTensor((model.num_attention_heads,))
+        yield at + "post_attention_layernorm.weight", ExpectedTensor((hidden,))
+        yield at + "mlp.router.weight", ExpectedTensor((experts, hidden))
+        yield at + "mlp.router.bias", ExpectedTensor((experts,))
+        for name, rows, columns in (("gate_up", 2 * inter, hidden), ("down", hidden, inter)):
+            base = f"{at}mlp.experts.{name}_proj"
+            if model.quantization == "mxfp4":
+                blocks = columns // MXFP4_BLOCK
+                yield f"{base}_blocks", ExpectedTensor((experts, rows, blocks, MXFP4_BLOCK // 2), ("U8",))
+                yield f"{base}_scales", ExpectedTensor((experts, rows, blocks), ("U8",))
+            else:
+                yield base, ExpectedTensor((experts, columns, rows))
+            yield f"{base}_bias", ExpectedTensor((experts, rows))
+    yield "model.norm.weight", ExpectedTensor((hidden,))
+    if not model.tie_word_embeddings:
+        yield "lm_head.weight", ExpectedTensor((model.vocab_size, hidden))
+
+
+def original_tensors(model: ModelConfig) -> dict[str, ExpectedTensor]:
+    """List the tensors of a checkpoint in the authors' original naming, where q, k and v are one tensor."""
+    expected: dict[str, ExpectedTensor] = {}
+    rows = (model.num_attention_heads + 2 * model.num_kv_heads) * model.head_dim
+    for name, want in _expected(model):
+        if "k_proj" in name or "v_proj" in name:
+            continue
+        shape = (rows, *want.shape[1:]) if "q_proj" in name else want.shape
+        expected[original_name(name)] = ExpectedTensor(shape, want.dtypes)
+    return expected
+
+
+def original_name(name: str) -> str:
+    """Translate a Hugging Face tensor name; q, k and v all become the fused `attn.qkv`."""
+    if name in _ORIGINAL_TOP_NAMES:
+        return _ORIGINAL_TOP_NAMES[name]
+    _, _, layer, part = name.split(".", 3)
+    if part.split(".")[-2] in ("q_proj", "k_proj", "v_proj"):
+        return f"block.{layer}.attn.qkv.{part.rsplit('.', 1)[1]}"
+    return f"block.{layer}.{_ORIGINAL_LAYER_NAMES[part]}"
+
+
+class _OriginalNames:
+    """A checkpoint in original naming, seen under Hugging Face names."""
+
+    def __init__(self, source: TensorSource, model: ModelConfig) -> None:
+        self._source = source
+        query, key = model.num_attention_heads * model.head_dim, model.num_kv_heads * model.head_dim
+        self._rows = {"q_proj": (0, query), "k_proj": (query, query + key), "v_proj": (query + key, query + 2 * key)}
+
+    def get(self, name: str) -> Tensor:
+        tensor = self._source.get(original_name(name))
+        for projection, (begin, end) in self._rows.items():
+            if projection in name:
+                return tensor[begin:end]
+        return tensor
+
+
+def open_source(checkpoint: Checkpoint, model: ModelConfig) -> TensorSource:
+    """Check all headers against the model and give its tensors under Hugging Face names. Raises: CheckpointError."""
+    if "embedding.weight" in checkpoint.tensors:
+        checkpoint.check(original_tensors(model))
+        return _OriginalNames(checkpoint, model)
+    checkpoint.check(expected_tensors(model))
+    return checkpoint
+
+
+@dataclass(frozen=True, slots=True)
+class LoadOptions:
+    """How weights are held: `dtype`, MXFP4 experts expanded once or kept packed, positions of the rotary table."""
+
+    dtype: torch.dtype
+    expand_experts: bool
+    num_positions: int
+    where: str = "checkpoint"
+
+
+def load_gpt_oss(
+    source: TensorSource, model: ModelConfig, options: LoadOptions, progress: Callable[[float, str], None]
+) -> GptOss:
+    """Build the model from tensors that have passed the header checks. Raises: CheckpointError on scales above 252."""
+    loader = _Loader(source, model, options)
+    layers = []
+    for layer in range(model.num_layers):
+        progress(layer / (model.num_layers + 1), f"layer {layer + 1} of {model.num_layers}")
+        layers.append((loader.attention(layer), loader.experts(layer)))
+    progress(model.num_layers / (model.num_layers + 1), "embedding and lm_head")
+    embedding = loader.dense("model.embed_tokens.weight")
+    norm = loader.dense("model.norm.weight")
+    head = embedding if model.tie_word_embeddings else loader.dense("lm_head.weight")
+    folds = loader.fold_norms
+    rope = model.rope
+    # A factor of 1 is "no scaling" in the configuration; YaRN would then leave the frequencies alone too.
+    scaling = (
+        YarnScaling(rope.factor, rope.original_max_position_embeddings, rope.beta_fast, rope.beta_slow, rope.truncate)
+        if rope.factor != 1.0
+        else None
+    )
+    inverse, concentration = inverse_frequencies(model.head_dim, rope.theta, scaling)
+    progress(1.0, "done")
+    return GptOss(
+        embedding=embedding,
+        layers=layers,
+        norm=None if folds else norm,
+        lm_head=_columns(head * norm if folds else head),
+        rope=rope_table(inverse, concentration, options.num_positions),
+        eps=model.rms_norm_eps,
+    )
+
+
+class _Loader:
+    def __init__(self, source: TensorSource, model: ModelConfig, options: LoadOptions) -> None:
+        self._source = source
+        self._model = model
+        self._options = options
+        # Below float32 the product would round, and the checkpoint's own values would be lost.
+        self.fold_norms = options.dtype == torch.float32
+
+    def dense(self, name: str) -> Tensor:
+        """Copy one float tensor into memory of our own, in the chosen dtype."""
+        return self._source.get(name).to(self._options.dtype, copy=True)
+
+    def attention(self, layer: int) -> Attention:
+        model, at = self._model, f"model.layers.{layer}."
+        norm = self.dense(at + "input_layernorm.weight")
+        order = pair_order(model.head_dim)
+
+        def stacked(kind: str) -> Tensor:
+            parts = []
+            for name in ("q", "k", "v"):
+                part = self.dense(f"{at}self_attn.{name}_proj.{kind}")
+                heads = part.view(-1, model.head_dim, *part.shape[1:])
+                parts.append(part if name == "v" else heads[:, order].flatten(0, 1))
+            return torch.cat(parts)
+
+        qkv = stacked("weight")
+        return Attention(
+            norm=None if self.fold_norms else norm,
+            qkv=_columns(qkv * norm if self.fold_norms else qkv),
+            qkv_bias=stacked("bias"),
+            out=_columns(self.dense(at + "self_attn.o_proj.weight")),
+            out_bias=self.dense(at + "self_attn.o_proj.bias"),
+            sinks=self.dense(at + "self_attn.sinks").float(),
+            num_heads=model.num_attention_heads,
+            num_kv_heads=model.num_kv_heads,
+            scale=model.head_dim**-0.5,
+            eps=model.rms_norm_eps,
+        )
+
+    def experts(self, layer: int) -> MixtureOfExperts:
+        model, at = self._model, f"model.layers.{layer}."
+        norm = self.dense(at + "post_attention_layernorm.weight")
+        router = self._source.get(at + "mlp.router.weight").float()
+        weights = self._expert_weights(at + "mlp.experts.")
+        folds = self.fold_norms and weights.gate_up is not None
+        if folds and weights.gate_up is not None:
+            weights.gate_up = weights.gate_up * norm
+            router = router * norm
+        return MixtureOfExperts(
+            norm=None if folds else norm,
+            router=router.clone(),
+            router_bias=self._source.get(at + "mlp.router.bias").float().clone(),
+            experts=weights,
+            top_k=model.num_experts_per_token,
+            limit=model.swiglu_limit,
+            eps=model.rms_norm_eps,
+        )
+
+    def _expert_weights(self, at: str) -> ExpertWeights:
+        gate_up_bias = self.dense(at + "gate_up_proj_bias")
+        weights = ExpertWeights(
+            gate_up_bias=gates_first(gate_up_bias.t()).t().contiguous(), down_bias=self.dense(at + "down_proj_bias")
+        )
+        if self._model.quantization == "none":
+            gate_up = self.dense(at + "gate_up_proj").transpose(1, 2)
+            weights.gate_up = gates_first(gate_up.transpose(0, 1)).transpose(0, 1).contiguous()
+            weights.down = self.dense(at + "down_proj").transpose(1, 2).contiguous()
+            return weights
+        gate_up_blocks, gate_up_scales = self._packed(at + "gate_up_proj")
+        down_blocks, down_scales = self._packed(at + "down_proj")
+        if self._options.expand_experts:
+            gate_up = mxfp4_expand(gate_up_blocks, gate_up_scales, self._options.dtype)
+            weights.gate_up = gates_first(gate_up.transpose(0, 1)).transpose(0, 1).contiguous()
+            weights.down = mxfp4_expand(down_blocks, down_scales, self._options.dtype)
+        else:
+            weights.gate_up_blocks, weights.gate_up_scales = gate_up_blocks.clone(), gate_up_scales.clone()
+            weights.down_blocks, weights.down_scales = down_blocks.clone(), down_scales.clone()
+        return weights
+
+    def _packed(self, base: str) -> tuple[Tensor, Tensor]:
+        scales = self._source.get(base + "_scales")
+        largest = int(scales.max())
+        if largest > MAX_SCALE:
+            file = self._options.where
+            raise CheckpointError(file, base + "_scales", f"MXFP4 scales up to {MAX_SCALE}", f"scale {largest}")
+        return self._source.get(base + "_blocks"), scales
+
+
+def _columns(weight: Tensor) -> Tensor:
+    """Lay a [M, N] matrix out column by column: a product with one row then reads memory forwards (15 % on CPU)."""
+    return weight.t().contiguous().t()
+
+
+__all__ = ["FLOATS", "LoadOptions", "expected_tensors", "load_gpt_oss", "open_source", "original_tensors"]

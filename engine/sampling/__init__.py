@@ -1,0 +1,1 @@
+"""Logits to tokens: penalties, bans, filters, and a counter-based draw per row."""

@@ -1,0 +1,1 @@
+"""One rank: device memory, the rows' state, the forward pass, sampling."""

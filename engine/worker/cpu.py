@@ -1,0 +1,31 @@
+"""What differs when a rank's device is the CPU: threads and memory."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import psutil
+import torch
+
+_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+_CGROUP_USED = Path("/sys/fs/cgroup/memory.current")
+
+
+def use_threads(wanted: int) -> int:
+    """Set torch's thread count to `wanted`, or to the cores this process may use when 0. Returns the count."""
+    count = wanted or len(os.sched_getaffinity(0))
+    torch.set_num_threads(count)
+    return count
+
+
+def available_memory() -> int:
+    """Bytes that this process may still take: the machine's, or what the container's limit leaves if that is less."""
+    available = int(psutil.virtual_memory().available)
+    try:
+        limit = _CGROUP_LIMIT.read_text().strip()
+        if limit != "max":
+            available = min(available, max(0, int(limit) - int(_CGROUP_USED.read_text())))
+    except (OSError, ValueError):
+        pass  # no cgroup v2: the machine's own figure stands
+    return available

@@ -1,0 +1,109 @@
+"""One rank: loads its weights, holds its KV pool, executes plans.
+
+Knows: the configuration, the model's files, the device. Refuses to know: scheduling policy, text, processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from engine.config import ConfigError, EngineConfig, ModelConfig, resolve_model_folder
+from engine.core.plan import AdmittedRow, ExecutionPlan, StepResult
+from engine.core.sampling_params import SamplingParams
+from engine.memory import kv_cache_groups, should_expand_experts
+from engine.models.checkpoint import Checkpoint, CheckpointError, TensorSource
+from engine.models.dummy import DummySource
+from engine.models.gpt_oss import GptOss
+from engine.models.gpt_oss_weights import LoadOptions, load_gpt_oss, open_source
+from engine.placement import RankSpec
+from engine.worker import cpu
+from engine.worker.model_runner import ModelRunner
+from kernels.ops import probe
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class Worker:
+    """A rank of a placement. Call `load`, `allocate_kv`, `warm_up`, then `execute` for each plan, in order."""
+
+    def __init__(self, config: EngineConfig, model: ModelConfig, rank: RankSpec) -> None:
+        if not rank.device.startswith("cpu"):
+            raise ConfigError("device", f"{rank.device!r} is not served by this build", "use device cpu")
+        self._config = config
+        self._model_config = model
+        self._rank = rank
+        # The CPU computes in float32 unless told otherwise: its bfloat16 products are slower and no smaller in cache.
+        self.dtype_name = "float32" if config.dtype == "auto" else config.dtype
+        self.kv_dtype_name = self.dtype_name if config.cache.dtype == "auto" else config.cache.dtype
+        self.num_threads = cpu.use_threads(config.cpu_threads)
+        self.weight_bytes = 0
+        self._model: GptOss | None = None
+        self._runner: ModelRunner | None = None
+
+    @torch.inference_mode()
+    def load(self, progress: Callable[[float, str], None]) -> None:
+        """Read the weights. Raises: CheckpointError before anything is allocated, but for a scale above 252."""
+        model = self._model_config
+        folder = resolve_model_folder(self._config.model)
+        if self._config.load_format == "dummy":
+            source: TensorSource = DummySource(model, self._config.seed or 0)
+        else:
+            if folder is None:
+                raise CheckpointError(self._config.model, "", "a checkpoint folder", "none")
+            source = open_source(Checkpoint.open(folder), model)
+        expand = should_expand_experts(model, self.dtype_name, self.available_memory())
+        options = LoadOptions(
+            dtype=_DTYPES[self.dtype_name],
+            expand_experts=expand,
+            num_positions=self._config.max_model_len or model.max_position_embeddings,
+            where=str(folder or Path(self._config.model)),
+        )
+        self._model = load_gpt_oss(source, model, options, progress)
+        self.weight_bytes = self._model.num_bytes
+
+    def available_memory(self) -> int:
+        """Bytes that this rank may still take."""
+        return cpu.available_memory()
+
+    def allocate_kv(self, num_blocks: int) -> None:
+        """Make the KV pool, zeroed: block 0 stays so."""
+        if self._model is None:
+            raise RuntimeError("load() comes before allocate_kv()")
+        config, size = self._model_config, self._config.cache.block_size
+        groups = kv_cache_groups(config)
+        shape = (num_blocks * size, 2, config.num_kv_heads, config.head_dim)
+        storage = [torch.zeros(shape, dtype=_DTYPES[self.kv_dtype_name]) for _ in groups[0].layers]
+        platform = probe("cpu", _DTYPES[self.dtype_name])
+        self._runner = ModelRunner(self._model, platform, groups, storage, size)
+        self._num_groups = len(groups)
+        self._num_blocks = num_blocks
+
+    def warm_up(self) -> None:
+        """Run a short prompt and one decode step, so that the first request finds libraries and buffers ready."""
+        count = min(8, self._config.cache.block_size)
+        if self._num_blocks <= self._num_groups:
+            return
+        row = AdmittedRow(
+            row=0,
+            generation=0,
+            request_id="warm-up",
+            token_ids=[0] * count,
+            num_prompt_tokens=count,
+            num_computed_tokens=0,
+            block_ids=tuple([1 + group] for group in range(self._num_groups)),
+            params=SamplingParams(temperature=0.0, max_tokens=2),
+            seed=0,
+            stop_token_ids=(),
+        )
+        self.execute(ExecutionPlan(-3, [0], [count - 1], [True], admits=[row]))
+        self.execute(ExecutionPlan(-2, [0], [1], [True]))
+        self.execute(ExecutionPlan(-1, [], [], [], released=[0]))
+
+    def execute(self, plan: ExecutionPlan) -> StepResult:
+        """Run one plan. Plans must come in the order in which they were made."""
+        if self._runner is None:
+            raise RuntimeError("allocate_kv() comes before execute()")
+        return self._runner.execute(plan)

@@ -1,0 +1,120 @@
+"""The public ops: the only door of this package.
+
+Each name below is an `Op`: call it for the checked door, or take the functions chosen for a platform from `Ops`, once.
+What an op means is written at its reference in `kernels/reference/`; faster specs register at the end of this file.
+`explain()` says which spec serves a platform, and why not the others.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kernels.experts import ExpertWeights, gates_first
+from kernels.paging import PagedBatch, Prefill, slots_of
+from kernels.platform import Platform, probe
+from kernels.reference import attention as _attention
+from kernels.reference import basic as _basic
+from kernels.reference import moe as _moe
+from kernels.reference import mxfp4 as _mxfp4
+from kernels.reference import rope as _rope
+from kernels.reference.mxfp4 import MAX_SCALE, mxfp4_quantize
+from kernels.reference.rope import YarnScaling, inverse_frequencies, pair_order, rope_table
+from kernels.registry import Candidate, Op
+
+__all__ = [
+    "ALL_OPS",
+    "MAX_SCALE",
+    "ExpertWeights",
+    "Op",
+    "Ops",
+    "PagedBatch",
+    "Platform",
+    "Prefill",
+    "YarnScaling",
+    "add_rms_norm",
+    "embedding",
+    "explain",
+    "gates_first",
+    "inverse_frequencies",
+    "kv_write",
+    "linear",
+    "linear_add_",
+    "logits",
+    "moe_add_",
+    "mxfp4_expand",
+    "mxfp4_quantize",
+    "paged_attention",
+    "pair_order",
+    "probe",
+    "qkv_project",
+    "rms_norm",
+    "rope_table",
+    "rotate_",
+    "router_topk",
+    "slots_of",
+    "swiglu",
+]
+
+rms_norm = Op(_basic.rms_norm, {"x": "float [T, H]", "weight": "float [H]?"})
+add_rms_norm = Op(_basic.add_rms_norm, {"x": "float [T, H]", "residual": "float [T, H]", "weight": "float [H]?"})
+linear = Op(_basic.linear, {"x": "float [T, N]", "weight": "float [M, N]", "bias": "float [M]?"})
+linear_add_ = Op(
+    _basic.linear_add_,
+    {"x": "float [T, N]", "weight": "float [M, N]", "bias": "float [M]", "residual": "float [T, M]"},
+)
+logits = Op(_basic.logits, {"x": "float [B, H]", "weight": "float [V, H]"})
+embedding = Op(_basic.embedding, {"ids": "int64 [T]", "table": "float [V, H]"})
+rotate_ = Op(_rope.rotate_, {"x": "float [T, N, D]", "cos_sin": "float32 [T, D/2, 2]"})
+qkv_project = Op(
+    _rope.qkv_project,
+    {"x": "float [T, H]", "weight": "float [Q, H]", "bias": "float [Q]", "cos_sin": "float32 [T, _, 2]"},
+)
+kv_write = Op(_attention.kv_write, {"cache": "float [S, 2, K, D]", "slots": "int64 [T]", "kv": "float [T, 2, K, D]"})
+paged_attention = Op(
+    _attention.paged_attention, {"query": "float [T, H, D]", "cache": "float [S, 2, K, D]", "sinks": "float [H]"}
+)
+router_topk = Op(_moe.router_topk, {"x": "float [T, H]", "weight": "float [E, H]", "bias": "float [E]"})
+swiglu = Op(_moe.swiglu, {"gate_up": "float [T, N]"})
+moe_add_ = Op(
+    _moe.moe_add_,
+    {"x": "float [T, H]", "weights": "float32 [T, k]", "ids": "int64 [T, k]", "residual": "float [T, H]"},
+)
+mxfp4_expand = Op(_mxfp4.mxfp4_expand, {"blocks": "uint8 [E, R, B, 16]", "scales": "uint8 [E, R, B]"})
+
+ALL_OPS: tuple[Op[..., Any], ...] = (
+    rms_norm,
+    add_rms_norm,
+    linear,
+    linear_add_,
+    logits,
+    embedding,
+    rotate_,
+    qkv_project,
+    kv_write,
+    paged_attention,
+    router_topk,
+    swiglu,
+    moe_add_,
+    mxfp4_expand,
+)
+
+
+class Ops:
+    """The functions chosen for one platform. `checked` keeps the contracts in front of them."""
+
+    def __init__(self, platform: Platform, *, checked: bool) -> None:
+        self.platform = platform
+        self.rms_norm = rms_norm.bind(platform, checked=checked)
+        self.linear_add_ = linear_add_.bind(platform, checked=checked)
+        self.logits = logits.bind(platform, checked=checked)
+        self.embedding = embedding.bind(platform, checked=checked)
+        self.qkv_project = qkv_project.bind(platform, checked=checked)
+        self.kv_write = kv_write.bind(platform, checked=checked)
+        self.paged_attention = paged_attention.bind(platform, checked=checked)
+        self.router_topk = router_topk.bind(platform, checked=checked)
+        self.moe_add_ = moe_add_.bind(platform, checked=checked)
+
+
+def explain(platform: Platform, op: str | None = None) -> list[Candidate]:
+    """Say which spec of each op (or of one) runs on a platform, and why the others do not."""
+    return [line for item in ALL_OPS if op in (None, item.name) for line in item.explain(platform)]

@@ -1,0 +1,1 @@
+"""Every op in plain torch: the definition, the oracle of faster specs, and enough to serve with."""

@@ -1,0 +1,44 @@
+"""Norm, linear, embedding: the reference. float32 inside, the input's dtype outside."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - torch's own idiom
+from torch import Tensor
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """Scale rows to unit root mean square, then by `weight`, and cast last.
+
+    Shapes: x [T, H], weight [H] or None when it has been folded into the linear that follows; returns [T, H].
+    Maths: x · rsqrt(mean(x²) + eps) · w, all in float32 (Llama's code casts before multiplying by w; gpt-oss does not).
+    """
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return (wide if weight is None else wide * weight.float()).to(x.dtype)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    """Add x to the residual stream and norm the sum; returns (normed, new residual), both [T, H]."""
+    total = residual + x
+    return rms_norm(total, weight, eps), total
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Multiply by weightᵀ and add the bias. Shapes: x [T, N], weight [M, N], bias [M] or None; returns [T, M]."""
+    return F.linear(x, weight, bias)
+
+
+def linear_add_(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
+    """Add x weightᵀ + bias to `residual` in place and return it. Shapes: x [T, N], weight [M, N], residual [T, M]."""
+    return residual.add_(F.linear(x, weight, bias))
+
+
+def logits(x: Tensor, weight: Tensor) -> Tensor:
+    """Project hidden states on the vocabulary. Shapes: x [B, H], weight [V, H]; returns float32 [B, V]."""
+    return F.linear(x, weight).float()
+
+
+def embedding(ids: Tensor, table: Tensor) -> Tensor:
+    """Look up rows. Shapes: ids int64 [T] within the table, table [V, H]; returns a new [T, H]."""
+    return table.index_select(0, ids)
