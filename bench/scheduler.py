@@ -1,7 +1,7 @@
 """Host cost of one step of the scheduler: `plan` plus `advance`, with a worker that answers at once.
 
 Steady decode: all rows run, block crossings spread over the steps as in real traffic (block size 16, a sliding and a
-full group). Run: python -m bench.scheduler [--json] [--steps N]
+full group). Run: python bench/scheduler.py [--json] [--steps N]
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import argparse
 import gc
 import json
 import platform
-import sys
 import time
 from collections import deque
 from dataclasses import asdict, dataclass
@@ -138,4 +137,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

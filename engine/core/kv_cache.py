@@ -76,15 +76,12 @@ class KVCache:
     def extend(self, request: Request, num_tokens: int) -> Sequence[list[int]] | None:
         """Make the tables cover `num_tokens` positions: the new blocks per group, or None when the pool is short.
 
-        What the window has passed is freed first, also when the pool then turns out short.
+        What the window has passed is freed first, also when no block is needed or the pool turns out short.
         """
-        tables = request.tables
-        count = -(-num_tokens // self.block_size) - len(tables[0])
-        if count <= 0:
-            return ()
         # Blocks filled by earlier plans become findable before the window may drop them.
         if request.is_hashable and self.prefix_cache is not None:
             self.prefix_cache.register(request)
+        tables = request.tables
         pool = self.pool
         for group, window in self._sliding:
             start = request.window_starts[group]
@@ -95,6 +92,9 @@ class KVCache:
                     pool.release(table[i])
                     table[i] = NULL_BLOCK
                 request.window_starts[group] = visible
+        count = -(-num_tokens // self.block_size) - len(tables[0])
+        if count <= 0:
+            return ()
         blocks = pool.take(count * self._num_groups)
         if blocks is None:
             return None

@@ -110,7 +110,8 @@ class Scheduler:
         )
         self._watermark = num_blocks // 100
         num_full_groups = group_windows.count(None) or len(group_windows)
-        self._queue_tokens_limit = QUEUE_POOLS * (num_blocks - 1) * block_size // num_full_groups
+        kv_tokens = (num_blocks - 1) * block_size // num_full_groups
+        self._queue_tokens_limit = QUEUE_POOLS * max(kv_tokens, max_model_len)
         self._requests: dict[str, Request] = {}
         # Sorted by `Request.order`: of arrival, or of priority and arrival. Preempted ones thereby stand at the head.
         self._waiting: list[Request] = []
@@ -424,6 +425,8 @@ class Scheduler:
             if computed + 1 >= request.end:
                 request.steady_until = -1
                 self._ending.append(request)
+            elif count > 1:
+                request.steady_until = -1  # look once more: the window may have passed most of the chunk
             else:
                 request.steady_until = min(request.capacity, request.end - 2)
         return samples
