@@ -131,14 +131,13 @@ class EngineCore:
         return cls(config, model, executor, memory, max_model_len, facts)
 
     def add(self, request: EngineRequest) -> RequestOutput | None:
-        """Queue a request. A refusal comes back as its one and only output."""
+        """Queue a request. A refusal, or the end of one that asks for no tokens, comes back as its only output."""
         try:
-            self.scheduler.add(request)
+            return self.scheduler.add(request)
         except RequestRejected as error:
             return RequestOutput(
                 request.request_id, [], finish_reason=FinishReason.ERROR, error=f"{error.code}: {error.message}"
             )
-        return None
 
     def abort(self, request_id: str) -> None:
         self.scheduler.abort(request_id)
