@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from engine.core.request import FinishReason
 from engine.text.chat import ChatFormat
 from engine.text.detokenizer import Detokenizer
-from engine.text.events import ChatEvent, ChatFinishReason, ContentDelta, StreamEnd
+from engine.text.events import ChatEvent, ChatFinishReason, ContentDelta, StreamEnd, ToolCallStart
 from engine.text.messages import ToolDefinition
 from engine.text.stop import StopMatcher
 from engine.text.tokenizer import TextCodec, readable_token
@@ -170,7 +170,10 @@ class ChatOutputProcessor:
         )
 
     def _without_stops(self, events: list[ChatEvent]) -> list[ChatEvent]:
-        """Pass events through the stop matcher, in order; nothing follows a match."""
+        """Pass events through the stop matcher; nothing follows a match.
+
+        The client joins the pieces of the answer, so a stop string counts even where the model's messages meet.
+        """
         if not self._has_stops:
             return events
         out: list[ChatEvent] = []
@@ -178,14 +181,13 @@ class ChatOutputProcessor:
             if self._matcher.matched is not None:
                 break
             if isinstance(event, ContentDelta) and event.channel == "final":
-                if event.message != self._held_message:
-                    out += self._flush()
                 self._held_message = event.message
                 if text := self._matcher.push(event.text):
                     out.append(ContentDelta(text, event.message))
-            else:
+                continue
+            if isinstance(event, ContentDelta | ToolCallStart):  # the held text belongs in front of these
                 out += self._flush()
-                out.append(event)
+            out.append(event)
         return out
 
     def _flush(self) -> list[ChatEvent]:

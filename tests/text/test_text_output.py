@@ -127,14 +127,31 @@ def test_chat_stop_strings_leave_calls_alone():
     )
 
 
-def test_held_answers_leave_before_what_follows():
+@pytest.mark.parametrize(
+    ("between", "expected"),
+    [
+        ("", ("a ", "STOP")),
+        ("<|start|>assistant<|channel|>analysis<|message|>r<|end|>", ("a ", "STOP")),
+        ("<|start|>assistant<|channel|>commentary<|message|>c<|end|>", ("a STcOP b", None)),
+        ("<|start|>assistant to=functions.f<|channel|>commentary<|message|>{}<|end|>", ("a STOP b", None)),
+    ],
+)
+def test_stop_strings_where_messages_meet(between, expected):
     tokens = SMALL.encode_trusted(
-        "<|channel|>final<|message|>a ST<|end|><|start|>assistant<|channel|>analysis<|message|>r<|end|>"
-        "<|start|>assistant<|channel|>final<|message|>OP b<|return|>"
+        f"<|channel|>final<|message|>a ST<|end|>{between}<|start|>assistant<|channel|>final<|message|>OP b<|return|>"
     )
     for sizes in ([], [1] * len(tokens)):
         reply, stop = chat(tokens, sizes, FinishReason.STOP, stop=["STOP"])
-        assert (reply.content, reply.reasoning, stop) == ("a STOP b", "r", None)
+        assert (reply.content, stop) == expected
+
+
+def test_held_text_leaves_before_a_call():
+    tokens = SMALL.encode_trusted(
+        "<|channel|>final<|message|>ST<|end|><|start|>assistant to=functions.f<|message|><|call|>"
+    )
+    events = ChatOutputProcessor(CHAT, stop=["STOP"]).push(tokens).events
+    assert isinstance(events[0], ContentDelta)
+    assert events[0].text == "ST"
 
 
 def test_a_complete_reply_asks_for_an_abort():

@@ -83,6 +83,7 @@ TOLERANCE = {
         "analysis<|message|>a<|end|><|start|>assistantfinal<|message|>x<|return|>",
         reply("x", reasoning="a"),
     ),
+    "a role before the start": ("assistant<|start|>assistant<|channel|>final<|message|>x<|return|>", reply("x")),
     "extra words": ("<|channel|>commentary to=functions.f json code<|message|>{}<|call|>", reply("", call())),
     "glued recipient": ("<|channel|>commentaryto=functions.f<|message|>{}<|call|>", reply("", call())),
     "constrained final": ("<|channel|>final <|constrain|>json<|message|>{}<|return|>", reply("{}")),
@@ -128,7 +129,7 @@ TOLERANCE = {
     "call that ends in its header": (" to=functions.f<|channel|>commentary<|call|>", reply("", call())),
     "arguments that are no JSON": (" to=functions.f<|channel|>commentary json<|message|>{oops<|call|>", reply("{oops")),
     "arguments with NaN": (" to=functions.f<|channel|>commentary json<|message|>[NaN]<|call|>", reply("[NaN]")),
-    "a recipient that is a role": ("<|channel|>final to=user<|message|>x<|return|>", reply("x")),
+    "a recipient that is a role": ("<|channel|>final to=user<|message|>{}<|return|>", reply("{}")),
     "a turn for somebody else": (
         "<|channel|>final<|message|>x<|end|><|start|>user<|message|>no<|end|>"
         "<|start|>functions.f to=assistant<|channel|>commentary<|message|>no<|return|>",
@@ -219,11 +220,20 @@ def test_a_continuation_begins_inside_the_answer(o200k):
 
 def test_a_header_without_end_becomes_content(o200k):
     words = " json" * (MAX_HEADER_TOKENS * 2)
-    assert parse(o200k, o200k.encode_trusted(words)) == reply(words)
+    assert parse(o200k, o200k.encode_trusted(words), FinishReason.LENGTH) == reply(words, finish="length")
     lost = parse(
         o200k, o200k.encode_trusted("<|channel|>final" + " word" * (MAX_HEADER_TOKENS * 2)), FinishReason.LENGTH
     )
     assert lost.content == ("word" + " word" * (MAX_HEADER_TOKENS * 2 - 1))
+
+
+def test_a_character_split_where_a_header_overflows_survives(small):
+    euro = small.encode("€")
+    ids = HarmonyIds.from_codec(small)
+    fill = small.encode("x")
+    header = [ids.channel, *small.encode("final ")]
+    tokens = [*header, *fill * (MAX_HEADER_TOKENS + 1 - len(header)), *euro, ids.return_]
+    assert parse(small, tokens).content.endswith("x€")
 
 
 def test_positions_of_content_tokens(o200k):
@@ -358,7 +368,15 @@ def fuzz_pieces(codec: O200kCodec) -> list[list[int]]:
     words += [" json", "code", " to=python", "{}", '{"a":', " 1}", "hello", " ", "\n", "€", " to=", "bot"]
     pieces = [codec.encode_trusted(f"<|{name}|>") for name in controls]
     pieces += [codec.encode(word) for word in words]
-    return [*pieces, codec.encode("👩‍👩‍👧")[:1]]
+    openings = [
+        "<|channel|>analysis",
+        "<|channel|>final",
+        "<|channel|>commentary",
+        " to=functions.f<|channel|>commentary",
+    ]
+    wholes = [f"<|start|>assistant{opening}<|message|>" for opening in openings] * 2
+    wholes += ['<|start|>assistant to=functions.g<|channel|>commentary json<|message|>{"a": 1}<|end|>', "<|end|>"] * 2
+    return [*pieces, *map(codec.encode_trusted, wholes), codec.encode("👩‍👩‍👧")[:1]]
 
 
 def test_fuzz_never_raises_and_does_not_depend_on_the_chunks(o200k):

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from text_support import CONTROL, small_inner, small_tokenizer
-from tokenizers import models, pre_tokenizers
+from tokenizers import models, normalizers, pre_tokenizers
 
 from engine.text import Tokenizer, TokenizerError, token_text
 from engine.text import tokenizer as module
@@ -123,6 +123,12 @@ def test_a_control_token_that_text_can_reach_is_refused():
     inner.add_special_tokens(["<e>"])
     with pytest.raises(TokenizerError, match="encodes to the control token"):
         Tokenizer(inner)
+
+
+def test_the_normalizer_of_the_file_applies():
+    inner = small_inner()
+    inner.normalizer = normalizers.NFC()
+    assert Tokenizer(inner).encode("e\u0301<|end|>") == SMALL.encode("\u00e9<|end|>")
 
 
 def test_a_file_round_trip_keeps_the_ids(tmp_path: Path, small):
