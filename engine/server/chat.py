@@ -21,12 +21,14 @@ from engine.server.stream import EventStream
 from engine.text import (
     ChatEvent,
     ChatOutputProcessor,
+    ChatUpdate,
     ContentDelta,
     ReasoningDelta,
     StreamEnd,
     ToolArgumentsDelta,
     ToolCallStart,
 )
+from engine.text.events import ChatFinishReason
 
 if TYPE_CHECKING:
     from engine.server.app import App
@@ -49,14 +51,16 @@ class Choice:
     def __init__(self, app: App, plan: ChatPlan, index: int) -> None:
         self.index = index
         self._plan = plan
+        self._ends_after_call = not plan.parallel_tool_calls or plan.tools.forced is not None
         self._processor = ChatOutputProcessor(
             plan.chat_format,
             plan.tools.definitions,
             stop=plan.params.stop,
             include_stop=plan.params.include_stop_str_in_output,
             is_continuation=plan.is_continuation,
-            parallel_tool_calls=plan.parallel_tool_calls and plan.tools.forced is None,
+            parallel_tool_calls=not self._ends_after_call,
         )
+        self._reply_reason: ChatFinishReason = "stop"
         self._drops_calls = not plan.tools.may_call
         self._names = TokenNames(app.tokenizer, skip_special_tokens=plan.params.skip_special_tokens)
         # By position since the start of the reply, prefix included; kept only when logprobs are wanted.
@@ -68,14 +72,23 @@ class Choice:
     def feed(self, output: RequestOutput) -> tuple[Piece, int, bool]:
         """Return the piece, the number of tokens used, and whether the engine must be told to stop."""
         plan = self._plan
-        update = self._processor.push(output.new_token_ids, output.finish_reason, output.stop_token_id)
+        update = self._push(output)
+        num_used, must_abort, finish_reason = update.num_tokens, update.must_abort, update.finish_reason
+        if plan.params.ignore_eos and update.stop_string is None:
+            # The reply is over for the client but not the measurement: the engine goes on to its limit.
+            num_used, must_abort = len(output.new_token_ids), False
+            self._reply_reason = update.finish_reason or self._reply_reason
+            finish_reason = None
+            if output.finish_reason is not None:
+                is_cut = output.finish_reason is FinishReason.LENGTH and self._reply_reason != "tool_calls"
+                finish_reason = "length" if is_cut else self._reply_reason
         piece = Piece(self.index, update.events)
         if plan.num_top_logprobs is not None:
             piece.logprobs = self._logprobs(output, update.content_positions, plan.num_top_logprobs)
         if plan.returns_ids:
-            piece.token_ids = output.new_token_ids[: update.num_tokens]
+            piece.token_ids = output.new_token_ids[:num_used]
+        piece.finish_reason = finish_reason
         if update.finish_reason is not None:
-            piece.finish_reason = update.finish_reason
             for event in update.events:
                 if isinstance(event, StreamEnd):
                     plan.usage.reasoning_tokens += event.reasoning_tokens
@@ -83,7 +96,26 @@ class Choice:
             self._drop_calls(piece, output.finish_reason)
         if not plan.includes_reasoning:
             piece.events = [event for event in piece.events if not isinstance(event, ReasoningDelta)]
-        return piece, update.num_tokens, update.must_abort
+        return piece, num_used, must_abort
+
+    def _push(self, output: RequestOutput) -> ChatUpdate:
+        ids = output.new_token_ids
+        if not self._ends_after_call or len(ids) < 2:
+            return self._processor.push(ids, output.finish_reason, output.stop_token_id)
+        # One by one, so that what follows the call is not counted, however the engine cuts its outputs.
+        events: list[ChatEvent] = []
+        positions: list[int] = []
+        for at, token_id in enumerate(ids):
+            is_last = at == len(ids) - 1
+            update = self._processor.push(
+                (token_id,), output.finish_reason if is_last else None, output.stop_token_id if is_last else None
+            )
+            events += update.events
+            positions += [at + position for position in update.content_positions]
+            if update.finish_reason is not None:
+                break
+        must_abort = update.finish_reason is not None and output.finish_reason is None
+        return ChatUpdate(events, at + 1, positions, update.finish_reason, update.stop_string, must_abort)
 
     def _logprobs(self, output: RequestOutput, positions: list[int], num_top: int) -> list[dict[str, Any]]:
         base = len(self._history)

@@ -116,8 +116,27 @@ class Generation:
     async def outputs(self) -> AsyncIterator[tuple[int, RequestOutput]]:
         """Yield outputs of all sequences as they come, each sequence in its own order.
 
+        With a `stream_interval` of N, the first token comes at once and then at least N at a time.
         Raises: ApiError when the engine ends a sequence with an error.
         """
+        interval = self._app.config.server.stream_interval
+        if interval <= 1:
+            async for item in self._raw_outputs():
+                yield item
+            return
+        held: dict[int, RequestOutput] = {}
+        seen: set[int] = set()
+        async for index, output in self._raw_outputs():
+            if index in held:
+                output = _joined(held.pop(index), output)
+            is_due = output.finish_reason is not None or len(output.new_token_ids) >= interval
+            if is_due or (index not in seen and output.new_token_ids):
+                seen.add(index)
+                yield index, output
+            else:
+                held[index] = output
+
+    async def _raw_outputs(self) -> AsyncIterator[tuple[int, RequestOutput]]:
         if len(self._requests) == 1:
             stream = self._streams[0]
             async for output in stream:
@@ -195,6 +214,23 @@ async def _pump(index: int, stream: RequestStream, queue: asyncio.Queue[tuple[in
     queue.put_nowait((index, None))
 
 
+def _joined(first: RequestOutput, second: RequestOutput) -> RequestOutput:
+    """Return one output that says what both say."""
+    logprobs = None
+    if first.new_logprobs is not None or second.new_logprobs is not None:
+        logprobs = [*(first.new_logprobs or ()), *(second.new_logprobs or ())]
+    cached = first.num_cached_tokens if first.num_cached_tokens is not None else second.num_cached_tokens
+    return RequestOutput(
+        second.request_id,
+        first.new_token_ids + second.new_token_ids,
+        finish_reason=second.finish_reason,
+        new_logprobs=logprobs,
+        num_cached_tokens=cached,
+        error=second.error,
+        stop_token_id=second.stop_token_id,
+    )
+
+
 def _engine_error(text: str, app: App) -> ApiError:
     """Map the engine's `code: message` to an answer; its message stays in the log."""
     code = text.partition(":")[0]
@@ -209,7 +245,7 @@ def _engine_error(text: str, app: App) -> ApiError:
     if code in ("queue_full", "overloaded"):
         app.metrics.count_refusal(code)
         return errors.overloaded()
-    if code in ("numerical_error", "nan"):
+    if code == "numerical_error" or "not finite" in text:
         app.metrics.num_nan += 1
         return errors.numerical_error()
     if code in ("engine_dead", "draining"):

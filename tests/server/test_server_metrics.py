@@ -1,0 +1,75 @@
+"""/metrics is Prometheus text with vLLM's names, and counts what happened."""
+
+from __future__ import annotations
+
+import httpx
+from fake_engine import scripted
+from prometheus_client.parser import text_string_to_metric_families
+from server_support import TOKENIZER, running
+
+WORDS = [[i] for i in TOKENIZER.encode("all the world is a stage, and all the men")]
+
+VLLM_NAMES = {
+    "vllm:num_requests_running",
+    "vllm:num_requests_waiting",
+    "vllm:kv_cache_usage_perc",
+    "vllm:cache_config_info",
+    "vllm:prompt_tokens",
+    "vllm:generation_tokens",
+    "vllm:prompt_tokens_cached",
+    "vllm:prefix_cache_queries",
+    "vllm:prefix_cache_hits",
+    "vllm:num_preemptions",
+    "vllm:request_success",
+    "vllm:corrupted_requests",
+    "vllm:admission_rejections",
+    "vllm:time_to_first_token_seconds",
+    "vllm:inter_token_latency_seconds",
+    "vllm:request_time_per_output_token_seconds",
+    "vllm:e2e_request_latency_seconds",
+    "vllm:request_prompt_tokens",
+    "vllm:request_generation_tokens",
+    "vllm:request_params_n",
+    "vllm:request_params_max_tokens",
+}
+
+
+def scrape(client: httpx.Client) -> dict[str, float]:
+    answer = client.get("/metrics")
+    assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
+    families = list(text_string_to_metric_families(answer.text))
+    assert {family.name for family in families} >= VLLM_NAMES
+    samples: dict[str, float] = {}
+    for family in families:
+        assert family.documentation
+        for sample in family.samples:
+            if family.name.startswith("vllm:"):
+                assert sample.labels["model_name"] == "tiny-oss"
+            key = sample.name + "".join(
+                f"{{{k}={v}}}" for k, v in sample.labels.items() if k not in ("model_name", "engine")
+            )
+            samples[key] = sample.value
+    return samples
+
+
+def test_counts() -> None:
+    with running(scripted(WORDS)) as server, server.http() as client:
+        before = scrape(client)
+        body = {"model": "tiny-oss", "prompt": [5, 6, 7], "max_tokens": 4, "n": 2}
+        assert client.post("/v1/completions", json=body).status_code == 200
+        assert client.post("/v1/completions", json=body | {"temperature": 9}).status_code == 400
+        after = scrape(client)
+
+        def grown(name: str) -> float:
+            return after[name] - before.get(name, 0.0)
+
+        assert grown("vllm:prompt_tokens_total") == 6
+        assert grown("vllm:generation_tokens_total") == 8
+        assert grown("vllm:request_success_total{finished_reason=length}") == 2
+        assert grown("vllm:time_to_first_token_seconds_count") == 2
+        assert grown("vllm:inter_token_latency_seconds_count") == 6
+        assert grown("vllm:request_params_n_bucket{le=2.0}") == 1
+        assert grown("vllm:request_generation_tokens_bucket{le=5.0}") == 2
+        assert grown("hlaunch_http_responses_total{route=/v1/completions}{status=200}") == 1
+        assert grown("hlaunch_http_responses_total{route=/v1/completions}{status=400}") == 1
+        assert after["vllm:num_requests_running"] == 0
