@@ -4,36 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import socket
-import subprocess
-import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parents[2]
-HLAUNCH = (sys.executable, "-m", "launcher.cli")
-
-
-@dataclass(frozen=True)
-class Running:
-    """A served tiny-oss and the environment in which `hlaunch` finds it."""
-
-    url: str
-    environ: dict[str, str]
-
-    def hlaunch(self, *args: str, stdin: str | None = None, check: bool = True) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [*HLAUNCH, *args], env=self.environ, cwd=ROOT, input=stdin, capture_output=True, text=True, check=check
-        )
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+from e2e_support import Running, free_port
 
 
 @pytest.fixture(scope="session")
@@ -49,5 +24,5 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     yield server
     down = server.hlaunch("down", "tiny-oss", check=False)
     assert down.returncode == 0, down.stderr
-    pids = [entry["launcher"]["pid"] for entry in (listed if isinstance(listed, list) else listed["instances"])]
+    pids = [pid for entry in listed for pid in (entry["pid"], entry["engine_pid"])]
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)

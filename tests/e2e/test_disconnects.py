@@ -9,9 +9,8 @@ import time
 import urllib.request
 from urllib.parse import urlsplit
 
+from e2e_support import Running
 from prometheus_client.parser import text_string_to_metric_families
-
-from tests.e2e.conftest import Running
 
 NUM_CLIENTS = 2000
 NUM_AT_ONCE = 48
