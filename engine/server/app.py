@@ -113,6 +113,17 @@ class App:
             await self._fail(exchange, errors.internal_error())
         finally:
             self.metrics.count_response(route, exchange.status)
+            if exchange.method == "POST":
+                # Ids, sizes and times only; what people wrote is never logged.
+                milliseconds = (time.monotonic() - exchange.started_at) * 1000
+                logger.info(
+                    "%s %s %d, %d bytes, %.1f ms",
+                    exchange.request_id,
+                    route,
+                    exchange.status,
+                    exchange.body_bytes,
+                    milliseconds,
+                )
 
     def _find(self, exchange: Exchange) -> tuple[str, Handler]:
         path = exchange.path

@@ -150,6 +150,9 @@ class GuardedProtocol(HttpToolsProtocol):
         if not self._is_upgrading:
             self._is_in_head = True
             super().on_message_complete()
+            if self.cycle.response_complete:
+                # Answered before its body was read (401, 413): the keep-alive timer has been disarmed by that body.
+                self._arm_read_timer(self.timeout_keep_alive)
 
     def pause_writing(self) -> None:
         super().pause_writing()

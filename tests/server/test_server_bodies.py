@@ -184,7 +184,7 @@ scalars = st.one_of(
     st.booleans(),
     st.integers(-(2**70), 2**70),
     st.floats(allow_nan=False, allow_infinity=False),
-    st.text(st.characters(exclude_categories=("Cs",)), max_size=20),
+    st.text(st.characters(exclude_categories=["Cs"]), max_size=20),
     st.sampled_from(["tiny-oss", "user", "tool", "text", "function", "auto", "<|start|>", "\x00"]),
 )
 values = st.recursive(

@@ -175,7 +175,7 @@ def test_methods_types_and_routes(http: httpx.Client) -> None:
 def test_request_id_is_echoed_when_well_formed(http: httpx.Client) -> None:
     assert http.get("/live", headers={"x-request-id": "abc-1.2_3"}).headers["x-request-id"] == "abc-1.2_3"
     for odd in (b"a b", b"x" * 200, "é".encode(), b"<script>", b""):
-        found = http.get("/live", headers={"x-request-id": odd}).headers["x-request-id"]
+        found = http.get("/live", headers={b"x-request-id": odd}).headers["x-request-id"]
         assert re.fullmatch(r"req_[0-9a-f]{24}", found)
     answer = http.get("/nope")
     assert answer.headers["x-request-id"]

@@ -165,6 +165,20 @@ def test_body_limit_declared_and_chunked(tight: RunningServer) -> None:
     assert exchange(tight, absurd)[0] in (400, 413)
 
 
+def test_a_connection_answered_before_its_body_is_not_kept_forever(tight: RunningServer) -> None:
+    with tight.connect() as sock:
+        sock.sendall(b"POST /nope HTTP/1.1\r\nHost: localhost\r\nContent-Length: 4\r\n\r\nab")
+        assert b"404 Not Found" in sock.recv(65536)
+        sock.sendall(b"cd")
+        started = time.monotonic()
+        read_all(sock)
+        assert time.monotonic() - started < 2
+    with tight.connect() as sock:
+        sock.sendall(b"POST /nope HTTP/1.1\r\nHost: localhost\r\nContent-Length: 4\r\n\r\nab")
+        assert b"404 Not Found" in sock.recv(65536)
+        assert read_all(sock) == b""
+
+
 def test_missing_host_and_malformed_http(tight: RunningServer) -> None:
     status, _, body = exchange(tight, b"GET /v1/models HTTP/1.1\r\nConnection: close\r\n\r\n")
     assert status == 400
