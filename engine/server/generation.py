@@ -54,6 +54,9 @@ class Generation:
         seconds = self._app.config.server.request_timeout_seconds
         self._task = asyncio.current_task()
         metrics = self._app.metrics
+        if self._app.lifecycle.is_draining:
+            # The drain began while the body was read or tokenized.
+            raise errors.draining()
         try:
             for index, request in enumerate(self._requests):
                 self._streams[index] = self._app.engine.submit(request)
@@ -63,6 +66,9 @@ class Generation:
             self._abort_all()
             metrics.count_refusal(error.code)
             raise errors.unavailable(error.code) from None
+        except BaseException:
+            self._abort_all()
+            raise
         metrics.prepare_seconds.observe(time.monotonic() - self._exchange.started_at)
         self._app.lifecycle.enter(self)
         self._watcher = asyncio.create_task(self._watch_client())
@@ -234,12 +240,13 @@ def _joined(first: RequestOutput, second: RequestOutput) -> RequestOutput:
 def _engine_error(text: str, app: App) -> ApiError:
     """Map the engine's `code: message` to an answer; its message stays in the log."""
     code = text.partition(":")[0]
-    if code in ("too_long", "never_fits", "empty_prompt"):
+    if code in ("too_long", "never_fits", "empty_prompt", "bad_token"):
         app.metrics.count_refusal(code)
         sentences = {
             "too_long": "The request is longer than this model's context.",
             "never_fits": "The request needs more KV cache than this server has.",
             "empty_prompt": "The prompt is empty.",
+            "bad_token": "The prompt holds a token id that the model does not know.",
         }
         return errors.invalid_value("prompt", sentences[code])
     if code in ("queue_full", "overloaded"):
