@@ -135,12 +135,8 @@ class KVCache:
                     self.pool.forget(block)
 
     def reset_prefix_cache(self, requests: Sequence[Request]) -> None:
-        """Forget all prefixes; `requests` are all unfinished ones, whose hashes belong to the old chain."""
-        if self.prefix_cache is None:
-            return
-        self.prefix_cache.reset()
+        """Forget all prefixes; `requests` are all unfinished ones."""
+        self.pool.forget_all()
         for request in requests:
-            request.block_hashes.clear()
-            request.block_contents.clear()
-            # What it has computed so far must not enter the new chain; a later admission starts clean.
+            # What it computed so far, and what follows from that, is never found again; a later admission starts clean.
             request.is_hashable = False

@@ -24,7 +24,6 @@ class PrefixCache:
         self._pool = pool
         self._block_size = block_size
         self._seed = seed
-        self._resets = 0
         self._full_groups = [g for g, window in enumerate(windows) if window is None]
         # Blocks that a query at a block border still sees: ceil((window - 1) / block_size).
         self._sliding_groups = [(g, -(-(w - 1) // block_size)) for g, w in enumerate(windows) if w is not None]
@@ -64,11 +63,6 @@ class PrefixCache:
                 if block:
                     register(group, block, request.block_hashes[i], request.block_contents[i])
         request.num_hashed_blocks = last
-
-    def reset(self) -> None:
-        """Forget everything, blocks in use included: no chain made before can be found after."""
-        self._resets += 1
-        self._pool.forget_all()
 
     def _find_prefix(self, request: Request, group: int, limit: int, table: list[int]) -> int:
         for i in range(limit):
@@ -113,5 +107,4 @@ class PrefixCache:
             contents.append(content)
 
     def _root(self, salt: str) -> bytes:
-        data = self._seed + self._resets.to_bytes(8, "little") + salt.encode("utf-8", "surrogatepass")
-        return blake2b(data, digest_size=DIGEST_BYTES).digest()
+        return blake2b(self._seed + salt.encode("utf-8", "surrogatepass"), digest_size=DIGEST_BYTES).digest()

@@ -125,8 +125,8 @@ class Scheduler:
         # Released rows not yet told to the ranks; released rows that a step in flight still uses, by that step's id.
         self._released: list[int] = []
         self._cooling: list[tuple[int, int]] = []
-        # (head of the queue, free blocks, running rows) when admission last failed for want of blocks.
-        self._misfit: tuple[Request, int, int] | None = None
+        # The head of the queue and the free blocks when admission last failed for want of blocks.
+        self._misfit: tuple[Request, int] | None = None
         self._next_step_id = 0
         self._next_order = 0
         self._queued_tokens = 0
@@ -355,10 +355,8 @@ class Scheduler:
             request = self._waiting[0]
             if request.num_tokens != len(request.token_ids):
                 return  # preempted with a step in flight: its last token is not known yet
-            if self._misfit is not None:
-                head, num_free, num_running = self._misfit
-                if head is request and kv.pool.num_free <= num_free and len(self._running) >= num_running:
-                    return
+            if self._misfit is not None and self._misfit[0] is request and kv.pool.num_free <= self._misfit[1]:
+                return
             num_prefix_blocks, prefix = kv.find_prefix(request)
             num_prefix_tokens = num_prefix_blocks * kv.block_size
             count = min(request.num_tokens - num_prefix_tokens, budget, limit)
@@ -369,7 +367,7 @@ class Scheduler:
             # Alone it always fits (`add` saw to that); beside others it leaves them room for their next tokens.
             reserve = outstanding + max(self._watermark, len(self._running)) if self._running else 0
             if needed + reserve > kv.pool.num_free:
-                self._misfit = (request, kv.pool.num_free, len(self._running))
+                self._misfit = (request, kv.pool.num_free)
                 return
             del self._waiting[0]
             self._queued_tokens -= request.num_prompt_tokens

@@ -215,6 +215,10 @@ class Loop:
         assert 0 < plan.num_tokens <= self.config.max_num_batched_tokens
         assert len(plan.rows) <= self.config.max_num_seqs
         assert min(plan.num_scheduled) > 0
+        if plan.num_tokens < self.config.max_num_batched_tokens:
+            # Budget is left: nobody who runs was left out or cut short, budget given back by victims included.
+            assert set(plan.rows) == {request.row for request in self.scheduler._running}
+            assert all(plan.samples) or self.config.long_prefill_limit
 
     def run(self, max_steps: int = 2000) -> None:
         """Step until nothing is left."""
@@ -237,6 +241,7 @@ class Loop:
         for request_id, request in self.requests.items():
             tokens, reason = expected_output(request, self.max_model_len)
             found = self.tokens(request_id)
+            assert all(output.num_cached_tokens is None for output in self.outputs[request_id][1:])
             if request_id in unfinished:
                 assert found == tokens[: len(found)], request_id
                 assert self.reason(request_id) in (None, FinishReason.ERROR, reason)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import copy
 from dataclasses import astuple
 from pathlib import Path
 
@@ -45,6 +46,19 @@ def test_steady_decode_is_small_and_crossings_are_bounded() -> None:
         assert wire_bytes(plan) <= 5 * 256 + 64
     assert max(len(plan.new_blocks) for plan in crossing) == 512
     assert max(wire_bytes(plan) for plan in crossing) <= 8192
+
+
+def test_a_plan_does_not_change_after_it_was_made() -> None:
+    loop = Loop(depth=2, num_blocks=24, max_num_batched_tokens=12)
+    copies = []
+    for i in range(6):
+        loop.add(make_request(f"r{i}", [*range(5 + i)], 20))
+    while loop.scheduler.has_unfinished:
+        made = len(loop.plans)
+        loop.step()
+        copies += [copy.deepcopy(plan) for plan in loop.plans[made:]]
+    assert loop.scheduler.stats().num_preemptions
+    assert loop.plans == copies
 
 
 def _sets_iterated(tree: ast.AST) -> list[int]:

@@ -133,6 +133,53 @@ def test_priority_preempts_the_worst_even_when_it_was_already_scheduled() -> Non
     loop.check_outputs()
 
 
+@pytest.mark.parametrize(("num_blocks", "middle"), [(23, 16), (18, 0)])
+def test_preempting_a_chunk_already_scheduled_undoes_it(num_blocks: int, middle: int) -> None:
+    # "worst" is admitted first and takes 3 tokens a step; "best" outgrows the reserve before that prefill is done.
+    budget = 5 if middle else 6
+    loop = Loop(
+        num_blocks=num_blocks,
+        windows=(None,),
+        max_num_batched_tokens=budget,
+        long_prefill_limit=3,
+        policy="priority",
+    )
+    loop.add(make_request("worst", prompt(60), 2, priority=2))
+    loop.step()
+    loop.add(make_request("best", prompt(3, 1), 30, priority=0))
+    if middle:
+        loop.add(make_request("middle", prompt(middle, 2), 4, priority=1))
+    while not loop.scheduler.stats().num_preemptions:
+        loop.step()
+    before, plan = loop.plans[-2:]
+    assert before.num_scheduled == ([3, 1, 1] if middle else [3, 1])
+    assert plan.released == [0]
+    # The budget of the victim serves the row after it.
+    assert (plan.rows, plan.num_scheduled) == (([1, 2], [1, 2]) if middle else ([1], [1]))
+    # Of the victim only what earlier plans computed is findable.
+    computed = sum(p.num_scheduled[p.rows.index(0)] for p in loop.plans if 0 in p.rows)
+    worst = loop.scheduler._requests["worst"]
+    assert len(worst.block_hashes) == computed // 4
+    loop.run()
+    loop.check_outputs()
+
+
+def test_nobody_is_admitted_in_a_step_that_preempts() -> None:
+    loop = Loop(num_blocks=9, windows=(None,), max_num_seqs=2, policy="priority", max_num_batched_tokens=32)
+    loop.add(make_request("worst", prompt(14), 10, priority=2))
+    loop.add(make_request("best", prompt(8, 1), 20, priority=0))
+    loop.step()
+    loop.add(make_request("small", prompt(2, 2), 2, priority=1))
+    while not loop.scheduler.stats().num_preemptions:
+        loop.step()
+    # "small" has a row and blocks now, and heads the queue.
+    assert loop.plans[-1].admits == []
+    loop.step()
+    assert [row.request_id for row in loop.plans[-1].admits] == ["small"]
+    loop.run()
+    loop.check_outputs()
+
+
 def test_priority_orders_admission_by_priority_then_arrival() -> None:
     loop = Loop(max_num_seqs=1, policy="priority")
     loop.add(make_request("late", prompt(3), 1, priority=1, arrival=2.0))
