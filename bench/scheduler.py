@@ -1,7 +1,7 @@
 """Host cost of one step of the scheduler: `plan` plus `advance`, with a worker that answers at once.
 
 Steady decode: all rows run, block crossings spread over the steps as in real traffic (block size 16, a sliding and a
-full group). Run: python bench/scheduler.py [--json] [--steps N]
+full group). Besides it, the cost of a long prefix hit. Run: python bench/scheduler.py [--json] [--steps N]
 """
 
 from __future__ import annotations
@@ -107,6 +107,30 @@ def measure(rows: int, depth: int, prefix_caching: bool, steps: int) -> Figure:
     )
 
 
+def measure_prefix_hit(num_blocks: int) -> float:
+    """Milliseconds to admit a prompt whose first `num_blocks` blocks per group are cached: hashing, lookup, sharing."""
+    num_tokens = num_blocks * BLOCK_SIZE + 1
+    scheduler = Scheduler(
+        SchedulerConfig(max_num_batched_tokens=num_tokens),
+        num_blocks=4 * num_blocks + 100,
+        block_size=BLOCK_SIZE,
+        group_windows=WINDOWS,
+        max_model_len=num_tokens + 2,
+        hash_seed=b"bench",
+    )
+    durations = []
+    for i in range(8):
+        params = SamplingParams(max_tokens=1)
+        scheduler.add(EngineRequest(f"request-{i}", list(range(num_tokens)), params, 1, seed=0))
+        begin = time.perf_counter_ns()
+        plan = scheduler.plan(0.0)
+        durations.append(time.perf_counter_ns() - begin)
+        if plan is None or plan.num_scheduled != ([num_tokens] if i == 0 else [1]):
+            raise RuntimeError("the prefix was not found")
+        scheduler.advance(answer(plan))
+    return sorted(durations[1:])[len(durations) // 2 - 1] / 1e6
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0] if __doc__ else "")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
@@ -124,6 +148,7 @@ def main() -> None:
             "python": platform.python_version(),
             "machine": platform.machine(),
             "figures": [asdict(figure) for figure in figures],
+            "prefix_hit_1000_blocks_ms": measure_prefix_hit(1000),
         }
         print(json.dumps(report, indent=2))
         return
@@ -134,6 +159,7 @@ def main() -> None:
             f"{figure.rows:4d}  {figure.loop:10s}  {cache:12s}  {figure.median_us:9.1f}  {figure.p99_us:7.1f}"
             f"  {figure.plan_median_us:8.1f}  {figure.advance_median_us:11.1f}"
         )
+    print(f"prefix hit of 1,000 blocks: {measure_prefix_hit(1000):.2f} ms")
 
 
 if __name__ == "__main__":

@@ -13,15 +13,14 @@ Errors: `RequestRejected` from `add`; `SchedulerError` when a result does not be
 
 from __future__ import annotations
 
-from bisect import insort
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 
 from engine.config import ConfigError, SchedulerConfig
+from engine.core.batch import Batch, StepInFlight, admitted_row
 from engine.core.integrity import IntegrityError, check_pool, check_requests, check_tables
 from engine.core.kv_cache import KVCache
-from engine.core.plan import FLAG_NAN, AdmittedRow, ExecutionPlan, StepResult
+from engine.core.plan import FLAG_NAN, ExecutionPlan, StepResult
 from engine.core.request import (
     EngineRequest,
     FinishReason,
@@ -32,13 +31,13 @@ from engine.core.request import (
     SchedulerStats,
     TokenLogprobs,
 )
+from engine.core.rows import RowTable
+from engine.core.waiting import WaitingQueue, order_of
 
 __all__ = ["RequestRejected", "Scheduler", "SchedulerError"]
 
 MAX_TOKEN_ID = 2**31 - 1
 NAN_MESSAGE = "the model produced logits that are not finite"
-# More queued prompt tokens than this many pools full are refused: they would wait longer than clients do.
-QUEUE_POOLS = 2
 
 _FINISHED = {
     FinishReason.STOP: RequestStatus.FINISHED_STOP,
@@ -50,29 +49,6 @@ _FINISHED = {
 
 class SchedulerError(Exception):
     """The caller broke the order of plans and results."""
-
-
-@dataclass(slots=True)
-class _Batch:
-    """The rows of one plan while it is made: parallel lists in batch order."""
-
-    requests: list[Request] = field(default_factory=list)
-    num_scheduled: list[int] = field(default_factory=list)
-    samples: list[bool] = field(default_factory=list)
-    admits: list[AdmittedRow] = field(default_factory=list)
-    new_blocks: list[tuple[int, int, list[int]]] = field(default_factory=list)
-    # Requests that compute more than one token, and so may fill blocks.
-    chunks: list[Request] = field(default_factory=list)
-
-
-@dataclass(slots=True)
-class _Step:
-    """A plan in flight: the requests that sample in it, their rows, and all its rows."""
-
-    step_id: int
-    sampling: list[Request]
-    sampling_rows: list[int]
-    rows: list[int]
 
 
 class Scheduler:
@@ -110,26 +86,18 @@ class Scheduler:
         )
         self._watermark = num_blocks // 100
         num_full_groups = group_windows.count(None) or len(group_windows)
-        kv_tokens = (num_blocks - 1) * block_size // num_full_groups
-        self._queue_tokens_limit = QUEUE_POOLS * max(kv_tokens, max_model_len)
+        kv_tokens = max(max_model_len, (num_blocks - 1) * block_size // num_full_groups)
         self._requests: dict[str, Request] = {}
-        # Sorted by `Request.order`: of arrival, or of priority and arrival. Preempted ones thereby stand at the head.
-        self._waiting: list[Request] = []
+        self._waiting = WaitingQueue(config, kv_tokens)
         # In admission order. Under fcfs that is also `order`, since the head of the queue is always admitted first.
         self._running: list[Request] = []
         # Rows whose last token is in flight: nothing is left to plan for them.
         self._ending: list[Request] = []
-        self._in_flight: deque[_Step] = deque()
-        self._free_rows = list(range(config.max_num_seqs - 1, -1, -1))
-        self._generations = [0] * config.max_num_seqs
-        # Released rows not yet told to the ranks; released rows that a step in flight still uses, by that step's id.
-        self._released: list[int] = []
-        self._cooling: list[tuple[int, int]] = []
+        self._in_flight: deque[StepInFlight] = deque()
+        self._rows = RowTable(config.max_num_seqs)
         # The head of the queue and the free blocks when admission last failed for want of blocks.
         self._misfit: tuple[Request, int] | None = None
         self._next_step_id = 0
-        self._next_order = 0
-        self._queued_tokens = 0
         self._stats = SchedulerStats(num_blocks=num_blocks)
 
     @property
@@ -146,8 +114,8 @@ class Scheduler:
         stats = self._stats
         pool = self._kv.pool
         return SchedulerStats(
-            num_running=len(self._requests) - len(self._waiting),
-            num_waiting=len(self._waiting),
+            num_running=len(self._requests) - len(self._waiting.requests),
+            num_waiting=len(self._waiting.requests),
             num_blocks=stats.num_blocks,
             num_used_blocks=pool.num_used,
             num_cached_blocks=pool.num_cached,
@@ -161,11 +129,7 @@ class Scheduler:
 
     def can_queue(self, num_prompt_tokens: int) -> bool:
         """Whether a prompt of that many tokens would be queued now. An idle queue takes any prompt."""
-        if not self._waiting:
-            return True
-        if len(self._waiting) >= self._config.max_queue:
-            return False
-        return self._queued_tokens + num_prompt_tokens <= self._queue_tokens_limit
+        return self._waiting.can_take(num_prompt_tokens)
 
     def add(self, request: EngineRequest) -> RequestOutput | None:
         """Queue a request. Returns its only output when it ends at once (`max_tokens` 0), else None.
@@ -194,16 +158,13 @@ class Scheduler:
                 "never_fits",
                 f"{end} tokens need {needed} KV blocks, the pool has {self._kv.pool.num_blocks - 1}",
             )
-        if not self.can_queue(len(prompt)):
+        waiting = self._waiting
+        if not waiting.can_take(len(prompt)):
             raise RequestRejected(
-                "queue_full", f"{len(self._waiting)} requests of {self._queued_tokens} tokens are waiting already"
+                "queue_full", f"{len(waiting.requests)} requests of {waiting.num_tokens} tokens are waiting already"
             )
-        order: tuple[float, ...] = (self._next_order,)
-        if self._config.policy == "priority":
-            order = (request.priority, request.arrival_time, self._next_order)
-        self._next_order += 1
-        self._requests[request.request_id] = record = Request(request, end, order)
-        self._enqueue(record)
+        self._requests[request.request_id] = record = Request(request, end, waiting.next_order(request))
+        waiting.push(record)
         return None
 
     def abort(self, request_id: str) -> bool:
@@ -241,14 +202,14 @@ class Scheduler:
         Raises: IntegrityError, naming what disagrees.
         """
         requests = list(self._requests.values())
-        check_requests(requests, self._running, self._waiting)
+        check_requests(requests, self._running, self._waiting.requests)
         check_tables(self._kv, requests)
         check_pool(self._kv.pool)
-        rows = self._free_rows + [row for _, row in self._cooling] + [request.row for request in self._running]
+        rows = self._rows.idle_rows() + [request.row for request in self._running]
         if sorted(rows) != list(range(self._config.max_num_seqs)):
             raise IntegrityError(f"rows are lost or doubled: {sorted(rows)}")
-        if self._queued_tokens != sum(request.num_prompt_tokens for request in self._waiting):
-            raise IntegrityError(f"{self._queued_tokens} queued tokens are not those of the queue")
+        if self._waiting.num_tokens != sum(request.num_prompt_tokens for request in self._waiting.requests):
+            raise IntegrityError(f"{self._waiting.num_tokens} queued tokens are not those of the queue")
         if not requests and self._kv.pool.num_used:
             raise IntegrityError(f"{self._kv.pool.num_used} blocks are used by nobody")
 
@@ -261,9 +222,9 @@ class Scheduler:
             if request.status == RequestStatus.RUNNING and request.row >= 0:
                 self._release(request)
         self._ending.clear()
-        batch = _Batch()
+        batch = Batch()
         budget, outstanding = self._plan_running(batch)
-        if outstanding >= 0 and budget and self._waiting:
+        if outstanding >= 0 and budget and self._waiting.requests:
             self._plan_waiting(batch, budget, outstanding)
         return self._commit(batch) if batch.requests else None
 
@@ -277,8 +238,7 @@ class Scheduler:
             expected = "none" if step is None else f"step {step.step_id} rows {step.sampling_rows}"
             raise SchedulerError(f"result of step {result.step_id} rows {result.rows}, expected {expected}")
         self._in_flight.popleft()
-        if self._cooling:
-            self._cool(step.step_id)
+        self._rows.arrived(step.step_id)
         outputs: list[RequestOutput] = []
         if result.logprobs is not None or any(result.flags):
             logprobs = result.logprobs or [None] * len(result.rows)
@@ -300,7 +260,7 @@ class Scheduler:
             self._stats.generation_tokens += len(step.sampling) - num_slow
         return outputs
 
-    def _plan_running(self, batch: _Batch) -> tuple[int, int]:
+    def _plan_running(self, batch: Batch) -> tuple[int, int]:
         """Schedule running rows in admission order.
 
         Returns the budget left, and the blocks that unfinished prefills still lack, or -1 when a row was preempted.
@@ -332,7 +292,7 @@ class Scheduler:
             blocks = self._kv.extend(request, computed + count)
             while blocks is None:
                 has_preempted = True
-                victim = self._running[-1] if config.policy == "fcfs" else max(self._running, key=_order_of)
+                victim = self._running[-1] if config.policy == "fcfs" else max(self._running, key=order_of)
                 budget += self._preempt(victim, batch)
                 if victim is request:
                     break
@@ -347,12 +307,12 @@ class Scheduler:
             outstanding += self._kv.outstanding_blocks(request, self._chunk(request))
         return budget, -1 if has_preempted else outstanding
 
-    def _plan_waiting(self, batch: _Batch, budget: int, outstanding: int) -> None:
+    def _plan_waiting(self, batch: Batch, budget: int, outstanding: int) -> None:
         """Admit from the head of the queue while rows, budget and blocks last. The first misfit ends admission."""
         kv = self._kv
         limit = self._prefill_limit()
-        while self._waiting and budget and self._free_rows:
-            request = self._waiting[0]
+        while self._waiting.requests and budget and self._rows.has_free:
+            request = self._waiting.requests[0]
             if request.num_tokens != len(request.token_ids):
                 return  # preempted with a step in flight: its last token is not known yet
             if self._misfit is not None and self._misfit[0] is request and kv.pool.num_free <= self._misfit[1]:
@@ -369,21 +329,19 @@ class Scheduler:
             if needed + reserve > kv.pool.num_free:
                 self._misfit = (request, kv.pool.num_free)
                 return
-            del self._waiting[0]
-            self._queued_tokens -= request.num_prompt_tokens
+            self._waiting.remove(request)
             kv.admit(request, prefix, num_prefix_blocks)
             if kv.extend(request, num_prefix_tokens + count) is None:
                 raise SchedulerError(f"request {request.request_id!r} passed the gate but its first chunk does not fit")
-            self._admit(request, num_prefix_tokens, batch)
+            self._enter(request, num_prefix_tokens)
+            batch.admits.append(admitted_row(request))
             budget -= count
             if not self._schedule(request, count, batch):
                 outstanding += kv.outstanding_blocks(request, self._chunk(request))
 
-    def _admit(self, request: Request, num_prefix_tokens: int, batch: _Batch) -> None:
-        row = self._free_rows.pop()
-        self._generations[row] += 1
-        request.row = row
-        request.generation = self._generations[row]
+    def _enter(self, request: Request, num_prefix_tokens: int) -> None:
+        """Give a request its row; its first time also settles what its client is told of the cache."""
+        request.row, request.generation = self._rows.take()
         if request.status == RequestStatus.WAITING:
             request.num_cached_tokens = num_prefix_tokens
             self._stats.prompt_tokens += request.num_prompt_tokens
@@ -392,23 +350,8 @@ class Scheduler:
                 self._stats.prefix_hits_tokens += num_prefix_tokens
         request.status = RequestStatus.RUNNING
         self._running.append(request)
-        source = request.source
-        batch.admits.append(
-            AdmittedRow(
-                row=row,
-                generation=request.generation,
-                request_id=request.request_id,
-                token_ids=request.token_ids.copy(),
-                num_prompt_tokens=request.num_prompt_tokens,
-                num_computed_tokens=num_prefix_tokens,
-                block_ids=tuple(table.copy() for table in request.tables),
-                params=source.params,
-                seed=source.seed,
-                stop_token_ids=source.stop_token_ids,
-            )
-        )
 
-    def _schedule(self, request: Request, count: int, batch: _Batch) -> bool:
+    def _schedule(self, request: Request, count: int, batch: Batch) -> bool:
         """Enter a row whose blocks are there; True when it samples, that is when it catches up with its tokens."""
         computed = request.num_computed + count
         request.num_computed = computed
@@ -429,44 +372,21 @@ class Scheduler:
                 request.steady_until = min(request.capacity, request.end - 2)
         return samples
 
-    def _preempt(self, victim: Request, batch: _Batch) -> int:
+    def _preempt(self, victim: Request, batch: Batch) -> int:
         """Take a running row's blocks back and queue it again; returns the budget it gives back."""
-        budget = 0
-        if victim in batch.requests:
-            # Scheduled earlier in this very plan (only under priority): undo that first.
-            i = batch.requests.index(victim)
-            budget = batch.num_scheduled[i]
-            victim.num_computed -= budget
-            victim.num_tokens -= batch.samples[i]
-            del batch.requests[i], batch.num_scheduled[i], batch.samples[i]
-            batch.new_blocks = [entry for entry in batch.new_blocks if entry[0] != victim.row]
+        # Under priority the victim may have been scheduled earlier in this very plan.
+        budget = batch.undo(victim)
         self._release(victim)
         victim.status = RequestStatus.PREEMPTED
         self._stats.num_preemptions += 1
-        self._enqueue(victim)
+        self._waiting.push(victim)
         return budget
 
-    def _commit(self, batch: _Batch) -> ExecutionPlan:
-        """Turn the batch into a plan in flight."""
-        requests = batch.requests
-        rows = [request.row for request in requests]
-        plan = ExecutionPlan(
-            self._next_step_id,
-            rows,
-            batch.num_scheduled,
-            batch.samples,
-            batch.admits,
-            batch.new_blocks,
-            self._released,
-        )
-        self._released = []
+    def _commit(self, batch: Batch) -> ExecutionPlan:
+        """Send the batch off."""
+        plan, step = batch.close(self._next_step_id, self._rows.announce())
         self._next_step_id += 1
-        if all(batch.samples):
-            sampling, sampling_rows = requests, rows
-        else:
-            sampling = [request for request, samples in zip(requests, batch.samples, strict=True) if samples]
-            sampling_rows = [request.row for request in sampling]
-        self._in_flight.append(_Step(plan.step_id, sampling, sampling_rows, rows))
+        self._in_flight.append(step)
         # Chunks become findable by the next plan, not by rows of this one, which would read while they are written.
         for request in batch.chunks:
             self._kv.register(request)
@@ -507,7 +427,6 @@ class Scheduler:
     def _finish(self, request: Request, reason: FinishReason) -> None:
         if request.status != RequestStatus.RUNNING:
             self._waiting.remove(request)
-            self._queued_tokens -= request.num_prompt_tokens
         elif request.row >= 0:
             self._release(request)
         request.status = _FINISHED[reason]
@@ -519,23 +438,13 @@ class Scheduler:
         """Take row and blocks from a running request. The row is reused once no step in flight has it."""
         self._running.remove(request)
         self._kv.release(request)
-        row = request.row
+        last_step = None
+        for step in self._in_flight:
+            if request.row in step.rows:
+                last_step = step.step_id
+        self._rows.release(request.row, last_step)
         request.row = -1
         request.steady_until = -1
-        self._released.append(row)
-        for step in reversed(self._in_flight):
-            if row in step.rows:
-                self._cooling.append((step.step_id, row))
-                return
-        self._free_rows.append(row)
-
-    def _cool(self, step_id: int) -> None:
-        self._free_rows += [row for last, row in self._cooling if last <= step_id]
-        self._cooling = [entry for entry in self._cooling if entry[0] > step_id]
-
-    def _enqueue(self, request: Request) -> None:
-        insort(self._waiting, request, key=_order_of)
-        self._queued_tokens += request.num_prompt_tokens
 
     def _prefill_limit(self) -> int:
         """Most tokens one row may take in a step; unbounded when it is alone, and when prefill is not chunked."""
@@ -546,7 +455,3 @@ class Scheduler:
 
     def _chunk(self, request: Request) -> int:
         return min(request.num_tokens - request.num_computed, self._config.max_num_batched_tokens)
-
-
-def _order_of(request: Request) -> tuple[float, ...]:
-    return request.order

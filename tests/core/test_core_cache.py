@@ -258,7 +258,7 @@ def _wrong_tokens(loop: Loop) -> None:
 
 
 def _lost_row(loop: Loop) -> None:
-    loop.scheduler._free_rows.pop()
+    loop.scheduler._rows._free.pop()
 
 
 def _computed_ahead(loop: Loop) -> None:

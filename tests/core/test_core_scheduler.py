@@ -239,6 +239,12 @@ def test_queue_is_bounded_by_tokens_too() -> None:
     assert not loop.scheduler.can_queue(60)
     assert rejected(loop, "more", prompt(60)) == "queue_full"
     assert loop.scheduler.can_queue(8)
+    # Who lengthens the queue means tokens too: the offline face hands over everything at once.
+    loop = Loop(num_blocks=17, windows=(None,), max_queue=1 << 30, max_model_len=64)
+    for i in range(50):
+        loop.add(make_request(f"r{i}", prompt(60, i), 2))
+    loop.run()
+    loop.check_outputs()
 
 
 def test_ends_by_length_by_context_and_without_a_step() -> None:
