@@ -48,6 +48,11 @@ def export(model: TinyOss, control_ids: dict[str, int], folder: Path) -> int:
     return path.stat().st_size
 
 
+def save_checkpoint(model: TinyOss, path: Path) -> None:
+    """Write the training weights as they are, in float32."""
+    save_file({name: value.detach().cpu().contiguous() for name, value in model.named_parameters()}, str(path))
+
+
 def load_weights(model: TinyOss, path: Path) -> None:
     """Load an exported model.safetensors, or a training checkpoint, into the training model."""
     stored = load_file(str(path))

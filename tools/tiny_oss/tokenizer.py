@@ -17,7 +17,18 @@ from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 
-from tools.tiny_oss.render import CONTROL_TOKENS, END_OF_TEXT, START_OF_TEXT
+START_OF_TEXT, END_OF_TEXT = "<|startoftext|>", "<|endoftext|>"
+CONTROL_TOKENS = (
+    START_OF_TEXT,
+    END_OF_TEXT,
+    "<|return|>",
+    "<|constrain|>",
+    "<|channel|>",
+    "<|start|>",
+    "<|end|>",
+    "<|message|>",
+    "<|call|>",
+)
 
 SPACE = "Ġ"
 """How byte-level BPE writes a space."""
