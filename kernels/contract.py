@@ -4,7 +4,7 @@ Knows: the small shape language below. Refuses to know: any op, any device.
 
     "float [T, H]"        a float32 or bfloat16 tensor; T and H bind on first use and must agree afterwards
     "int64 [B, _]"        `_` matches anything
-    "float32 [T, H/2, 2]" integers and `X*n`, `X/n` of a symbol that is bound already
+    "float32 [T, H/2]"    integers and `X*n`, `X/n` of a symbol that is bound already
     "float [H]?"          may be None
 
 Errors:
@@ -27,6 +27,7 @@ _DTYPES: dict[str, tuple[torch.dtype, ...]] = {
     "float": (torch.float32, torch.bfloat16),
     "float32": (torch.float32,),
     "int64": (torch.int64,),
+    "complex64": (torch.complex64,),
     "uint8": (torch.uint8,),
 }
 _PATTERN = re.compile(r"^(\w+) \[(.*)\](\?)?$")

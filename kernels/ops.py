@@ -7,10 +7,12 @@ What an op means is written at its reference in `kernels/reference/`; faster spe
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
+from kernels.cpu.register import register as _register_cpu
 from kernels.experts import ExpertWeights, gates_first
-from kernels.paging import PagedBatch, Prefill, slots_of
+from kernels.paging import PagedBatch, Prefill
 from kernels.platform import Platform, probe
 from kernels.reference import attention as _attention
 from kernels.reference import basic as _basic
@@ -38,9 +40,9 @@ __all__ = [
     "inverse_frequencies",
     "kv_write",
     "linear",
-    "linear_add_",
+    "linear_add",
     "logits",
-    "moe_add_",
+    "moe_add",
     "mxfp4_expand",
     "mxfp4_quantize",
     "paged_attention",
@@ -51,33 +53,32 @@ __all__ = [
     "rope_table",
     "rotate_",
     "router_topk",
-    "slots_of",
     "swiglu",
 ]
 
 rms_norm = Op(_basic.rms_norm, {"x": "float [T, H]", "weight": "float [H]?"})
 add_rms_norm = Op(_basic.add_rms_norm, {"x": "float [T, H]", "residual": "float [T, H]", "weight": "float [H]?"})
 linear = Op(_basic.linear, {"x": "float [T, N]", "weight": "float [M, N]", "bias": "float [M]?"})
-linear_add_ = Op(
-    _basic.linear_add_,
+linear_add = Op(
+    _basic.linear_add,
     {"x": "float [T, N]", "weight": "float [M, N]", "bias": "float [M]", "residual": "float [T, M]"},
 )
 logits = Op(_basic.logits, {"x": "float [B, H]", "weight": "float [V, H]"})
 embedding = Op(_basic.embedding, {"ids": "int64 [T]", "table": "float [V, H]"})
-rotate_ = Op(_rope.rotate_, {"x": "float [T, N, D]", "cos_sin": "float32 [T, D/2, 2]"})
+rotate_ = Op(_rope.rotate_, {"x": "float [T, N, D]", "rotation": "complex64 [T, 1, D/2]"})
 qkv_project = Op(
     _rope.qkv_project,
-    {"x": "float [T, H]", "weight": "float [Q, H]", "bias": "float [Q]", "cos_sin": "float32 [T, _, 2]"},
+    {"x": "float [T, H]", "weight": "float [Q, H]", "bias": "float [Q]", "rotation": "complex64 [T, 1, _]"},
 )
 kv_write = Op(_attention.kv_write, {"cache": "float [S, 2, K, D]", "slots": "int64 [T]", "kv": "float [T, 2, K, D]"})
 paged_attention = Op(
-    _attention.paged_attention, {"query": "float [T, H, D]", "cache": "float [S, 2, K, D]", "sinks": "float [H]"}
+    _attention.paged_attention, {"query": "float [T, H, D]", "cache": "float [S, 2, K, D]", "sinks": "float32 [H]"}
 )
 router_topk = Op(_moe.router_topk, {"x": "float [T, H]", "weight": "float [E, H]", "bias": "float [E]"})
 swiglu = Op(_moe.swiglu, {"gate_up": "float [T, N]"})
-moe_add_ = Op(
-    _moe.moe_add_,
-    {"x": "float [T, H]", "weights": "float32 [T, k]", "ids": "int64 [T, k]", "residual": "float [T, H]"},
+moe_add = Op(
+    _moe.moe_add,
+    {"x": "float [T, H]", "router": "float [E, H]", "router_bias": "float [E]", "residual": "float [T, H]"},
 )
 mxfp4_expand = Op(_mxfp4.mxfp4_expand, {"blocks": "uint8 [E, R, B, 16]", "scales": "uint8 [E, R, B]"})
 
@@ -85,7 +86,7 @@ ALL_OPS: tuple[Op[..., Any], ...] = (
     rms_norm,
     add_rms_norm,
     linear,
-    linear_add_,
+    linear_add,
     logits,
     embedding,
     rotate_,
@@ -94,25 +95,39 @@ ALL_OPS: tuple[Op[..., Any], ...] = (
     paged_attention,
     router_topk,
     swiglu,
-    moe_add_,
+    moe_add,
     mxfp4_expand,
 )
 
 
-class Ops:
-    """The functions chosen for one platform. `checked` keeps the contracts in front of them."""
+_register_cpu({op.name: op for op in ALL_OPS})
 
-    def __init__(self, platform: Platform, *, checked: bool) -> None:
+
+class Ops:
+    """The functions chosen for one platform, with what they keep between calls (packed weights, buffers).
+
+    Not for two threads at once. `checked()` gives the same functions behind their contracts.
+    """
+
+    def __init__(self, platform: Platform) -> None:
         self.platform = platform
-        self.rms_norm = rms_norm.bind(platform, checked=checked)
-        self.linear_add_ = linear_add_.bind(platform, checked=checked)
-        self.logits = logits.bind(platform, checked=checked)
-        self.embedding = embedding.bind(platform, checked=checked)
-        self.qkv_project = qkv_project.bind(platform, checked=checked)
-        self.kv_write = kv_write.bind(platform, checked=checked)
-        self.paged_attention = paged_attention.bind(platform, checked=checked)
-        self.router_topk = router_topk.bind(platform, checked=checked)
-        self.moe_add_ = moe_add_.bind(platform, checked=checked)
+        self.rms_norm = rms_norm.bind(platform)
+        self.linear_add = linear_add.bind(platform)
+        self.logits = logits.bind(platform)
+        self.embedding = embedding.bind(platform)
+        self.qkv_project = qkv_project.bind(platform)
+        self.kv_write = kv_write.bind(platform)
+        self.paged_attention = paged_attention.bind(platform)
+        self.moe_add = moe_add.bind(platform)
+
+    def checked(self) -> Ops:
+        """Put the contracts in front: for shapes that have not passed them yet."""
+        door = copy.copy(self)
+        for op in ALL_OPS:
+            function = getattr(self, op.name, None)
+            if function is not None:
+                setattr(door, op.name, op.behind_contract(function))
+        return door
 
 
 def explain(platform: Platform, op: str | None = None) -> list[Candidate]:

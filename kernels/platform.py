@@ -11,11 +11,15 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class Platform:
-    """Where ops will run. `has_onednn_linear`: torch can run a linear on weights packed by oneDNN."""
+    """Where ops will run. `has_onednn_linear`: torch can run a linear on weights packed by oneDNN.
+
+    `has_flash_attention`: torch has its fused CPU attention that also returns the log-sum-exp.
+    """
 
     device: Literal["cpu", "cuda"]
     dtype: torch.dtype
     has_onednn_linear: bool = False
+    has_flash_attention: bool = False
 
     def __str__(self) -> str:
         return f"{self.device}/{str(self.dtype).removeprefix('torch.')}"
@@ -23,7 +27,9 @@ class Platform:
 
 def probe(device: Literal["cpu", "cuda"], dtype: torch.dtype) -> Platform:
     """Describe this machine for one device kind and dtype."""
-    return Platform(device, dtype, has_onednn_linear=device == "cpu" and _onednn_linear_works())
+    if device != "cpu":
+        return Platform(device, dtype)
+    return Platform(device, dtype, _onednn_linear_works(), _flash_attention_works())
 
 
 @cache
@@ -34,4 +40,18 @@ def _onednn_linear_works() -> bool:
         out = torch.ops.mkldnn._linear_pointwise(torch.ones(4, 16), weight, None, "none", [], "")
         return bool(torch.equal(out, torch.ones(4, 16)))
     except (AttributeError, RuntimeError, NotImplementedError):
+        return False
+
+
+@cache
+def _flash_attention_works() -> bool:
+    """Try torch's fused CPU attention once, in the form that the CPU spec uses."""
+    try:
+        query, mask = torch.ones(1, 2, 3, 8), torch.zeros(1, 1, 1, 4)
+        out, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, torch.ones(1, 1, 4, 8), torch.ones(1, 1, 4, 8), 0.0, False, attn_mask=mask, scale=0.0
+        )
+        expected = torch.full((1, 2, 3), 4.0).log()
+        return bool(torch.allclose(out, query) and torch.allclose(log_sum, expected))
+    except (AttributeError, RuntimeError, NotImplementedError, TypeError):
         return False

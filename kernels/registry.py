@@ -35,12 +35,15 @@ class Band(enum.IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class KernelSpec:
-    """One implementation of an op. `unfit(platform)` gives the reason not to use it there, or None."""
+    """One implementation of an op. `unfit(platform)` gives the reason not to use it there, or None.
+
+    `create(platform)` makes the function; what it keeps between calls lives as long as that function does.
+    """
 
     op: str
     name: str
     band: Band
-    function: Callable[..., Any]
+    create: Callable[[Platform], Callable[..., Any]]
     unfit: Callable[[Platform], str | None]
 
 
@@ -64,7 +67,7 @@ class Op(Generic[P, R]):
         self.contract = Contract(self.name, tensors)
         self.__doc__ = reference.__doc__
         self._signature = inspect.signature(reference)
-        self._specs = [KernelSpec(self.name, "reference", Band.REFERENCE, reference, lambda _: None)]
+        self._specs = [KernelSpec(self.name, "reference", Band.REFERENCE, lambda _: reference, lambda _: None)]
         unknown = set(tensors) - set(self._signature.parameters)
         if unknown:
             raise RegistrationError(f"{self.name}: the contract names unknown arguments {sorted(unknown)}")
@@ -74,16 +77,18 @@ class Op(Generic[P, R]):
         return tuple(self._specs)
 
     def register(
-        self, name: str, band: Band, function: Callable[P, R], unfit: Callable[[Platform], str | None]
+        self,
+        name: str,
+        band: Band,
+        create: Callable[[Platform], Callable[P, R]],
+        unfit: Callable[[Platform], str | None],
     ) -> None:
-        """Add a faster spec. Raises: RegistrationError on a used name, the REFERENCE band or another signature."""
+        """Add a faster spec. Raises: RegistrationError on a used name or the REFERENCE band."""
         if band is Band.REFERENCE:
             raise RegistrationError(f"{self.name}: only the reference itself lives in the REFERENCE band")
         if any(spec.name == name for spec in self._specs):
             raise RegistrationError(f"{self.name}: a spec {name!r} is registered already")
-        if list(inspect.signature(function).parameters) != list(self._signature.parameters):
-            raise RegistrationError(f"{self.name}: spec {name!r} does not take the arguments of its reference")
-        self._specs.append(KernelSpec(self.name, name, band, function, unfit))
+        self._specs.append(KernelSpec(self.name, name, band, create, unfit))
 
     def select(self, platform: Platform) -> KernelSpec:
         """Choose the fitting spec of the highest band; among equals the one registered last."""
@@ -108,11 +113,15 @@ class Op(Generic[P, R]):
                 lines.append(Candidate(self.name, spec.name, spec.band, False, reason))
         return sorted(lines, key=lambda line: (not line.is_selected, -line.band))
 
-    def bind(self, platform: Platform, *, checked: bool) -> Callable[P, R]:
-        """Return the chosen function, with the contract in front of it or bare."""
-        function = self.select(platform).function
-        if not checked:
-            return function
+    def bind(self, platform: Platform) -> Callable[P, R]:
+        """Make the chosen spec's function, bare: for loops that check their shapes once."""
+        function: Callable[P, R] = self.select(platform).create(platform)
+        if list(inspect.signature(function).parameters) != list(self._signature.parameters):
+            raise RegistrationError(f"{self.name}: a spec does not take the arguments of its reference")
+        return function
+
+    def behind_contract(self, function: Callable[P, R]) -> Callable[P, R]:
+        """Put the contract in front of a bound function."""
 
         def door(*args: P.args, **kwargs: P.kwargs) -> R:
             self.contract.check(self._signature.bind(*args, **kwargs).arguments)
@@ -129,5 +138,4 @@ class Op(Generic[P, R]):
         floating = next((v for v in arguments.values() if isinstance(v, torch.Tensor) and v.is_floating_point()), None)
         kind = "cuda" if tensor is not None and tensor.is_cuda else "cpu"
         dtype = floating.dtype if floating is not None else torch.float32
-        result: R = self.select(probe("cuda" if kind == "cuda" else "cpu", dtype)).function(*args, **kwargs)
-        return result
+        return self.bind(probe("cuda" if kind == "cuda" else "cpu", dtype))(*args, **kwargs)

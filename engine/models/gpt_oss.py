@@ -16,7 +16,10 @@ from kernels.ops import Ops, PagedBatch
 
 @dataclass(slots=True)
 class GptOss:
-    """One rank's model: embedding [V, H], layers, final norm [H] (None: folded), lm_head [V, H], rope [P, D/2, 2]."""
+    """One rank's model.
+
+    Shapes: embedding and lm_head [V, H], norm [H] or None when folded into lm_head, rope complex64 [P, 1, D/2].
+    """
 
     embedding: Tensor
     layers: list[tuple[Attention, MixtureOfExperts]]
@@ -59,9 +62,9 @@ class GptOss:
         Shapes: input_ids and positions int64 [T]; caches[l] [S, 2, K, D] and batches[l] are layer l's; returns [T, H].
         """
         x = ops.embedding(input_ids, self.embedding)
-        cos_sin = self.rope.index_select(0, positions)
+        rotation = self.rope.index_select(0, positions)
         for (attention, experts), cache, batch in zip(self.layers, caches, batches, strict=True):
-            x = attention.forward(ops, x, cos_sin, cache, batch)
+            x = attention.forward(ops, x, rotation, cache, batch)
             x = experts.forward(ops, x)
         return x
 

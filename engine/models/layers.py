@@ -30,13 +30,13 @@ class Attention:
     scale: float
     eps: float
 
-    def forward(self, ops: Ops, x: Tensor, cos_sin: Tensor, cache: Tensor, batch: PagedBatch) -> Tensor:
-        """Run over tokens x [T, H]; writes their keys and values to `cache`, changes x in place."""
+    def forward(self, ops: Ops, x: Tensor, rotation: Tensor, cache: Tensor, batch: PagedBatch) -> Tensor:
+        """Run over tokens x [T, H]; writes their keys and values to `cache`, may overwrite x."""
         normed = ops.rms_norm(x, self.norm, self.eps)
-        query, kv = ops.qkv_project(normed, self.qkv, self.qkv_bias, cos_sin, self.num_heads, self.num_kv_heads)
+        query, kv = ops.qkv_project(normed, self.qkv, self.qkv_bias, rotation, self.num_heads, self.num_kv_heads)
         ops.kv_write(cache, batch.slots, kv)
         attended = ops.paged_attention(query, cache, self.sinks, batch, self.scale)
-        return ops.linear_add_(attended, self.out, self.out_bias, x)
+        return ops.linear_add(attended, self.out, self.out_bias, x)
 
 
 @dataclass(slots=True)
@@ -55,7 +55,6 @@ class MixtureOfExperts:
     eps: float
 
     def forward(self, ops: Ops, x: Tensor) -> Tensor:
-        """Run over tokens x [T, H]; changes x in place."""
+        """Run over tokens x [T, H]; may overwrite x."""
         normed = ops.rms_norm(x, self.norm, self.eps)
-        weights, ids = ops.router_topk(normed, self.router, self.router_bias, self.top_k)
-        return ops.moe_add_(normed, weights, ids, self.experts, self.limit, x)
+        return ops.moe_add(normed, self.router, self.router_bias, self.top_k, self.experts, self.limit, x)

@@ -35,8 +35,8 @@ class ModelRunner:
         block_size: int,
     ) -> None:
         self._model = model
-        self._checked = Ops(platform, checked=True)
-        self._bare = Ops(platform, checked=False)
+        self._bare = Ops(platform)
+        self._checked = self._bare.checked()
         # Shapes that have passed the contracts: (tokens, single-token rows, sampling rows).
         self._passed: set[tuple[int, int, int]] = set()
         by_layer = {layer: (g, i) for g, group in enumerate(groups) for i, layer in enumerate(group.layers)}
@@ -57,7 +57,7 @@ class ModelRunner:
         if not plan.rows:
             return StepResult(plan.step_id, [], [], [])
         inputs = self._batch.prepare(plan)
-        shape = (len(inputs.input_ids), len(inputs.group_batches[0].decode_positions), len(inputs.sampling_rows))
+        shape = (len(inputs.input_ids), len(inputs.group_batches[0].decode_rows), len(inputs.sampling_rows))
         ops = self._bare if shape in self._passed else self._checked
         batches = [inputs.group_batches[group] for group in self._group_of_layer]
         hidden = self._model.forward(ops, inputs.input_ids, inputs.positions, self._caches, batches)

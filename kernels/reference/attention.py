@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.paging import PagedBatch, slots_of
+from kernels.paging import PagedBatch
 
 
 def kv_write(cache: Tensor, slots: Tensor, kv: Tensor) -> None:
@@ -31,16 +31,18 @@ def attend(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor, visible: Te
 def paged_attention(query: Tensor, cache: Tensor, sinks: Tensor, batch: PagedBatch, scale: float) -> Tensor:
     """Attend from each token to the keys its row holds, its own included: causal, within the window, with sinks.
 
-    Shapes: query [T, Hq, D], cache [S, 2, K, D], sinks [Hq]; returns [T, Hq · D] in the query's dtype.
+    Shapes: query [T, Hq, D], cache [S, 2, K, D], sinks float32 [Hq]; returns [T, Hq · D] in the query's dtype.
     The tokens' own keys and values must have been written. Slots outside a row's visible range are never read.
     """
     out = torch.empty_like(query)
-    rows = [(i, 1, p, batch.decode_tables) for i, p in enumerate(batch.decode_positions)]
-    todo = [(i, n, p, t[i]) for i, n, p, t in rows if t is not None]
-    todo += [(item.token, item.count, item.position, item.table) for item in batch.prefills]
-    for token, count, position, table in todo:
+    todo = [
+        (row, i, 1, position)
+        for i, (row, position) in enumerate(zip(batch.decode_rows, batch.decode_positions, strict=True))
+    ]
+    todo += [(item.row, item.token, item.count, item.position) for item in batch.prefills]
+    for row, token, count, position in todo:
         begin, end = batch.first_visible(position), position + count
-        kv = cache.index_select(0, slots_of(table, begin, end, batch.block_size))
+        kv = cache.index_select(0, batch.keys(row, begin, end))
         keys = torch.arange(begin, end)
         queries = torch.arange(position, end)[:, None]
         visible = keys <= queries

@@ -29,8 +29,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
-def linear_add_(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
-    """Add x weightᵀ + bias to `residual` in place and return it. Shapes: x [T, N], weight [M, N], residual [T, M]."""
+def linear_add(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
+    """Return residual + x weightᵀ + bias; `residual` may be overwritten.
+
+    Shapes: x [T, N], weight [M, N], bias [M], residual [T, M].
+    """
     return residual.add_(F.linear(x, weight, bias))
 
 

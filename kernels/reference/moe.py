@@ -32,12 +32,21 @@ def swiglu(gate_up: Tensor, limit: float) -> Tensor:
     return gate * torch.sigmoid(gate * SWIGLU_ALPHA) * (up + 1)
 
 
-def moe_add_(x: Tensor, weights: Tensor, ids: Tensor, experts: ExpertWeights, limit: float, residual: Tensor) -> Tensor:
-    """Add the weighted outputs of each token's experts to `residual` in place and return it.
+def moe_add(
+    x: Tensor,
+    router: Tensor,
+    router_bias: Tensor,
+    top_k: int,
+    experts: ExpertWeights,
+    limit: float,
+    residual: Tensor,
+) -> Tensor:
+    """Return residual + the weighted outputs of each token's top-k experts; `residual` may be overwritten.
 
-    Shapes: x [T, H], weights float32 [T, k], ids int64 [T, k], residual [T, H].
+    Shapes: x [T, H], router [E, H], router_bias [E], residual [T, H].
     Maths: Σ_slots w · (down(swiglu(gate_up(x) + b₁)) + b₂), summed in float32 in slot order.
     """
+    weights, ids = router_topk(x, router, router_bias, top_k)
     outputs = torch.zeros(*ids.shape, x.shape[1], dtype=torch.float32)
     for index in torch.unique(ids).tolist():
         tokens, slots = torch.where(ids == index)

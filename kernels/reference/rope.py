@@ -60,32 +60,35 @@ def correction_range(head_dim: int, theta: float, scaling: YarnScaling) -> tuple
 
 
 def rope_table(inverse: Tensor, concentration: float, num_positions: int) -> Tensor:
-    """Tabulate cos and sin: float32 [P, D/2, 2]. The angle is the float32 product position × frequency."""
-    angle = torch.arange(num_positions, dtype=torch.float32)[:, None] * inverse
-    return torch.stack((angle.cos() * concentration, angle.sin() * concentration), dim=-1)
+    """Tabulate cos + i sin, times the concentration: complex64 [P, 1, D/2].
+
+    The angle is the float32 product position × frequency. The middle dimension broadcasts over heads.
+    """
+    angle = torch.arange(num_positions, dtype=torch.float32)[:, None, None] * inverse
+    return torch.complex(angle.cos() * concentration, angle.sin() * concentration)
 
 
-def rotate_(x: Tensor, cos_sin: Tensor) -> Tensor:
+def rotate_(x: Tensor, rotation: Tensor) -> Tensor:
     """Rotate adjacent pairs (a, b) to (a·cos − b·sin, b·cos + a·sin), in place, float32 inside.
 
-    Shapes: x [T, N, D] with pairs side by side, cos_sin float32 [T, D/2, 2].
+    Shapes: x [T, N, D] with pairs side by side, rotation complex64 [T, 1, D/2] (cos + i sin).
     """
     pairs = x.view(*x.shape[:-1], -1, 2)
     a, b = pairs[..., 0].float(), pairs[..., 1].float()
-    cos, sin = cos_sin[:, None, :, 0], cos_sin[:, None, :, 1]
+    cos, sin = rotation.real, rotation.imag
     pairs.copy_(torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1))
     return x
 
 
 def qkv_project(
-    x: Tensor, weight: Tensor, bias: Tensor, cos_sin: Tensor, num_heads: int, num_kv_heads: int
+    x: Tensor, weight: Tensor, bias: Tensor, rotation: Tensor, num_heads: int, num_kv_heads: int
 ) -> tuple[Tensor, Tensor]:
     """Project to queries, keys and values, and rotate the first two.
 
-    Shapes: x [T, H]; weight [(Hq + 2 K) D, H] with rows q, k, v, pairs side by side; cos_sin float32 [T, D/2, 2].
-    Returns query [T, Hq, D] and kv [T, 2, K, D] (keys, then values); both may be views of one buffer.
+    Shapes: x [T, H]; weight [(Hq + 2 K) D, H] with rows q, k, v, pairs side by side; rotation complex64 [T, 1, D/2].
+    Returns query [T, Hq, D] and kv [T, 2, K, D] (keys, then values): views of one buffer, valid until the next call.
     """
-    head_dim = cos_sin.shape[1] * 2
+    head_dim = rotation.shape[2] * 2
     qkv = torch.nn.functional.linear(x, weight, bias).view(x.shape[0], -1, head_dim)
-    rotate_(qkv[:, : num_heads + num_kv_heads], cos_sin)
+    rotate_(qkv[:, : num_heads + num_kv_heads], rotation)
     return qkv[:, :num_heads], qkv[:, num_heads:].view(-1, 2, num_kv_heads, head_dim)

@@ -1,0 +1,205 @@
+"""Paged attention on float32 queries: gather the named keys, then attend.
+
+One decoding row: two products and a softmax on gathered keys. Slot 0 stands first among them: a key of zeros scores 0,
+so a bias with the sink in that column makes the sink join the softmax, and its zero value drops it again.
+
+Several decoding rows, and prefills: torch's fused CPU attention, which returns the log-sum-exp of the scores. The sink
+is then exact as a factor: with l = Σ exp(s_j), out = Σ exp(s_j) v_j / (l + exp(sink)) = fused · sigmoid(log l − sink).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels.paging import PagedBatch, Prefill
+from kernels.platform import Platform
+
+# Queries of a prefill that attend together: their scores stay in cache, and keys beyond the last of them are skipped.
+QUERY_TILE = 256
+_NEG_INF = float("-inf")
+
+
+def create_paged_attention(_: Platform) -> Callable[[Tensor, Tensor, Tensor, PagedBatch, float], Tensor]:
+    single = _SingleRow()
+
+    def paged_attention(query: Tensor, cache: Tensor, sinks: Tensor, batch: PagedBatch, scale: float) -> Tensor:
+        num_decode = len(batch.decode_rows)
+        if not batch.prefills:
+            return (
+                single(query, cache, sinks, batch, scale)
+                if num_decode == 1
+                else _decode(query, cache, sinks, batch, scale)
+            )
+        out = torch.empty(query.shape[0], query.shape[1] * query.shape[2])
+        if num_decode:
+            out[:num_decode] = _decode(query[:num_decode], cache, sinks, batch, scale)
+        for item in batch.prefills:
+            rows = query[item.token : item.token + item.count]
+            out[item.token : item.token + item.count] = _prefill(rows, cache, sinks, batch, item, scale)
+        return out
+
+    return paged_attention
+
+
+def _fused(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, *, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """Attend without sinks; returns the output, as `query`, and the log-sum-exp of each query's scores."""
+    out, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, 0.0, causal, attn_mask=mask, scale=scale
+    )
+    return out, log_sum
+
+
+@dataclass(slots=True)
+class _Gathered:
+    """One step's key slots for a single row, and views of the buffer they are gathered into."""
+
+    index: Tensor
+    count: int
+    gathered: Tensor
+    keys: Tensor
+    values: Tensor
+
+
+class _SingleRow:
+    """Attention of one query token. Keeps the gather buffer, and each layer's bias with the sink in column 0."""
+
+    def __init__(self) -> None:
+        self._buffer = torch.empty(0)
+        self._biases: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, query: Tensor, cache: Tensor, sinks: Tensor, batch: PagedBatch, scale: float) -> Tensor:
+        plan = batch.derived.get("single")
+        if plan is None:
+            plan = batch.derived["single"] = self._gather_plan(cache, batch)
+        num_kv_heads, head_dim = cache.shape[2], cache.shape[3]
+        if cache.dtype == torch.float32:
+            torch.index_select(cache, 0, plan.index, out=plan.gathered)
+        else:
+            plan.gathered.copy_(cache.index_select(0, plan.index))
+        bias = self._bias(sinks, num_kv_heads, plan.count)
+        scores = torch.baddbmm(bias, query.view(num_kv_heads, -1, head_dim), plan.keys, alpha=scale)
+        return torch.bmm(torch.softmax(scores, -1), plan.values).view(1, -1)
+
+    def _gather_plan(self, cache: Tensor, batch: PagedBatch) -> _Gathered:
+        row, position = batch.decode_rows[0], batch.decode_positions[0]
+        begin = batch.first_visible(position)
+        index = batch.slot_table[row, : position + 2]
+        if begin:
+            index = torch.cat((index[:1], index[begin + 1 :]))
+        count = position + 2 - begin
+        if self._buffer.shape[0] < count or self._buffer.shape[1:] != cache.shape[1:]:
+            self._buffer = torch.empty(2 * count, *cache.shape[1:])
+        gathered = self._buffer[:count]
+        return _Gathered(index, count, gathered, gathered[:, 0].permute(1, 2, 0), gathered[:, 1].transpose(0, 1))
+
+    def _bias(self, sinks: Tensor, num_kv_heads: int, count: int) -> Tensor:
+        entry = self._biases.get(id(sinks))
+        if entry is None or entry[1].shape[2] < count:
+            bias = torch.zeros(num_kv_heads, sinks.shape[0] // num_kv_heads, 2 * count)
+            bias[:, :, 0] = sinks.view(num_kv_heads, -1)
+            entry = self._biases[id(sinks)] = (sinks, bias)
+        return entry[1][:, :, :count]
+
+
+def _decode(query: Tensor, cache: Tensor, sinks: Tensor, batch: PagedBatch, scale: float) -> Tensor:
+    """Attend from one query per row; the query heads that share a key head stand as its query rows."""
+    plan = batch.derived.get("decode")
+    if plan is None:
+        plan = batch.derived["decode"] = _decode_plan(batch)
+    index, mask = plan
+    num_rows, num_kv_heads, head_dim = query.shape[0], cache.shape[2], cache.shape[3]
+    kv = cache.index_select(0, index.view(-1)).view(num_rows, -1, 2, num_kv_heads, head_dim).to(query.dtype)
+    out, log_sum = _fused(
+        query.view(num_rows, num_kv_heads, -1, head_dim),
+        kv[:, :, 0].transpose(1, 2),
+        kv[:, :, 1].transpose(1, 2),
+        mask,
+        scale,
+        causal=False,
+    )
+    factor = torch.sigmoid(log_sum - sinks.view(num_kv_heads, -1))
+    attended: Tensor = out.mul_(factor.unsqueeze(-1))
+    return attended.reshape(num_rows, -1)
+
+
+def _decode_plan(batch: PagedBatch) -> tuple[Tensor, Tensor | None]:
+    """Name each row's keys, int64 [B, L], shorter rows padded with slot 0, and the mask that hides the padding."""
+    positions = torch.tensor(batch.decode_positions)
+    rows = torch.tensor(batch.decode_rows)
+    lengths = positions + 1 if batch.window is None else (positions + 1).clamp(max=batch.window)
+    longest, shortest = int(lengths.max()), int(lengths.min())
+    steps = torch.arange(longest)
+    # Column p + 1 of the table is position p: the last `length` positions of each row.
+    columns = (positions + 2 - lengths)[:, None] + steps
+    if longest == shortest:
+        return batch.slot_table[rows[:, None], columns], None
+    visible = steps < lengths[:, None]
+    index = batch.slot_table[rows[:, None], torch.where(visible, columns, 0)]
+    mask = torch.zeros(visible.shape).masked_fill_(~visible, _NEG_INF)
+    return index, mask[:, None, None]
+
+
+@dataclass(slots=True)
+class _Tile:
+    """Queries [begin, end) of a prefill, against gathered keys [first, last), with a mask unless all are visible."""
+
+    begin: int
+    end: int
+    first: int
+    last: int
+    mask: Tensor | None
+    is_causal: bool
+
+
+def _prefill(query: Tensor, cache: Tensor, sinks: Tensor, batch: PagedBatch, item: Prefill, scale: float) -> Tensor:
+    """Attend from a row's several queries, tile by tile."""
+    key = f"prefill {item.token}"
+    plan = batch.derived.get(key)
+    if plan is None:
+        plan = batch.derived[key] = _prefill_plan(batch, item)
+    index, tiles = plan
+    kv = cache.index_select(0, index).to(query.dtype)
+    # [L, 2, K, D] -> keys and values [1, K, L, D]
+    keys, values = kv.permute(1, 2, 0, 3).unsqueeze(1)
+    queries = query.transpose(0, 1).unsqueeze(0)
+    out = torch.empty_like(query)
+    for tile in tiles:
+        part, log_sum = _fused(
+            queries[:, :, tile.begin : tile.end],
+            keys[:, :, tile.first : tile.last],
+            values[:, :, tile.first : tile.last],
+            tile.mask,
+            scale,
+            causal=tile.is_causal,
+        )
+        factor = torch.sigmoid(log_sum[0] - sinks[:, None])
+        torch.mul(part[0].transpose(0, 1), factor.t().unsqueeze(-1), out=out[tile.begin : tile.end])
+    return out.flatten(1)
+
+
+def _prefill_plan(batch: PagedBatch, item: Prefill) -> tuple[Tensor, list[_Tile]]:
+    start = batch.first_visible(item.position)
+    index = batch.keys(item.row, start, item.position + item.count)
+    tiles = []
+    for begin in range(0, item.count, QUERY_TILE):
+        end = min(begin + QUERY_TILE, item.count)
+        first_query, last_query = item.position + begin, item.position + end - 1
+        first = batch.first_visible(first_query)
+        slides = batch.first_visible(last_query) > first
+        is_causal = first_query == first and not slides
+        mask = None
+        if not is_causal:
+            keys = torch.arange(first, last_query + 1)
+            queries = torch.arange(first_query, last_query + 1)[:, None]
+            hidden = keys > queries
+            if batch.window is not None:
+                hidden |= keys <= queries - batch.window
+            mask = torch.zeros(hidden.shape).masked_fill_(hidden, _NEG_INF)[None, None]
+        tiles.append(_Tile(begin, end, first - start, last_query + 1 - start, mask, is_causal))
+    return index, tiles
