@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-from e2e_support import Running, free_port
+from e2e_support import Running, free_port, is_running
 
 
 @pytest.fixture(scope="session")
@@ -25,4 +24,4 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     down = server.hlaunch("down", "tiny-oss", check=False)
     assert down.returncode == 0, down.stderr
     pids = [pid for entry in listed for pid in (entry["pid"], entry["engine_pid"])]
-    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+    assert not any(is_running(pid) for pid in pids)
