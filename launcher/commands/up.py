@@ -6,6 +6,7 @@ loaded before the engine runs.
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from typing import TYPE_CHECKING, Annotated
@@ -17,6 +18,7 @@ from launcher.commands import Invocation, invocation_of
 if TYPE_CHECKING:
     from launcher.console import Console, PhaseView
     from launcher.plan import LaunchPlan
+    from launcher.supervise.echo import Echo
     from launcher.supervise.instance import InstanceFolder
     from launcher.supervise.spec import LaunchSpec
     from launcher.supervise.status import Phase, Ready
@@ -97,7 +99,10 @@ def launch(console: Console, plan: LaunchPlan, *, is_detached: bool, is_replacin
     try:
         outcome = _run(spec, folder, lock_fd, view, began, is_detached)
     finally:
-        view.close()
+        has_kept_up = view.close()
+    if not has_kept_up:
+        # Nobody reads our stderr: any further write, the interpreter's own flush included, would wait for ever.
+        os._exit(int(outcome.exit_code))
     return _conclude(console, view, outcome)
 
 
@@ -167,7 +172,7 @@ class LaunchView:
         self._plan = plan
         self._view: PhaseView | None = None
         self._began: dict[str, float] = {}
-        self._is_serving = False
+        self._echo: Echo | None = None
         self._lines = LineSplitter()
 
     def started(self, pid: int) -> None:
@@ -177,7 +182,7 @@ class LaunchView:
         self._view.__enter__()
 
     def phase(self, phase: Phase) -> None:
-        if self._view is None or self._is_serving:
+        if self._view is None:
             return
         if phase.state == "begin":
             self._began[phase.name] = phase.at
@@ -191,12 +196,12 @@ class LaunchView:
     def ready(self, ready: Ready, timeline: Timeline) -> None:
         """Print the table, the address and the request to paste."""
         from launcher.plan.drawing import curl_line
+        from launcher.supervise.echo import Echo
 
         for name, began in list(self._began.items()):
             if self._view is not None:
                 self._view.end(name, ready.at - began)
         self._began.clear()
-        self._is_serving = True
         self.close()
         self._table(timeline)
         url = ready.url or self._plan.config.server.host
@@ -207,31 +212,43 @@ class LaunchView:
             self._console.note(f"stop with: hlaunch down {self._plan.name}   log: hlaunch logs {self._plan.name}")
         else:
             self._console.note("Ctrl-C stops")
+            self._echo = Echo(self._console.note)
 
     def stopping(self, drain_timeout_seconds: float) -> None:
         if drain_timeout_seconds:
-            self._console.note(f"stopping: running requests get {drain_timeout_seconds:g} s; Ctrl-C again aborts")
+            self._say(f"stopping: running requests get {drain_timeout_seconds:g} s; Ctrl-C again aborts")
 
     def aborting(self) -> None:
-        self._console.note("aborting")
+        self._say("aborting")
 
     def output(self, data: bytes) -> None:
         """Show the engine's own lines once it serves; before that they are in the log, and in the tail of a failure."""
-        if not self._is_serving:
+        if self._echo is None:
             return
         for line in self._lines.feed(data):
-            self._console.note(line.decode("utf-8", errors="replace"))
+            self._echo.say(line.decode("utf-8", errors="replace"))
 
     def fail(self) -> None:
         """Mark what was running when it broke."""
         for name in self._began:
             self._console.note(f"  {name:<10} failed")
 
-    def close(self) -> None:
-        """Stop drawing."""
+    def close(self) -> bool:
+        """Stop drawing and finish what is being written. Returns whether the terminal took it all."""
         if self._view is not None:
             self._view.__exit__(None, None, None)
             self._view = None
+        if self._echo is not None:
+            echo, self._echo = self._echo, None
+            return echo.close()
+        return True
+
+    def _say(self, line: str) -> None:
+        """Write without waiting for the terminal: the supervisor's loop is calling."""
+        if self._echo is not None:
+            self._echo.say(line)
+        else:
+            self._console.note(line)
 
     def _summary(self) -> None:
         from launcher.plan.drawing import placement_lines, size
