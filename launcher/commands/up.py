@@ -269,6 +269,10 @@ class LaunchView:
         sys.stderr.flush()
 
     def _table(self, timeline: Timeline) -> None:
-        rows = [(row.name, f"{row.began_seconds:.2f}", f"{row.seconds:.2f}", row.detail) for row in timeline.rows()]
+        rows = [
+            (row.name, f"{row.began_seconds:.2f}", f"{row.seconds:.2f}", row.detail)
+            for row in timeline.rows()
+            if row.name != "ready"
+        ]
         rows.append(("ready", f"{timeline.total_seconds:.2f}", "", ""))
         self._console.table(("PHASE", ">AT", ">SECONDS", "DETAIL"), rows)
