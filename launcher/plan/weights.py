@@ -39,14 +39,21 @@ class ModelFiles:
 
     def _error(self, message: str, looked_in: tuple[str, ...]) -> PreflightError:
         details = [f"looked in {place}" for place in looked_in]
-        if self.model.count("/") == 1 and not self.model.startswith((".", "/", "~")):
+        if is_repository(self.model):
             revision = f" --revision {self.revision}" if self.revision else ""
             hint = f"run: huggingface-cli download {self.model}{revision}   (or point HLAUNCH_MODEL_DIR at the cache)"
         elif self.model in BUNDLED_MODELS:
             hint = "the bundled model is part of the package: install hlaunch again"
+        elif self.folder is not None:
+            hint = "put all files of the checkpoint into this folder"
         else:
             hint = "write a folder with config.json, or a Hugging Face id such as openai/gpt-oss-20b"
         return PreflightError(message, details=details, hint=hint)
+
+
+def is_repository(model: str) -> bool:
+    """Whether a name reads as a Hugging Face id, `org/name`, rather than as a path."""
+    return model.count("/") == 1 and not model.startswith((".", "/", "~"))
 
 
 def cache_folders(environ: Mapping[str, str]) -> tuple[Path, ...]:
@@ -78,7 +85,7 @@ def find_model_files(model: str, revision: str | None, environ: Mapping[str, str
     if (local / "config.json").is_file():
         return ModelFiles(model, revision, local.resolve(), (str(local),))
     looked_in = [str(local)]
-    for cache in cache_folders(environ):
+    for cache in cache_folders(environ) if is_repository(model) else ():
         looked_in.append(str(cache))
         folder_in_cache = _in_cache(cache, model, revision)
         if folder_in_cache is not None:
@@ -93,8 +100,6 @@ def _expand_home(model: str, environ: Mapping[str, str]) -> Path:
 
 
 def _in_cache(cache: Path, model: str, revision: str | None) -> Path | None:
-    if model.count("/") != 1:
-        return None
     if revision is None or revision == "main":
         return resolve_model_folder(model, str(cache))
     repository = cache / ("models--" + model.replace("/", "--"))

@@ -20,7 +20,7 @@ import launcher
 from launcher.errors import EngineFailed
 from launcher.exit_codes import ExitCode
 from launcher.supervise.instance import InstanceFolder, write_private
-from launcher.supervise.logfile import tail
+from launcher.supervise.logfile import tail_of_run
 from launcher.supervise.spec import LaunchSpec
 from launcher.supervise.status import Fatal, LineSplitter, Phase, Ready, Record, parse_record
 from launcher.supervise.supervisor import NUM_TAIL_LINES, Listener, Outcome
@@ -137,7 +137,7 @@ def _watch(
                 elif isinstance(record, Fatal):
                     fatal = record
     status = process.wait()
-    log_tail = tuple(tail(folder.log_file, NUM_TAIL_LINES))
+    log_tail = tuple(tail_of_run(folder.log_file, NUM_TAIL_LINES))
     if fatal is not None:
         return Outcome(fatal.exit_code, fatal.message, fatal.hint, log_tail)
     if status == ExitCode.INTERRUPTED:

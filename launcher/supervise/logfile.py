@@ -14,6 +14,7 @@ from typing import BinaryIO
 MAX_LOG_BYTES = 10 << 20
 _FOLLOW_SECONDS = 0.1
 _TAIL_CHUNK = 64 << 10
+_RUN_MARK = "=== "
 
 
 class BoundedLog:
@@ -27,6 +28,10 @@ class BoundedLog:
         self._max_bytes = max_bytes
         self._fd = self._open()
         self._size = os.fstat(self._fd).st_size
+
+    def begin(self, what: str) -> None:
+        """Write the line that separates this run from those before it."""
+        self.write(f"{_RUN_MARK}{what} ===\n".encode())
 
     def write(self, data: bytes) -> None:
         """Append; never raises for the file system's sake."""
@@ -58,6 +63,13 @@ def tail(path: Path, num_lines: int, end: int | None = None) -> list[str]:
     if data.count(b"\n") < num_lines:
         data = _tail_bytes(path.with_name(path.name + ".1"), num_lines, None) + data
     return [clean(line) for line in data.decode("utf-8", errors="replace").splitlines()[-num_lines:]]
+
+
+def tail_of_run(path: Path, num_lines: int) -> list[str]:
+    """Return the last lines of the newest run in a log, its separator left out."""
+    lines = tail(path, num_lines)
+    marks = [index for index, line in enumerate(lines) if line.startswith(_RUN_MARK) and line.endswith(" ===")]
+    return lines[marks[-1] + 1 :] if marks else lines
 
 
 def _tail_bytes(path: Path, num_lines: int, end: int | None) -> bytes:

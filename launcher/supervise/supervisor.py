@@ -22,7 +22,7 @@ from typing import Protocol
 from launcher.exit_codes import ExitCode
 from launcher.supervise.engine_process import EngineProcess
 from launcher.supervise.instance import InstanceFolder, InstanceState, write_private
-from launcher.supervise.logfile import BoundedLog, tail
+from launcher.supervise.logfile import BoundedLog, tail_of_run
 from launcher.supervise.procfs import ProcessIdentity
 from launcher.supervise.spec import LaunchSpec
 from launcher.supervise.status import Fatal, LineSplitter, Phase, Ready, Record, parse_record
@@ -102,6 +102,7 @@ class Supervisor:
         """
         write_private(self._folder.config_file, self._spec.config_text)
         log = BoundedLog(self._folder.log_file)
+        log.begin(f"{self._spec.name}: {time.strftime('%Y-%m-%d %H:%M:%S')}")
         try:
             with _signal_wakeups() as wakeups:
                 self._process = EngineProcess.start(self._spec.argv, self._spec.environment, self._spec.working_folder)
@@ -248,7 +249,7 @@ class Supervisor:
     # The end.
 
     def _outcome(self, status: int) -> Outcome:
-        log_tail = tuple(tail(self._folder.log_file, NUM_TAIL_LINES))
+        log_tail = tuple(tail_of_run(self._folder.log_file, NUM_TAIL_LINES))
         if self._verdict is not None:
             return replace(self._verdict, log_tail=log_tail, was_ready=self._was_ready)
         if self._stage is Stage.STOPPING:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,6 +17,8 @@ from typing import Any
 
 import pytest
 from e2e_support import HLAUNCH, ROOT, free_port, is_running
+
+from engine.config import BUNDLED_MODELS
 
 
 class Up:
@@ -184,3 +187,36 @@ def test_the_fit_preview_agrees_with_what_was_allocated(up: Up) -> None:
     assert float(load[1]) * 2**20 == pytest.approx(fit["weight_bytes"], rel=0.03)
     assert int(blocks[1]) == fit["kv_blocks"]
     assert record["state"] == "ready"
+
+
+@pytest.mark.parametrize(
+    ("file", "keep", "code", "cause"),
+    [
+        ("model.safetensors", 5_000_000, 1, "found 5000000 bytes"),
+        ("model.safetensors", 100, 5, "header of "),
+        ("tokenizer.json", 100, 1, "tokenizer.json"),
+        ("config.json", 100, 5, "config.json: not valid JSON"),
+    ],
+)
+@pytest.mark.parametrize("options", [(), ("--detach",)])
+def test_a_damaged_file_is_the_cause_in_the_last_line(
+    tmp_path: Path, file: str, keep: int, code: int, cause: str, options: tuple[str, ...]
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(BUNDLED_MODELS["tiny-oss"], folder)
+    os.truncate(folder / file, keep)
+    (tmp_path / "model_registry.yml").write_text("models: {m: {model: ./model}}\n")
+    began = time.monotonic()
+    result = subprocess.run(
+        [*HLAUNCH, "up", "m", "--port", "0", *options],
+        cwd=tmp_path,
+        env={**os.environ, "HLAUNCH_STATE_DIR": str(tmp_path / "state"), "PYTHONPATH": str(ROOT)},
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+    assert time.monotonic() - began < 15
+    errors = [line for line in result.stderr.splitlines() if not line.startswith(("hint: ", "  looked in"))]
+    assert result.returncode == code, result.stderr
+    assert errors[-1].startswith("error: ")
+    assert cause in errors[-1]

@@ -280,3 +280,11 @@ def test_a_state_folder_that_cannot_be_made_is_one_line(hlaunch: Launcher) -> No
     code, lines = hlaunch.fail_up("ok")
     assert code == 5
     assert lines[0].startswith("error: the state folder /proc/nothing/instances/tiny-oss cannot be made")
+
+
+def test_a_failures_tail_holds_no_line_of_an_earlier_run(hlaunch: Launcher) -> None:
+    hlaunch.fail_up("fatal")
+    _, lines = hlaunch.fail_up("die")
+    assert any("about to die" in line for line in lines)
+    assert not any("something long" in line for line in lines)
+    assert hlaunch.cli("logs", "tiny-oss").stdout.count("=== tiny-oss: ") == 2
