@@ -20,7 +20,7 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 from engine import ipc
-from engine.config import ConfigError, EngineConfig
+from engine.config import EngineConfig
 from engine.core.request import RequestOutput
 from engine.process import die_with_parent, dump_stacks_on_signal
 
@@ -93,7 +93,7 @@ def main() -> int:
         config = EngineConfig.from_json(text)
         report("import", "begin", None, "torch")
         core = _import_and_start(config, report)
-    except (ConfigError, ipc.WireError, OSError, MemoryError, RuntimeError, ValueError) as error:
+    except Exception as error:  # noqa: BLE001 - the process border: a bad checkpoint, a missing package, no memory
         link.send(ipc.Kind.FATAL, _fatal(phase, error))
         traceback.print_exc()
         return EXIT_FAILED
