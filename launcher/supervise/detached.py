@@ -98,9 +98,11 @@ def start_detached(spec: LaunchSpec, folder: InstanceFolder, lock_fd: int, liste
         os.close(log_fd)
         # From here on the supervisor's copy alone holds the lock.
         os.close(lock_fd)
+    timeline = Timeline(began)
+    timeline.mark("launch", began, time.monotonic())
     listener.started(process.pid)
     try:
-        return _watch(process, read_fd, folder, listener, Timeline(began))
+        return _watch(process, read_fd, folder, listener, timeline)
     except KeyboardInterrupt:
         with contextlib.suppress(ProcessLookupError):
             process.send_signal(signal.SIGTERM)

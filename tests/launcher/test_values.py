@@ -79,7 +79,7 @@ def test_an_identity_is_not_fooled_by_a_reused_number() -> None:
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     identity = ProcessIdentity.of(process.pid)
     assert identity is not None
-    assert identity.is_alive
+    alive = [identity.is_alive]
     other = ProcessIdentity(process.pid, identity.start_ticks + 1, identity.boot_id)
     assert not other.is_alive
     assert not other.send(signal.SIGKILL)
@@ -87,7 +87,8 @@ def test_an_identity_is_not_fooled_by_a_reused_number() -> None:
     assert not ProcessIdentity(process.pid, identity.start_ticks, "another boot").is_alive
     assert identity.send(signal.SIGKILL)
     process.communicate()
-    assert not identity.is_alive
+    alive.append(identity.is_alive)
+    assert alive == [True, False]
     assert not identity.send(signal.SIGKILL)
 
 
