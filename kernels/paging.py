@@ -42,7 +42,7 @@ class PagedBatch:
     decode_rows: list[int]
     decode_positions: list[int]
     prefills: list[Prefill]
-    derived: dict[str, Any] = field(default_factory=dict)
+    derived: dict[str | int, Any] = field(default_factory=dict)
 
     def first_visible(self, position: int) -> int:
         """Give the position of the first key that a query at `position` sees."""
