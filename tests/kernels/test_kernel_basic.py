@@ -1,0 +1,67 @@
+"""Norm, linear layers and embedding against float64, for every spec and at the sizes that specs treat apart."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kernel_helpers import CPU, REFERENCE_ONLY
+
+from kernels import ops
+from kernels.ops import Ops
+
+BOUND = {"reference": Ops(REFERENCE_ONLY), "cpu": Ops(CPU)}
+
+
+@pytest.mark.parametrize("spec", BOUND)
+@pytest.mark.parametrize("num_tokens", [1, 2, 33])
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
+def test_rms_norm(spec: str, num_tokens: int, scale: float) -> None:
+    generator = torch.Generator().manual_seed(num_tokens)
+    x, weight = torch.randn(num_tokens, 96, generator=generator) * scale, torch.randn(96, generator=generator)
+    wide = x.double()
+    expected = wide / (wide.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt()
+    kept = x.clone()
+    assert torch.allclose(BOUND[spec].rms_norm(x, None, 1e-5).double(), expected, rtol=1e-6, atol=1e-7)
+    assert torch.allclose(BOUND[spec].rms_norm(x, weight, 1e-5).double(), expected * weight, rtol=1e-6, atol=1e-7)
+    assert torch.equal(x, kept)
+
+
+def test_rms_norm_multiplies_by_the_weight_before_the_cast() -> None:
+    x, weight = torch.tensor([[1.0, 2.0, 3.0]], dtype=torch.bfloat16), torch.tensor([1.1, 1.3, 0.7])
+    expected = ops.rms_norm(x.float(), weight, 1e-5).to(torch.bfloat16)
+    assert torch.equal(ops.rms_norm(x, weight, 1e-5), expected)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2, 33])
+@pytest.mark.parametrize("column_major", [False, True])
+def test_linear_layers(num_tokens: int, column_major: bool) -> None:
+    generator = torch.Generator().manual_seed(num_tokens)
+    x = torch.randn(num_tokens, 96, generator=generator)
+    weight, bias = torch.randn(64, 96, generator=generator) * 0.1, torch.randn(64, generator=generator)
+    if column_major:
+        weight = weight.t().contiguous().t()
+    residual = torch.randn(num_tokens, 64, generator=generator)
+    expected = (x.double() @ weight.double().t() + bias.double()).float()
+    bound = BOUND["cpu"].checked()
+    for _ in range(2):
+        assert torch.allclose(bound.linear_add(x, weight, bias, residual.clone()), expected + residual, atol=1e-5)
+        assert torch.allclose(bound.logits(x, weight), expected - bias, atol=1e-5)
+    assert torch.allclose(ops.linear(x, weight, bias), expected, atol=1e-5)
+
+
+def test_add_rms_norm_and_embedding() -> None:
+    x, residual = torch.randn(3, 8), torch.randn(3, 8)
+    normed, total = ops.add_rms_norm(x, residual, None, 1e-5)
+    assert torch.equal(total, x + residual)
+    assert torch.allclose(normed, ops.rms_norm(x + residual, None, 1e-5))
+    table = torch.randn(5, 8)
+    assert torch.equal(ops.embedding(torch.tensor([4, 0, 4]), table), table[[4, 0, 4]])
+
+
+def test_a_weight_freed_and_another_at_its_address_are_not_confused() -> None:
+    """Packed copies are kept by identity: a new weight must never meet an old one's copy."""
+    bound = Ops(CPU)
+    x = torch.ones(4, 32)
+    for value in range(50):
+        weight = torch.full((16, 32), float(value))
+        assert torch.equal(bound.logits(x, weight), torch.full((4, 16), 32.0 * value))
