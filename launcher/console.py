@@ -328,13 +328,15 @@ class _LivePhases(_Phases):
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
         self._progress: rich.progress.Progress = Progress(
-            TextColumn("{task.fields[mark]}", markup=False),
+            TextColumn("{task.fields[mark]}", markup=False, style="green"),
             TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=20),
+            BarColumn(bar_width=20, complete_style="cyan", finished_style="green", pulse_style="cyan"),
             TimeElapsedColumn(),
             TextColumn("{task.fields[detail]}", markup=False),
             console=console.rich(console.stderr),
             refresh_per_second=10,
+            # What is drawn here is drawn better afterwards, as a table.
+            transient=True,
             # The engine's own output may share the terminal; rich would swallow it line by line.
             redirect_stdout=False,
             redirect_stderr=False,

@@ -269,10 +269,13 @@ class LaunchView:
         sys.stderr.flush()
 
     def _table(self, timeline: Timeline) -> None:
+        from launcher.plan.drawing import span_bar
+
+        total = timeline.total_seconds
         rows = [
-            (row.name, f"{row.began_seconds:.2f}", f"{row.seconds:.2f}", row.detail)
+            (row.name, f"{row.seconds:.2f} s", span_bar(row.began_seconds, row.seconds, total), row.detail)
             for row in timeline.rows()
             if row.name != "ready"
         ]
-        rows.append(("ready", f"{timeline.total_seconds:.2f}", "", ""))
-        self._console.table(("PHASE", ">AT", ">SECONDS", "DETAIL"), rows)
+        rows.append(("ready", f"{total:.2f} s", "", ""))
+        self._console.table(("PHASE", ">TIME", "FROM START TO READY", "DETAIL"), rows)

@@ -155,3 +155,11 @@ def _plain(value: object) -> object:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     return list(value) if isinstance(value, tuple) else str(value)
+
+
+def span_bar(began: float, seconds: float, total: float, width: int = 30) -> str:
+    """Draw one phase of a start as its stretch of the whole, in `width` characters; a moment gets a thin mark."""
+    scale = width / max(total, 1e-9)
+    first = min(width - 1, max(0, round(began * scale)))
+    length = min(width - first, round(seconds * scale))
+    return "·" * first + ("█" * length or "▏") + "·" * (width - first - max(1, length))

@@ -7,9 +7,12 @@ A shell full of exports must not change how a model is served, and no secret of 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 
+from launcher.errors import PreflightError
 from launcher.registry.types import ResolvedEntry
 
 INHERITED = (
@@ -80,3 +83,18 @@ def engine_environment(entry: ResolvedEntry, environ: Mapping[str, str]) -> tupl
 def as_mapping(variables: tuple[Variable, ...]) -> dict[str, str]:
     """Turn the list into what a process is started with."""
     return {variable.name: variable.value for variable in variables if variable.value is not None}
+
+
+ENGINE_PACKAGES = ("torch", "msgspec", "orjson", "tokenizers", "safetensors", "uvicorn", "uvloop")
+"""What the engine cannot start without; the extra `engine` brings them. Looked for, never imported here."""
+
+
+def engine_packages_missing(packages: Sequence[str] = ENGINE_PACKAGES) -> PreflightError | None:
+    """Say which of the engine's packages are not installed beside the launcher; None when all are."""
+    missing = [name for name in packages if find_spec(name) is None]
+    if not missing:
+        return None
+    return PreflightError(
+        f"the engine's packages are not installed in {sys.prefix} (missing: {', '.join(missing)})",
+        hint="run: pip install 'hlaunch[engine]'",
+    )

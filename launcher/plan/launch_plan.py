@@ -16,7 +16,7 @@ from engine.config import ConfigError, EngineConfig, ModelConfig, load_model_con
 from engine.placement import Placement, single_rank
 from launcher.errors import DoesNotFit, HlaunchError, PreflightError
 from launcher.plan import settings
-from launcher.plan.environment import Variable, as_mapping, engine_environment
+from launcher.plan.environment import Variable, as_mapping, engine_environment, engine_packages_missing
 from launcher.plan.fit import FitReport, report_fit
 from launcher.plan.inventory import Inventory
 from launcher.plan.known_models import known_model
@@ -83,6 +83,8 @@ def make_plan(
     """
     problems = list(settings.refusals(entry, inventory))
     blockers: list[HlaunchError] = []
+    if (lacking := engine_packages_missing()) is not None:
+        blockers.append(lacking)
     files = find_model_files(entry.model, entry.text_or_none("revision"), environ, base or entry.registry.parent)
     needs_weights = entry.text("load-format") != "dummy"
     if (missing := files.missing(needs_weights=needs_weights)) is not None:

@@ -285,3 +285,23 @@ def test_argv_and_engine_json_are_what_will_be_used(tmp_path: Path) -> None:
     assert plan.placement is not None
     assert plan.placement.is_single_rank
     assert not config.parent.exists(), "a plan writes nothing"
+
+
+def test_a_launcher_without_the_engine_names_the_packages_and_the_command() -> None:
+    from launcher.plan.environment import engine_packages_missing
+
+    assert engine_packages_missing() is None
+    error = engine_packages_missing(("json", "no_such_package"))
+    assert error is not None
+    assert "no_such_package" in error.message
+    assert "json" not in error.message
+    assert error.hint == "run: pip install 'hlaunch[engine]'"
+
+
+def test_the_waterfall_places_a_phase_in_the_whole() -> None:
+    from launcher.plan.drawing import span_bar
+
+    assert span_bar(0.0, 5.0, 10.0, 10) == "█████·····"
+    assert span_bar(5.0, 5.0, 10.0, 10) == "·····█████"
+    assert span_bar(9.99, 0.001, 10.0, 10) == "·········▏"
+    assert all(len(span_bar(b / 7, s / 5, 3.0, 30)) == 30 for b in range(21) for s in range(15))
