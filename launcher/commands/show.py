@@ -68,18 +68,23 @@ def _origin(origin: Origin) -> dict[str, object]:
 
 
 def _plain(item: ResolvedValue) -> object:
-    from launcher.registry import SecretRef
+    """A value for JSON. Options are keyed by a key of the table, variables by their own name."""
+    from launcher.registry import SecretRef, redacted
+    from launcher.registry.keys import KEYS
 
     if isinstance(item.value, SecretRef):
         return str(item.value)
+    if isinstance(item.value, str):
+        return item.value if item.key in KEYS else redacted(item.key, item.value)
     return list(item.value) if isinstance(item.value, tuple) else item.value
 
 
 def _value(item: ResolvedValue) -> str:
+    from launcher.registry import redacted
     from launcher.registry.keys import KEYS, show_value
 
     spec = KEYS.get(item.key)
-    return str(item.value) if spec is None else show_value(spec, item.value)
+    return redacted(item.key, str(item.value)) if spec is None else show_value(spec, item.value)
 
 
 def _is_set(item: ResolvedValue) -> bool:

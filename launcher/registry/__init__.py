@@ -10,6 +10,7 @@ Pure functions of (text, environment, overrides); the only effect is reading the
     entry.integer_or_none("max-model-len")               # None: the model's own limit
     entry.secret("api-key")                              # SecretRef or None; .reveal(os.environ) reads it
     entry.env["NCCL_DEBUG"].value                        # variables for the child, each with its origin
+    redacted("HF_TOKEN", value)                          # how a variable's value may be shown
 
 Values are bool, int (tokens, bytes), float (seconds, fractions), str, tuple of str, SecretRef, or None where the
 engine or the model decides. `entry.values` has every key of the schema (`launcher.registry.keys.KEYS`).
@@ -40,9 +41,11 @@ from launcher.registry.values import (
     SecretRef,
     format_duration,
     format_size,
+    is_secret_name,
     parse_count,
     parse_duration,
     parse_size,
+    redacted,
 )
 
 __all__ = [
@@ -69,10 +72,12 @@ __all__ = [
     "find_registry",
     "format_duration",
     "format_size",
+    "is_secret_name",
     "load_registry",
     "parse_count",
     "parse_duration",
     "parse_registry",
     "parse_size",
+    "redacted",
     "resolve",
 ]

@@ -251,6 +251,9 @@ _SYNTAX_HINTS = (
 
 def _syntax_error(error: yaml.MarkedYAMLError, text: str, source: str) -> DocumentError:
     position = error.problem_mark or error.context_mark
+    if error.context_mark is not None and position is not None and position.line >= len(text.splitlines()):
+        # Something was never closed: where it opened helps, the end of the file does not.
+        position = error.context_mark
     mark = Mark(position.line + 1, position.column + 1) if position is not None else Mark(1, 1)
     lines = text.splitlines()
     line = lines[mark.line - 1] if 0 < mark.line <= len(lines) else ""

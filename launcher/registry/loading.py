@@ -128,7 +128,9 @@ class _Validation:
             return model.model_validate(data), True
         except ValidationError as error:
             found = error.errors(include_url=False, include_input=False)
-        self.issues += [self._issue(item) for item in found]
+        # Entries whose names were refused are gone by now: that is one mistake, not two.
+        has_lost_entries = any(issue.path == "models" for issue in self.issues)
+        self.issues += [self._issue(item) for item in found if not (item["type"] == "too_short" and has_lost_entries)]
         broken = {item["loc"][:2] if item["loc"][0] == "models" else item["loc"][:1] for item in found}
         models = data.get("models")
         if not isinstance(models, dict):

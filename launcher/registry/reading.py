@@ -20,6 +20,7 @@ MAX_TEXT = 4096
 _INTEGER = re.compile(r"[-+]?[0-9]{1,20}", re.ASCII)
 _NUMBER = re.compile(r"[-+]?([0-9]{1,20}(\.[0-9]{0,20})?|\.[0-9]{1,20})([eE][-+]?[0-9]{1,3})?", re.ASCII)
 _BOOLEANS = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
+_SYNONYMS = {"gpu": "cuda", "nvidia": "cuda", "bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 _NEARLY_TRUE = frozenset({"on", "yes", "y", "1", "enable", "enabled"})
 _NEARLY_FALSE = frozenset({"off", "no", "n", "0", "disable", "disabled"})
 
@@ -33,7 +34,7 @@ _EXPECTED = {
     Kind.SIZE: "a size such as 4GiB",
     Kind.DURATION: "a duration such as 30s",
     Kind.SECRET: "a secret reference such as ${NAME}",
-    Kind.TEXTS: "a list of texts",
+    Kind.TEXTS: "one text per item",
     Kind.VARIABLES: "a mapping of variables",
 }
 
@@ -44,7 +45,8 @@ def read_scalar(spec: KeySpec, raw: object) -> object:
     Raises: BadValue with the offending text; never shows a secret's.
     """
     if not isinstance(raw, Scalar):
-        raise BadValue("wrong-type", f"expected {_EXPECTED[spec.kind]}, got {describe(raw)}", _hint(spec))
+        expected = _EXPECTED[spec.kind]
+        raise BadValue("wrong-type", f"expected {expected}, got {describe(raw)}", _hint(spec) or f"write {expected}")
     if spec.kind is not Kind.SECRET:
         raw.check()
     value = _READERS[spec.kind](spec, raw)
@@ -65,7 +67,7 @@ def read_variable(raw: object) -> str:
             "the engine inherits your environment: export the variable and remove this line",
         )
     if "\0" in raw.text or len(raw.text) > MAX_TEXT:
-        raise BadValue("wrong-type", "a variable's value cannot hold NUL or more than 4096 characters")
+        raise BadValue("bad-text", "the value holds NUL or is too long", f"at most {MAX_TEXT} characters are allowed")
     return raw.text
 
 
@@ -92,10 +94,10 @@ def _hint(spec: KeySpec) -> str:
 
 def _read_text(spec: KeySpec, raw: Scalar) -> str:
     text = raw.text
-    if not text.strip():
+    if not text.strip() or raw.is_null:
         raise BadValue("wrong-type", "the text is empty", "write a value, or remove the key")
     if len(text) > MAX_TEXT:
-        raise BadValue("out-of-range", f"the text has {len(text)} characters, at most {MAX_TEXT} are allowed")
+        raise BadValue("out-of-range", f"the text has {len(text)} characters", f"at most {MAX_TEXT} are allowed")
     if spec.pattern is not None and re.fullmatch(spec.pattern, text) is None:
         raise BadValue("bad-text", f"{show_text(text)} is not usable here", spec.pattern_hint)
     if not all(ch.isprintable() or ch in "\n\t" for ch in text):
@@ -106,7 +108,9 @@ def _read_text(spec: KeySpec, raw: Scalar) -> str:
 def _read_choice(spec: KeySpec, raw: Scalar) -> str:
     if raw.text in spec.choices:
         return raw.text
-    guess = did_you_mean(raw.text, spec.choices)
+    # A synonym says more than a likeness: 'gpu' looks like 'cpu'.
+    synonym = _SYNONYMS.get(raw.text.lower())
+    guess = f"did you mean '{synonym}'?" if synonym in spec.choices else did_you_mean(raw.text, spec.choices)
     accepted = f"accepted: {', '.join(spec.choices)}"
     raise BadValue(
         "unknown-value", f"{show_text(raw.text)} is not accepted", f"{guess}; {accepted}" if guess else accepted

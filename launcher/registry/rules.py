@@ -12,10 +12,9 @@ from dataclasses import dataclass
 
 from launcher.errors import Severity
 from launcher.registry.types import Layer, ResolvedValue
-from launcher.registry.values import SecretRef
+from launcher.registry.values import SecretRef, is_secret_name
 
 _LOOPBACK = re.compile(r"127(\.[0-9]+){3}|localhost|::1|\[::1\]", re.ASCII)
-_SECRET_NAME = re.compile(r".*(_TOKEN|_KEY|PASSWORD|SECRET).*", re.ASCII | re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,8 +140,8 @@ def _secret_literal(values: Values) -> Iterator[Finding]:
 
 def _secret_variables(env: Mapping[str, ResolvedValue]) -> Iterator[Finding]:
     for name, item in env.items():
-        is_written = isinstance(item.value, str) and item.value != "" and not item.value.startswith("${")
-        if is_written and item.origin.line is not None and _SECRET_NAME.fullmatch(name):
+        is_written = isinstance(item.value, str) and item.value != ""
+        if is_written and item.origin.line is not None and is_secret_name(name):
             yield Finding(
                 "warning",
                 "secret-literal",

@@ -29,6 +29,7 @@ _UNIT_SPELLINGS = {unit.lower(): unit for unit in _BYTE_UNITS}
 _SECONDS = {"ms": 0.001, "": 1.0, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
 _QUANTITY = re.compile(r"([0-9]{1,20}(?:\.[0-9]{1,9})?)\s?([A-Za-z]{0,3})", re.ASCII)
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}", re.ASCII)
+_SECRET_NAME = re.compile(r".*(_TOKEN|_KEY|PASSWORD|SECRET).*", re.ASCII | re.IGNORECASE)
 _MAX_SECRET_BYTES = 64 << 10
 
 
@@ -46,6 +47,16 @@ def show_text(text: str, limit: int = 60) -> str:
     """Quote user text for a message: escaped, on one line, at most `limit` characters of it."""
     cut = text if len(text) <= limit else text[: limit - 1] + "…"
     return repr(cut)
+
+
+def is_secret_name(name: str) -> bool:
+    """Say whether a variable of this name is likely to hold a secret: `HF_TOKEN`, `OPENAI_API_KEY`, `PASSWORD`."""
+    return _SECRET_NAME.fullmatch(name) is not None
+
+
+def redacted(name: str, value: str) -> str:
+    """Return a variable's value as it may be shown: hidden whole when the name says that it is a secret."""
+    return "<hidden>" if value and is_secret_name(name) else value
 
 
 def parse_size(text: str) -> int:
@@ -110,9 +121,9 @@ def format_duration(seconds: float) -> str:
 def _whole(text: str, digits: str, scale: int, noun: str) -> int:
     value = float(digits) * scale if "." in digits else int(digits) * scale
     if not math.isfinite(value) or value > MAX_QUANTITY:
-        raise BadValue("out-of-range", f"{show_text(text)} is more than 2^62 {noun}")
+        raise BadValue("out-of-range", f"{show_text(text)} is more than 2^62 {noun}", "write a smaller number")
     if value != int(value):
-        raise BadValue("wrong-type", f"{show_text(text)} is not a whole number of {noun}")
+        raise BadValue("wrong-type", f"{show_text(text)} is not a whole number of {noun}", f"write it in {noun}")
     return int(value)
 
 
