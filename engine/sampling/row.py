@@ -74,7 +74,7 @@ class RowSampling:
             if params.frequency_penalty:
                 logits.sub_(self.output_counts, alpha=params.frequency_penalty)
             if params.presence_penalty:
-                logits.sub_(self.output_counts > 0, alpha=params.presence_penalty)
+                logits.sub_((self.output_counts > 0).float(), alpha=params.presence_penalty)
         if self.bias_ids is not None and self.bias_values is not None:
             logits.index_add_(0, self.bias_ids, self.bias_values)
         if self.bans is not None and self.num_outputs < params.min_tokens:
