@@ -12,6 +12,7 @@ kept: `MODEL_NAME=x hlaunch` is `up x`, and `--dry-run` goes along.
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -41,6 +42,7 @@ COMMANDS: Mapping[str, str] = {
     "schema": "Print the JSON schema of the registry, or its keys.",
 }
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FLAGS = ("--no-color", "--plain", "--debug")
 
 
@@ -103,20 +105,27 @@ def _build() -> Any:
     ) -> None:
         environ = dict(os.environ)
         console = Console(is_plain=plain or no_color, environ=environ)
-        ctx.obj = Invocation(console, environ, Path.cwd(), file, debug)
+        ctx.obj = Invocation(console, environ, _current_folder(), file, debug)
         if version:
             console.data(f"hlaunch {__version__}")
             raise typer.Exit
         if ctx.invoked_subcommand is None:
-            console.raw(ctx.get_help() + "\n")
             if dry_run:
                 raise UsageError("--dry-run needs a model", hint="MODEL_NAME=tiny-oss hlaunch --dry-run")
+            console.raw(ctx.get_help() + "\n")
         elif dry_run:
             raise UsageError(
                 "--dry-run stands after the command", hint=f"hlaunch {ctx.invoked_subcommand} NAME --dry-run"
             )
 
     return typer.main.get_command(app)
+
+
+def _current_folder() -> Path:
+    try:
+        return Path.cwd()
+    except OSError as error:
+        raise UsageError("the current folder is gone", hint="cd into a folder that exists") from error
 
 
 def arrange(args: Sequence[str], environ: Mapping[str, str]) -> list[str]:
@@ -151,7 +160,8 @@ def run(args: Sequence[str]) -> int:
     console = Console(is_plain=any(flag in args for flag in ("--plain", "--no-color")), environ=os.environ)
     try:
         outcome = _build().main(args=arrange(args, os.environ), prog_name="hlaunch", standalone_mode=False)
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except HlaunchError as error:
         if is_debug:
             _print_traceback()
@@ -161,11 +171,22 @@ def run(args: Sequence[str]) -> int:
         return ExitCode.INTERRUPTED
     except BrokenPipeError:
         # The reader of our output has gone (`hlaunch list | head -1`); nothing is wrong here.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _silence_stdout()
         return ExitCode.OK
+    except OSError as error:
+        if error.errno not in _FULL:
+            return _unexpected(error, console, is_debug)
+        _silence_stdout()
+        console.error(f"cannot write {error.filename or 'the output'}: {error.strerror}", hint="free some space")
+        return ExitCode.ENGINE_FAILED
     except Exception as error:  # noqa: BLE001 - the process boundary: a user never sees a traceback
         return _unexpected(error, console, is_debug)
     return outcome if isinstance(outcome, int) else ExitCode.OK
+
+
+def _silence_stdout() -> None:
+    """Send what is still buffered nowhere, so that the interpreter's own flush at exit cannot fail."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _unexpected(error: Exception, console: Console, is_debug: bool) -> int:

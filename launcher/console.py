@@ -9,14 +9,15 @@ rich's markup is never parsed, and control characters are shown as escapes. Colo
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import sys
-import textwrap
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self, TextIO
+from unicodedata import combining, east_asian_width
 
 if TYPE_CHECKING:
     import rich.console
@@ -69,8 +70,9 @@ class Console:
         stdout: TextIO | None = None,
         stderr: TextIO | None = None,
     ) -> None:
-        self._stdout = stdout if stdout is not None else sys.stdout
-        self._stderr = stderr if stderr is not None else sys.stderr
+        # Python has no stream where the shell closed one (`hlaunch list >&-`): what goes there is lost, as was asked.
+        self._stdout = stdout or sys.stdout or io.StringIO()
+        self._stderr = stderr or sys.stderr or io.StringIO()
         environ = environ or {}
         self._is_plain = is_plain or bool(environ.get("NO_COLOR")) or environ.get("TERM") == "dumb"
         self._rich: dict[int, rich.console.Console] = {}
@@ -92,7 +94,7 @@ class Console:
 
     def raw(self, text: str) -> None:
         """Write text of our own making to stdout as it is."""
-        self._stdout.write(text)
+        self._stdout.write(_encodable(text, self._stdout))
         self._stdout.flush()
 
     def piece(self, text: str, *, is_muted: bool = False) -> None:
@@ -208,8 +210,8 @@ def layout_table(columns: Sequence[str], rows: Sequence[Sequence[str]], width: i
     """
     names = [column.removeprefix(">") for column in columns]
     cells = [names, *rows]
-    natural = [max(len(row[i]) for row in cells) for i in range(len(columns))]
-    widths = [max(len(word) for row in cells for word in (row[i].split() or [""])) for i in range(len(columns))]
+    natural = [max(_width(row[i]) for row in cells) for i in range(len(columns))]
+    widths = [max(_width(word) for row in cells for word in (row[i].split() or [""])) for i in range(len(columns))]
     room = max(width, 20) - 2 * (len(columns) - 1)
     while sum(widths) > room:
         widest = widths.index(max(widths))
@@ -220,14 +222,38 @@ def layout_table(columns: Sequence[str], rows: Sequence[Sequence[str]], width: i
         widths[i] += min(natural[i] - widths[i], room - sum(widths))
     lines = []
     for row in cells:
-        wrapped = [textwrap.wrap(cell, max(1, widths[i]), break_on_hyphens=False) or [""] for i, cell in enumerate(row)]
+        wrapped = [_wrap(cell, max(2, widths[i])) for i, cell in enumerate(row)]
         for k in range(max(len(part) for part in wrapped)):
             parts = [part[k] if k < len(part) else "" for part in wrapped]
             aligned = [
-                part.rjust(widths[i]) if columns[i].startswith(">") else part.ljust(widths[i])
+                pad + part if columns[i].startswith(">") else part + pad
                 for i, part in enumerate(parts)
+                for pad in (" " * (widths[i] - _width(part)),)
             ]
             lines.append("  ".join(aligned).rstrip())
+    return lines
+
+
+def _width(text: str) -> int:
+    """Columns of a terminal that a text takes: two for a wide character, none for a combining one."""
+    if text.isascii():
+        return len(text)
+    return sum(0 if combining(ch) else 2 if east_asian_width(ch) in "WF" else 1 for ch in text)
+
+
+def _wrap(text: str, width: int) -> list[str]:
+    """Break a text into lines of at most `width` columns, at spaces while there are any."""
+    lines = [""]
+    for word in text.split():
+        if lines[-1] and _width(lines[-1]) + 1 + _width(word) <= width:
+            lines[-1] += " " + word
+            continue
+        if lines[-1]:
+            lines.append("")
+        for ch in word if _width(word) > width else (word,):
+            if lines[-1] and _width(lines[-1]) + _width(ch) > width:
+                lines.append("")
+            lines[-1] += ch
     return lines
 
 

@@ -29,6 +29,9 @@ def register(app: typer.Typer) -> None:
         invocation.console.issues(registry.issues)
         rows = [(entry.name, entry.model, entry.description) for entry in entries]
         invocation.console.table(("NAME", "MODEL", "DESCRIPTION"), rows)
+        if not rows:
+            tags = sorted({known for entry in registry.models.values() for known in entry.tags})
+            invocation.console.note(f"no model has the tag '{tag}'; tags: {', '.join(tags) or 'none'}")
 
 
 def _facts(registry: Registry, entry: ModelEntry) -> dict[str, object]:

@@ -84,7 +84,9 @@ def _value(item: ResolvedValue) -> str:
     from launcher.registry.keys import KEYS, show_value
 
     spec = KEYS.get(item.key)
-    return redacted(item.key, str(item.value)) if spec is None else show_value(spec, item.value)
+    if spec is not None:
+        return show_value(spec, item.value)
+    return "(removed)" if item.value is None else redacted(item.key, str(item.value))
 
 
 def _is_set(item: ResolvedValue) -> bool:

@@ -6,7 +6,6 @@ A shell full of exports must not change how a model is served, and no secret of 
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from importlib.util import find_spec
 
 from launcher.errors import PreflightError
 from launcher.registry.types import ResolvedEntry
+from launcher.registry.values import redacted
 
 INHERITED = (
     "PATH",
@@ -47,8 +47,6 @@ FIXED = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 
-_SECRET_NAME = re.compile(r"(_TOKEN|_KEY|PASSWORD|SECRET)", re.IGNORECASE)
-
 
 @dataclass(frozen=True, slots=True)
 class Variable:
@@ -63,7 +61,7 @@ class Variable:
         """The value as it may be printed: whole secrets are hidden, by name."""
         if self.value is None:
             return "(removed)"
-        return "<hidden>" if _SECRET_NAME.search(self.name) else self.value
+        return redacted(self.name, self.value)
 
 
 def engine_environment(entry: ResolvedEntry, environ: Mapping[str, str]) -> tuple[Variable, ...]:

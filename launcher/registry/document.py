@@ -236,7 +236,9 @@ def _refuse(source: str, code: str, message: str, hint: str, mark: Mark | None =
     return DocumentError(Issue("error", code, source, mark.line, mark.column, "", message, hint))
 
 
-_SECRET_LINE = re.compile(r"key|token|password|secret", re.IGNORECASE)
+_SECRET_LINE = re.compile(
+    r"key|token|passw|secret|auth|credential|\b(sk|hf|gh[pousr]|xox[a-z]|glpat)[-_]", re.IGNORECASE
+)
 _SYNTAX_HINTS = (
     ("\t", "indent with spaces, not tabs"),
     ("mapping values are not allowed", "quote the value if it holds ': ', or check the indentation"),
@@ -268,7 +270,9 @@ def _syntax_error(error: yaml.MarkedYAMLError, text: str, source: str) -> Docume
     )
     if error.context and error.problem:
         problem = f"{problem} ({error.context})"
-    near = f"; the line is {show_text(line.strip(), 72)}" if line.strip() and not _SECRET_LINE.search(line) else ""
+    # A value may stand on the line below its key.
+    around = "\n".join(lines[max(0, mark.line - 2) : mark.line])
+    near = f"; the line is {show_text(line.strip(), 72)}" if line.strip() and not _SECRET_LINE.search(around) else ""
     return _refuse(source, "syntax", f"{problem}{near}", hint, mark)
 
 

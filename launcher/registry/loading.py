@@ -22,6 +22,7 @@ from launcher.registry.reading import describe
 from launcher.registry.resolving import file_layers, rule_issues
 from launcher.registry.schema import NAME_PATTERN, document_model
 from launcher.registry.types import Mark, ModelEntry, Options, Registry, Setting
+from launcher.registry.values import is_secret_name, show_text
 from launcher.registry.walking import Path as KeyPath
 from launcher.registry.walking import Tree, dotted, walk
 
@@ -51,7 +52,8 @@ def check_registry(path: Path, cwd: Path | None = None) -> tuple[Registry | None
             # One byte more than allowed is enough to refuse; a device or a pipe never fills the memory.
             data = handle.read((1 << 20) + 1)
     except OSError as error:
-        return None, [Issue("error", "unreadable", source, None, None, "", f"cannot be read: {error.strerror}")]
+        hint = "name a readable file: hlaunch --file PATH …"
+        return None, [Issue("error", "unreadable", source, None, None, "", f"cannot be read: {error.strerror}", hint)]
     try:
         text = decode(data, source)
     except DocumentError as error:
@@ -156,7 +158,7 @@ class _Validation:
         context = item.get("ctx", {})
         match item["type"]:
             case "hlaunch":
-                return context["code"], context["message"], context["hint"]
+                return context["code"], self._without_secret(path, context["message"]), context["hint"]
             case "missing" if path[-1] == "model":
                 return "missing-key", "every entry says what to serve", "add model: org/name, a folder, or tiny-oss"
             case "missing":
@@ -171,6 +173,13 @@ class _Validation:
         shape = describe(self.tree.value(path))
         hint = "write one setting per line, indented: key: value" if expected == "a mapping" else "write [a, b]"
         return "wrong-type", f"expected {expected}, got {shape}", hint
+
+    def _without_secret(self, path: KeyPath, message: str) -> str:
+        """A variable's value is quoted in its message, unless the name says that it is a secret."""
+        raw = self.tree.value(path)
+        if isinstance(raw, Scalar) and raw.text and "env" in path[:-1] and is_secret_name(path[-1]):
+            return message.replace(show_text(raw.text), "the value").replace(raw.text, "the value")
+        return message
 
     def _name_clashes(self) -> None:
         """Names and aliases are unique whatever their case: a file system or a client may fold it."""

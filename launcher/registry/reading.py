@@ -113,7 +113,7 @@ def _read_choice(spec: KeySpec, raw: Scalar) -> str:
     guess = f"did you mean '{synonym}'?" if synonym in spec.choices else did_you_mean(raw.text, spec.choices)
     accepted = f"accepted: {', '.join(spec.choices)}"
     raise BadValue(
-        "unknown-value", f"{show_text(raw.text)} is not accepted", f"{guess}; {accepted}" if guess else accepted
+        "unknown-value", f"{show_text(raw.text)} is not accepted", f"{guess} ({accepted})" if guess else accepted
     )
 
 

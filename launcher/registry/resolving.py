@@ -17,7 +17,16 @@ from types import MappingProxyType
 
 from launcher.errors import Issue, OverrideError, RegistryInvalid, UnknownModel
 from launcher.registry.document import Scalar
-from launcher.registry.keys import DASHED, ENVIRONMENT, KEYS, RESERVED_ENVIRONMENT, KeySpec, Kind, canonical_key
+from launcher.registry.keys import (
+    DASHED,
+    ENVIRONMENT,
+    GROUPS,
+    KEYS,
+    RESERVED_ENVIRONMENT,
+    KeySpec,
+    Kind,
+    canonical_key,
+)
 from launcher.registry.reading import read_scalar, read_variable
 from launcher.registry.rules import check_rules
 from launcher.registry.suggest import did_you_mean
@@ -128,8 +137,7 @@ def _merge(layers: Iterable[Contribution]) -> tuple[Resolved, Resolved]:
             values[key] = _over(values.get(key), key, value, origin)
         for key, (value, origin) in layer.env.items():
             env[key] = _over(env.get(key), key, value, origin)
-    # A variable that a layer removed is gone, whatever set it below.
-    return values, {key: item for key, item in env.items() if item.value is not None}
+    return values, env
 
 
 def _over(below: ResolvedValue | None, key: str, value: Value, origin: Origin) -> ResolvedValue:
@@ -182,12 +190,14 @@ def _flag_layer(overrides: Sequence[str]) -> tuple[Contribution, list[Issue]]:
     for text in overrides:
         written, equals, value = text.partition("=")
         written = written.strip()
-        # What follows '=' may be a secret: the source names the key only.
-        source = f"--set {written}" if written.isprintable() and len(written) <= 60 else "--set"
+        # What follows '=' may be a secret: the source names the key only. Without '=' all of it may be one.
+        is_shown = written.isprintable() and len(written) <= 60 and (equals or canonical_key(written) is not None)
+        source = f"--set {written}".rstrip() if is_shown else "--set"
         origin = Origin(Layer.FLAG, source)
         try:
-            if not equals:
-                raise BadValue("bad-override", f"{show_text(text)} has no '='", "write --set key=value")
+            if not equals or not written:
+                problem = "there is no key before '='" if equals else "there is no '=' in it"
+                raise BadValue("bad-override", problem, "write --set key=value")
             variable = written.removeprefix("env.")
             if variable != written:
                 env[variable] = (_read_override_variable(variable, value), origin)
@@ -205,6 +215,9 @@ def _flag_layer(overrides: Sequence[str]) -> tuple[Contribution, list[Issue]]:
 
 def _overridable(written: str) -> KeySpec:
     key = canonical_key(written)
+    if written in GROUPS:
+        inner = " or ".join(f"--set {name}=value" for name in KEYS if name.startswith(f"{written}."))
+        raise BadValue("wrong-type", f"{written} is a mapping", f"write {inner}")
     if key is None:
         known = [name for name, item in DASHED.items() if not KEYS[item].is_fixed]
         raise BadValue(

@@ -197,8 +197,7 @@ def json_schema() -> dict[str, Any]:
         for spelling, key in SPELLINGS.items():
             if key in definition["properties"] and spelling != key and "." not in key:
                 patterns[f"^{spelling}$"] = {"$ref": f"{where}/properties/{key}"}
-        if name in ("", "Model", "Defaults"):
-            definition["patternProperties"] = patterns
+        definition["patternProperties"] = patterns
     models = schema["properties"]["models"]
     models["patternProperties"] = {NAME_PATTERN: models.pop("additionalProperties", None) or _entry_of(models)}
     models["additionalProperties"] = False

@@ -70,7 +70,7 @@ class Setting:
 class Options:
     """The settings of `defaults` or of one model: canonical dashed key -> setting; `env` variables apart.
 
-    In `env`, a setting of None removes the variable that a lower layer set.
+    In `env`, a setting of None removes the variable that a lower layer set, or that the engine would inherit.
     """
 
     settings: Mapping[str, Setting] = field(default_factory=lambda: MappingProxyType({}))
@@ -132,7 +132,8 @@ class ResolvedValue:
 class ResolvedEntry:
     """One model, every key of the schema present with its origin. Frozen.
 
-    `values` maps canonical dashed keys (`max-num-seqs`, `ready.timeout`) to values; `env` maps variable names.
+    `values` maps canonical dashed keys (`max-num-seqs`, `ready.timeout`) to values; `env` maps variable names, to None
+    for one that the engine must not see.
     The typed getters raise KeyError for a key that the schema lacks and TypeError for the wrong type: both our bugs.
     """
 

@@ -29,7 +29,9 @@ _UNIT_SPELLINGS = {unit.lower(): unit for unit in _BYTE_UNITS}
 _SECONDS = {"ms": 0.001, "": 1.0, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
 _QUANTITY = re.compile(r"([0-9]{1,20}(?:\.[0-9]{1,9})?)\s?([A-Za-z]{0,3})", re.ASCII)
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}", re.ASCII)
-_SECRET_NAME = re.compile(r".*(_TOKEN|_KEY|PASSWORD|SECRET).*", re.ASCII | re.IGNORECASE)
+_SECRET_NAME = re.compile(
+    r"PASSWORD|PASSWD|SECRET|CREDENTIAL|(^|_)(API)?(TOKEN|KEY|AUTH|AUTHORIZATION|PAT)(_|$)", re.ASCII | re.IGNORECASE
+)
 _MAX_SECRET_BYTES = 64 << 10
 
 
@@ -51,7 +53,7 @@ def show_text(text: str, limit: int = 60) -> str:
 
 def is_secret_name(name: str) -> bool:
     """Say whether a variable of this name is likely to hold a secret: `HF_TOKEN`, `OPENAI_API_KEY`, `PASSWORD`."""
-    return _SECRET_NAME.fullmatch(name) is not None
+    return _SECRET_NAME.search(name) is not None
 
 
 def redacted(name: str, value: str) -> str:
