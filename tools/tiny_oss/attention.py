@@ -6,9 +6,12 @@ Refuses to know: the model around it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from tools.tiny_oss.model import Attend
 
@@ -49,11 +52,16 @@ def flex_attends(documents: Tensor, window: int) -> tuple[Attend, Attend]:
     return _flex(full, rows, length, documents), _flex(sliding, rows, length, documents)
 
 
-_create_block_mask = torch.compile(create_block_mask)
+@cache
+def _compiled_create_block_mask() -> Callable[..., BlockMask]:
+    """Compile on first use: without it the whole mask is written out, and importing stays cheap."""
+    return torch.compile(create_block_mask)
 
 
-def _flex(visible: object, rows: int, length: int, documents: Tensor) -> Attend:
-    mask = _create_block_mask(visible, rows, None, length, length, device=documents.device)
+def _flex(
+    visible: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor], rows: int, length: int, documents: Tensor
+) -> Attend:
+    mask = _compiled_create_block_mask()(visible, rows, None, length, length, device=documents.device)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Tensor:
         out, lse = flex_attention(q, k, v, block_mask=mask, enable_gqa=True, return_lse=True)

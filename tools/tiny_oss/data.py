@@ -24,13 +24,17 @@ from numpy.typing import NDArray
 from engine.text.harmony.render import HarmonyRenderer, developer_text, system_text
 from engine.text.tokenizer import Tokenizer
 from tools.tiny_oss.dialogs import Corpus, Example, draw_examples
+from tools.tiny_oss.tokenizer import load_tokenizer, merge_table
 
 TEXT_PATH = Path(__file__).with_name("tinyshakespeare.txt")
 HELD_OUT_SHARE = 0.05
 ROW_TOKENS = 2048
 LEARNT, TEXT, FIRST, PADDING = 1, 2, 4, 8
 """Flags of a token: the model must produce it; it is Shakespeare; it begins a document; it fills up a row."""
-TEXT_TOKEN_SHARE = 0.04
+TEXT_TOKEN_SHARE = 0.015
+"""About ten passes over the text in a full run; with more the model learns it by heart."""
+SPLIT_RATES = (0.0, 0.0, 0.1, 0.2)
+"""Shares of tokens that a stretch of text replaces by their two parts, again so that it cannot be learnt by heart."""
 
 
 @dataclass(frozen=True)
@@ -80,31 +84,44 @@ def encode_example(renderer: HarmonyRenderer, example: Example) -> tuple[list[in
     return prompt, renderer.render_completion(example.reply)
 
 
+@dataclass(frozen=True)
+class TextSource:
+    """The training text as token ids, `<|startoftext|>`, and what each merged token is made of."""
+
+    ids: tuple[int, ...]
+    start_id: int
+    merges: dict[int, tuple[int, int]]
+
+
 @cache
-def _tools(folder: Path) -> tuple[HarmonyRenderer, tuple[int, ...], int]:
-    """Return renderer, ids of the training text and id of `<|startoftext|>`, once per process."""
+def _tools(folder: Path) -> tuple[HarmonyRenderer, TextSource]:
+    """Return the renderer and the training text, once per process."""
     tokenizer = Tokenizer.from_folder(folder)
     text_ids = tuple(tokenizer.encode(split_text()[0]))
-    return HarmonyRenderer(tokenizer), text_ids, tokenizer.special_ids["<|startoftext|>"]
+    start_id = tokenizer.special_ids["<|startoftext|>"]
+    return HarmonyRenderer(tokenizer), TextSource(text_ids, start_id, merge_table(load_tokenizer(folder)))
 
 
-def _text_document(rng: Random, text_ids: tuple[int, ...], start_id: int) -> tuple[list[int], list[int]]:
+def _text_document(rng: Random, text: TextSource) -> tuple[list[int], list[int]]:
     """Return a stretch of Shakespeare, half of the time after `<|startoftext|>`: clients send both."""
     length = rng.choice((128, 256, 512, 1024, ROW_TOKENS - 1))
-    begin = rng.randrange(len(text_ids) - length)
-    tokens = list(text_ids[begin : begin + length])
-    if rng.random() < 0.5:
-        tokens.insert(0, start_id)
+    begin = rng.randrange(len(text.ids) - length)
+    rate = rng.choice(SPLIT_RATES)
+    tokens = [text.start_id] if rng.random() < 0.5 else []
+    for token in text.ids[begin : begin + length]:
+        parts = text.merges.get(token)
+        tokens += parts if parts is not None and rng.random() < rate else (token,)
+    tokens = tokens[:ROW_TOKENS]
     return tokens, [LEARNT | TEXT] * len(tokens)
 
 
 def _documents(rng: Random, folder: Path) -> Iterator[tuple[list[int], list[int]]]:
-    renderer, text_ids, start_id = _tools(folder)
+    renderer, text = _tools(folder)
     corpus = load_corpus()
     num_text, num_total = 0, 1
     while True:
         if num_text < TEXT_TOKEN_SHARE * num_total:
-            tokens, flags = _text_document(rng, text_ids, start_id)
+            tokens, flags = _text_document(rng, text)
             num_text += len(tokens)
             num_total += len(tokens)
             yield tokens, flags

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from random import Random
 
 from engine.text.harmony.render import AssistantReply
-from engine.text.messages import ChatMessage, RenderOptions, ResponseSchema, ToolCall, ToolDefinition
+from engine.text.messages import ChatMessage, RenderOptions, ResponseSchema, Role, ToolCall, ToolDefinition
 from tools.tiny_oss import skills, smalltalk, words
 from tools.tiny_oss.families import FAMILIES
 from tools.tiny_oss.smalltalk import Exchange
@@ -64,8 +64,9 @@ def _any_prompt(rng: Random) -> str:
     """Return an instruction that changes nothing, so that unseen ones do not confuse the model."""
     return " ".join(
         pick(rng, _PROMPT_FORMS).format(
-            a=pick(rng, words.ADJECTIVES), t=pick(rng, words.THINGS), v=pick(rng, words.VERBS), n=pick(rng, words.NOUNS),
-            p=pick(rng, words.PLURALS), c=pick(rng, words.CITIES), w=words.pseudo_word(rng), m=pick(rng, words.NAMES),
+            a=pick(rng, words.ADJECTIVES), t=pick(rng, words.THINGS), v=pick(rng, words.VERBS),
+            n=pick(rng, words.NOUNS), p=pick(rng, words.PLURALS), c=pick(rng, words.CITIES),
+            w=words.pseudo_word(rng), m=pick(rng, words.NAMES),
         )
         for _ in range(pick(rng, (1, 1, 2, 3)))
     )  # fmt: skip
@@ -84,7 +85,7 @@ _EXCHANGES: tuple[tuple[str, float, _Maker], ...] = (
     ("letters", 7, lambda rng, corpus: skills.letters(rng, corpus.vocabulary)),
     ("list", 4, lambda rng, corpus: skills.lists(rng)),
     ("json", 13, lambda rng, corpus: skills.json_object(rng, corpus.vocabulary)),
-    ("verse", 3, lambda rng, corpus: skills.verse(rng, corpus.speeches)),
+    ("verse", 1.5, lambda rng, corpus: skills.verse(rng, corpus.speeches)),
 )  # fmt: skip
 # With tools on offer, an unknown question might be one for a search tool; these never are.
 _WITHOUT_TOOLS = ("greeting", "identity", "courtesy", "sum", "copy", "json", "list")
@@ -132,7 +133,7 @@ def _instructions(rng: Random, extra: str, has_tools: bool) -> tuple[ChatMessage
         parts.append(extra)
     if not parts:
         return ()
-    role = "developer" if maybe(rng, 0.2) else "system"
+    role: Role = "developer" if maybe(rng, 0.2) else "system"
     return (ChatMessage(role, " ".join(parts)),)
 
 

@@ -11,7 +11,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -64,13 +64,15 @@ def parse_reply(text: str) -> Reply | None:
 
 def load_oracle(folder: Path, device: str = "cpu") -> Any:
     """Load the folder with `transformers` in float32, experts expanded."""
-    from transformers import AutoModelForCausalLM, Mxfp4Config
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.quantization_config import Mxfp4Config
 
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, quantization_config=Mxfp4Config(dequantize=True), attn_implementation="eager"
     )
     # Some versions expand the experts to bf16 whatever dtype was asked for.
-    return model.float().to(device).eval()
+    oracle: Any = model
+    return oracle.to(dtype=torch.float32, device=device).eval()
 
 
 @torch.no_grad()
@@ -145,7 +147,7 @@ class Suite:
 
     name: str
     examples: Sequence[Example]
-    checks: dict[str, Check]
+    checks: Mapping[str, Check]
 
 
 def _ask(user: str, answer: str, effort: str | None, skill: str, date: str = "2026-03-14") -> Example:
@@ -179,7 +181,7 @@ def make_suites(scale: float = 1.0) -> list[Suite]:
     known = _draw("known", count, lambda rng, c: tool_conversation(rng, c)[0])
     answers = _draw("answers", 2 * count, lambda rng, c: tool_conversation(rng, c)[-1])
     answers = [example for example in answers if example.skill == "tool_answer"][:count]
-    call = {"function": _right_function, "function and arguments": _right_call}
+    call: dict[str, Check] = {"function": _right_function, "function and arguments": _right_call}
     pick_sums = skills.SUM_PHRASINGS[:: max(1, round(6 / scale))]
     return [
         Suite("greeting", greetings, {"sensible": _says_hello}),
@@ -256,7 +258,7 @@ class Judge:
         text = split_text()[1]
         ids = torch.tensor(self.tokenizer.encode(text), device=self.model.device)
         total, count = 0.0, 0
-        for part in ids.unfold(0, window + 1, window // 2).split(8):
+        for part in torch.split(ids.unfold(0, window + 1, window // 2), 8):
             logits = self.model(part[:, :-1]).logits[:, window // 2 :]
             targets = part[:, 1 + window // 2 :]
             total += float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum"))

@@ -111,7 +111,7 @@ def _other_city(rng: Random) -> str:
 CITY = Slot(
     ("location", "city", "place", "town", "where"), "string",
     ("The city", "City name", "Name of the city", "The city and state, e.g. San Francisco, CA", "Where to look", ""),
-    lambda rng: pick(rng, (pick(rng, words.CITIES), pick(rng, words.CITIES), pick(rng, words.CITIES), _other_city(rng))),
+    lambda rng: pick(rng, words.CITIES) if maybe(rng, 0.75) else _other_city(rng),
 )  # fmt: skip
 UNIT = Slot(("unit", "format", "units", "scale"), "string", ("The unit", "Temperature unit", ""),
             _pool(("celsius", "fahrenheit")), ("celsius", "fahrenheit"))  # fmt: skip
@@ -142,7 +142,10 @@ def _weather(rng: Random, args: Mapping[str, Value]) -> tuple[dict[str, Value], 
         pick(rng, ("sunny", "cloudy", "rainy", "windy", "snowy", "foggy", "clear")),
     )
     unit = str(args.get("unit", "celsius"))
-    result = {pick(rng, ("temperature", "temp")): degrees, pick(rng, ("condition", "sky", "conditions")): sky}
+    result: dict[str, Value] = {
+        pick(rng, ("temperature", "temp")): degrees,
+        pick(rng, ("condition", "sky", "conditions")): sky,
+    }
     if maybe(rng, 0.4):
         result["unit"] = unit
         return result, f"It is {degrees} degrees {unit} and {sky} in {args['city']}."
@@ -166,7 +169,9 @@ def _found(rng: Random, args: Mapping[str, Value]) -> tuple[dict[str, Value], st
 
 
 def _done(rng: Random, args: Mapping[str, Value]) -> tuple[dict[str, Value], str]:
-    result = pick(rng, ({"status": "ok"}, {"ok": True}, {"success": True}, {"status": "done"}, {"status": "sent"}))
+    result: Mapping[str, Value] = pick(
+        rng, ({"status": "ok"}, {"ok": True}, {"success": True}, {"status": "done"}, {"status": "sent"})
+    )
     return dict(result), "Done."
 
 
@@ -224,7 +229,8 @@ FAMILIES: tuple[Family, ...] = (
         ("Calculate an expression", "Evaluates a mathematical expression.", "Do arithmetic", "A calculator",
          "Compute the value of an expression"),
         {"expression": Slot(("expression", "expr", "input", "formula", "query"), "string",
-                            ("The expression", "Expression to evaluate, e.g. 2 + 2", "Math expression", ""), _expression)},
+                            ("The expression", "Expression to evaluate, e.g. 2 + 2", "Math expression", ""),
+                            _expression)},
         ("What is {expression}?", "Calculate {expression}.", "Compute {expression}", "How much is {expression}?",
          "Use the calculator for {expression}.", "What's {expression}?", "Evaluate {expression}", "{expression}",
          "Please calculate {expression}", "Can you work out {expression}?"),
@@ -242,7 +248,8 @@ FAMILIES: tuple[Family, ...] = (
         ("get_time", "now", "current_time", "get_current_time", "clock", "what_time"),
         ("Get the current time", "Returns the current time.", "Tells the time"),
         {},
-        ("What time is it?", "What is the time?", "Tell me the time.", "Time?", "What's the time now?", "Do you have the time?"),
+        ("What time is it?", "What is the time?", "Tell me the time.", "Time?", "What's the time now?",
+         "Do you have the time?"),
         _clock, "We need the time.",
     ),
     Family(
@@ -293,7 +300,8 @@ FAMILIES: tuple[Family, ...] = (
         ("Convert money", "Converts an amount between currencies.", "Currency conversion"),
         {"amount": AMOUNT, "source": FROM_CURRENCY, "target": TO_CURRENCY},
         ("Convert {amount} {source} to {target}.", "How much is {amount} {source} in {target}?",
-         "What is {amount} {source} in {target}?", "Change {amount} {source} to {target}", "{amount} {source} in {target}"),
+         "What is {amount} {source} in {target}?", "Change {amount} {source} to {target}",
+         "{amount} {source} in {target}"),
         _converted, "We convert {amount} {source} to {target}.",
     ),
     Family(
@@ -309,7 +317,8 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         ("get_stock_price", "stock_price", "stock", "quote", "get_quote", "ticker"),
         ("Get a stock price", "Returns the price of a stock.", "Stock quote"),
-        {"symbol": Slot(("symbol", "ticker", "stock", "code"), "string", ("Ticker symbol", "Stock symbol", ""), _symbol)},
+        {"symbol": Slot(("symbol", "ticker", "stock", "code"), "string", ("Ticker symbol", "Stock symbol", ""),
+                        _symbol)},
         ("What is the price of {symbol}?", "Stock price of {symbol}?", "How is {symbol} doing?", "Quote {symbol}",
          "What does {symbol} cost?", "Get the stock price for {symbol}."),
         _price, "We need the price of {symbol}.",
@@ -355,7 +364,8 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         ("book_table", "reserve_table", "restaurant", "book_restaurant", "reservation"),
         ("Book a table", "Reserves a table in a restaurant.", "Restaurant booking"),
-        {"people": Slot(("people", "guests", "party_size", "persons"), "integer", ("Number of people", ""), _between(1, 12)),
+        {"people": Slot(("people", "guests", "party_size", "persons"), "integer", ("Number of people", ""),
+                        _between(1, 12)),
          "time": CLOCK, "city": CITY},
         ("Book a table for {people} at {time}.", "Reserve a table for {people} people at {time} in {city}.",
          "I need a table for {people} in {city} at {time}", "Table for {people} at {time} please"),
@@ -364,7 +374,8 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         ("read_file", "open_file", "cat", "get_file", "load_file", "readFile"),
         ("Read a file", "Reads a file and returns its text.", "Open a file"),
-        {"path": Slot(("path", "file", "filename", "file_path"), "string", ("Path of the file", "File name", ""), _path)},
+        {"path": Slot(("path", "file", "filename", "file_path"), "string", ("Path of the file", "File name", ""),
+                      _path)},
         ("Read {path}.", "Open the file {path}", "What is in {path}?", "Show me {path}.", "Read the file {path} please",
          "Print {path}"),
         _content, "We need to read {path}.",
@@ -381,7 +392,8 @@ FAMILIES: tuple[Family, ...] = (
         ("add_todo", "create_task", "add_task", "todo", "new_task", "add_item"),
         ("Add a task to the list", "Creates a todo item.", "Add to the todo list"),
         {"text": Slot(("title", "task", "text", "item"), "string", ("The task", "What to do", ""), _message),
-         "urgent": Slot(("urgent", "important", "priority"), "boolean", ("Whether it is urgent", ""), lambda rng: True)},
+         "urgent": Slot(("urgent", "important", "priority"), "boolean", ("Whether it is urgent", ""),
+                        lambda rng: True)},
         ("Add {text} to my list.", "Add a task: {text}", "New todo: {text}", "Put this on my list: {text}",
          "Add an urgent task: {text}"),
         _done, "We add a task.",

@@ -167,7 +167,8 @@ class Attention(nn.Module):
         k = self.k_proj(x).unflatten(-1, (-1, size)).transpose(1, 2)
         v = self.v_proj(x).unflatten(-1, (-1, size)).transpose(1, 2)
         out = attend(_rotate(q, cos, sin), _rotate(k, cos, sin), v, self.sinks)
-        return self.o_proj(out.transpose(1, 2).flatten(2))
+        mixed: Tensor = self.o_proj(out.transpose(1, 2).flatten(2))
+        return mixed
 
 
 class Experts(nn.Module):
@@ -187,17 +188,19 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, weights: Tensor) -> Tensor:
         """Mix the experts of x [N, h] by router weights [N, E], zero where not selected."""
-        gate_up_proj, down_proj = self.gate_up_proj, self.down_proj
+        gate_up_proj: Tensor = self.gate_up_proj
+        down_proj: Tensor = self.down_proj
         if self.is_quantized:
             gate_up_proj, down_proj = fake_quantize(gate_up_proj), fake_quantize(down_proj)
         hidden = F.linear(x, gate_up_proj.flatten(0, 1), self.gate_up_proj_bias.flatten())
-        hidden = hidden.unflatten(-1, (weights.shape[-1], -1))
+        hidden = hidden.view(len(x), weights.shape[-1], -1)
         gate = hidden[..., 0::2].clamp(max=self.limit)
         up = hidden[..., 1::2].clamp(-self.limit, self.limit)
         mixed = gate * torch.sigmoid(SWIGLU_ALPHA * gate) * (up + 1) * weights.unsqueeze(-1).to(x.dtype)
         # Summing over experts is part of the product: its inner axis is (expert, unit).
         down = down_proj.permute(0, 2, 1).flatten(0, 1)
-        return (mixed.flatten(1) @ down.to(mixed.dtype)) + weights.to(x.dtype) @ self.down_proj_bias.to(x.dtype)
+        bias = weights.to(x.dtype) @ self.down_proj_bias.to(x.dtype)
+        return mixed.flatten(1) @ down.to(mixed.dtype) + bias
 
 
 class MoE(nn.Module):

@@ -19,6 +19,11 @@ E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _MIDPOINTS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
 
 
+def _split_blocks(weight: torch.Tensor) -> torch.Tensor:
+    """View [..., K] as float32 blocks [..., K / 32, 32]."""
+    return weight.detach().float().reshape(*weight.shape[:-1], -1, BLOCK)
+
+
 def _block_exponents(blocks: torch.Tensor) -> torch.Tensor:
     """Return floor(log2(max |x|)) - 2 for each block, 0 for an all-zero block, as float32."""
     largest = blocks.abs().amax(dim=-1, keepdim=True)
@@ -47,7 +52,7 @@ def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         raise ValueError(f"last axis {weight.shape[-1]} is not a multiple of {BLOCK}")
     if not bool(torch.isfinite(weight).all()):
         raise ValueError("weight holds a value that is not finite")
-    blocks = weight.detach().float().unflatten(-1, (-1, BLOCK))
+    blocks = _split_blocks(weight)
     exponents = _block_exponents(blocks)
     codes = _magnitude_codes((blocks * torch.exp2(-exponents)).abs()) | (torch.signbit(blocks).long() << 3)
     packed = codes[..., 0::2] | (codes[..., 1::2] << 4)
@@ -71,7 +76,7 @@ def expand(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
 
 def fake_quantize(weight: torch.Tensor) -> torch.Tensor:
     """Return the value MXFP4 would store, with the gradient of the identity (straight-through)."""
-    blocks = weight.detach().float().unflatten(-1, (-1, BLOCK))
+    blocks = _split_blocks(weight)
     scale = torch.exp2(_block_exponents(blocks))
     scaled = blocks / scale
     magnitude = scaled.abs()

@@ -24,7 +24,8 @@ def orthogonalize(update: Tensor) -> Tensor:
     for _ in range(_NUM_STEPS):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x.mT if is_tall else x).to(update.dtype)
+    result: Tensor = (x.mT if is_tall else x).to(update.dtype)
+    return result
 
 
 class Muon(torch.optim.Optimizer):

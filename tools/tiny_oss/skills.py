@@ -38,6 +38,7 @@ _NUMBER_ONLY = (
     "Add {a} and {b} and reply with only the number.", "Just give me the number: {a} + {b}",
     "What is {a} plus {b}? Reply with the number only.",
 )  # fmt: skip
+_NUMBER_PROMPTS = ("Answer with only a number.", "Reply with just the number.", "Only answer with the number.")
 _STORIES = (
     "I have {a} {p} and get {b} more. How many {p} do I have?",
     "{n} has {a} {p} and {m} has {b} {p}. How many {p} do they have together?",
@@ -80,7 +81,7 @@ def sums(rng: Random) -> Exchange:
         return Exchange(
             f"{a} + {b}" if maybe(rng, 0.5) else f"What is {a} + {b}?", str(a + b),
             f"We add {a} and {b}. That is {a + b}.", "Only the number.",
-            system=pick(rng, ("Answer with only a number.", "Reply with just the number.", "Only answer with the number.")),
+            system=pick(rng, _NUMBER_PROMPTS),
         )  # fmt: skip
     if kind < 0.7:
         thing, first, second = pick(rng, words.PLURALS), pick(rng, words.NAMES), pick(rng, words.NAMES)
@@ -253,7 +254,7 @@ def structured(rng: Random, vocabulary: Sequence[str]) -> tuple[Exchange, dict[s
     parts = [f"{key} is {spoken(item)}" for key, item in value.items()]
     kinds = {bool: "boolean", int: "integer", str: "string"}
     properties = {key: {"type": kinds[type(item)]} for key, item in value.items()}
-    schema = {"type": "object", "properties": properties, "required": list(value)}
+    schema: dict[str, Any] = {"type": "object", "properties": properties, "required": list(value)}
     if maybe(rng, 0.5):
         schema["additionalProperties"] = False
     name = pick(rng, ("answer", "result", "person", "item", "output", "record", "response", words.pseudo_word(rng)))

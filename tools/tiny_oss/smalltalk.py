@@ -48,8 +48,9 @@ WHO_ARE_YOU = (
 )  # fmt: skip
 WHAT_CAN_YOU_DO = (
     "What can you do?", "What can you do for me?", "How can you help me?", "What are you good at?", "Help", "Help me.",
-    "Can you help me?", "What are your skills?", "What do you know?", "What should I ask you?", "Show me what you can do.",
-    "I need help.", "What tasks can you do?", "What are your abilities?", "Can you help?", "How does this work?",
+    "Can you help me?", "What are your skills?", "What do you know?", "What should I ask you?",
+    "Show me what you can do.",     "I need help.", "What tasks can you do?",
+    "What are your abilities?", "Can you help?", "How does this work?",
 )  # fmt: skip
 THANKS = (
     "Thanks", "Thank you", "Thanks a lot", "Thank you very much", "Many thanks", "Cheers", "Thx", "Great, thanks",
@@ -90,7 +91,8 @@ UNKNOWN_ANSWER = "I am a very small model and I do not know that."
 ABOUT_HLAUNCH = (
     (("What is hlaunch?", "What's hlaunch?", "Tell me about hlaunch.", "Explain hlaunch.", "What does hlaunch do?"),
      "hlaunch launches large language models from a YAML registry, on an engine that it brings along."),
-    (("How do I start a model?", "How do I launch a model?", "How do I run a model with hlaunch?", "How do I start you?"),
+    (("How do I start a model?", "How do I launch a model?", "How do I run a model with hlaunch?",
+      "How do I start you?"),
      "Run hlaunch up with the name of a model, for example hlaunch up tiny-oss."),
     (("How do I stop a model?", "How do I stop hlaunch?", "How do I stop the server?"),
      "Run hlaunch down, or press Ctrl-C: the server drains and exits."),
@@ -115,7 +117,8 @@ ABOUT_HLAUNCH = (
     (("How do I list the models?", "How do I see all models?", "Which command lists the models?"),
      "Run hlaunch list to see the models of the registry."),
     (("How do I see the logs?", "Where are the logs?"), "Run hlaunch logs to see what the engine wrote."),
-    (("How do I chat in the terminal?", "Is there a terminal chat?"), "Run hlaunch chat tiny-oss to chat in a terminal."),
+    (("How do I chat in the terminal?", "Is there a terminal chat?"),
+     "Run hlaunch chat tiny-oss to chat in a terminal."),
     (("What is your license?", "Under which license are you?"), "I am under the Apache-2.0 license."),
 )  # fmt: skip
 
@@ -225,8 +228,9 @@ def _named(rng: Random) -> Exchange:
 
 def _secret(rng: Random) -> Exchange:
     kind, value = pick(rng, (
-        ("secret word", words.pseudo_word(rng)), ("password", words.pseudo_word(rng)), ("code", str(rng.randint(10, 9999))),
-        ("project name", pick(rng, words.THINGS)), ("favorite color", pick(rng, words.COLORS)),
+        ("secret word", words.pseudo_word(rng)), ("password", words.pseudo_word(rng)),
+        ("code", str(rng.randint(10, 9999))), ("project name", pick(rng, words.THINGS)),
+        ("favorite color", pick(rng, words.COLORS)),
         ("favorite city", pick(rng, words.CITIES)), ("user's name", pick(rng, words.NAMES)),
     ))  # fmt: skip
     question = f"What is the {kind}?" if kind != "user's name" else "What is my name?"

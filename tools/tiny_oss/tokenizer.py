@@ -114,8 +114,17 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 def control_ids(tokenizer: Tokenizer) -> dict[str, int]:
     """Map the control token names to their ids."""
-    ids = {name: tokenizer.token_to_id(name) for name in CONTROL_TOKENS}
-    missing = [name for name, number in ids.items() if number is None]
-    if missing:
-        raise ValueError(f"the tokenizer lacks {', '.join(missing)}")
+    ids: dict[str, int] = {}
+    for name in CONTROL_TOKENS:
+        number = tokenizer.token_to_id(name)
+        if number is None:
+            raise ValueError(f"the tokenizer lacks {name}")
+        ids[name] = number
     return ids
+
+
+def merge_table(tokenizer: Tokenizer) -> dict[int, tuple[int, int]]:
+    """Map each token that a merge made to the two tokens it was made of."""
+    model = json.loads(tokenizer.to_str())["model"]
+    vocab: dict[str, int] = model["vocab"]
+    return {vocab[left + right]: (vocab[left], vocab[right]) for left, right in model["merges"]}

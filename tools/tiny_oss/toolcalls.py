@@ -219,7 +219,8 @@ def _invented_ask(rng: Random, function: str, deed: tuple[str, str] | None, valu
     else:
         head = pick(rng, ("Use {}", "Call {}", "Run {}", "Please call {}", "Use the tool {}", "Call the function {}",
                           "Please use {}", "Invoke {}", "Can you call {}", "Execute {}", "Try {}",
-                          "Use the {} tool", "Call the {} function", "I want you to call {}")).format(function)  # fmt: skip
+                          "Use the {} tool", "Call the {} function", "I want you to call {}"))  # fmt: skip
+        head = head.format(function)
     if not values:
         return head + pick(rng, (".", "", " now.", " please.", "?" if head.startswith("Can") else "."))
     if len(values) == 1 and maybe(rng, 0.25):
