@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.triton import fp4
+from kernels.triton.router import ExpertIndex
 
 
 @triton.jit
@@ -136,8 +137,7 @@ def moe_dense(
     x: Tensor,
     ids: Tensor,
     weights: Tensor,
-    order: Tensor,
-    offsets: Tensor,
+    index: ExpertIndex,
     gate_up_blocks: Tensor,
     gate_up_scales: Tensor,
     gate_up_bias: Tensor,
@@ -149,11 +149,12 @@ def moe_dense(
 ) -> Tensor:
     """Sum each token's weighted experts.
 
-    Shapes: x bfloat16 [T, H] in natural order; ids, weights from `router_topk`; order, offsets from `expert_index`; the
+    Shapes: x bfloat16 [T, H] in natural order; ids, weights from `router_topk`; index from `expert_index`; the
     layer's experts as in the checkpoint; returns bfloat16 [T, H], what `add_rms_norm` adds to the residual stream.
     """
     tokens, hidden = x.shape
     k = ids.shape[1]
+    order, offsets = index.order, index.offsets
     num_experts = offsets.shape[0] - 1
     intermediate = gate_up_bias.shape[1] // 2
     rows = tokens * k

@@ -10,6 +10,7 @@ import os
 import sys
 import traceback
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -195,12 +196,20 @@ def test_router_and_index() -> None:
         clear = is_real & (values[:, :k] - values[:, 1 : k + 1] > 1e-4).all(-1)
         assert torch.equal(ids[clear].long(), order[clear, :k])
         close(weights[clear], values[clear, :k].softmax(-1), 1e-3)
-        index, offsets = router.expert_index(ids, experts)
+        index = router.expert_index(ids, experts, block_t=16)
+        offsets = index.offsets
         flat = ids.flatten().cpu()
         for expert in range(experts):
-            mine = index[int(offsets[expert]) : int(offsets[expert + 1])].cpu().long()
+            mine = index.order[int(offsets[expert]) : int(offsets[expert + 1])].cpu().long()
             assert torch.equal(mine, torch.where(flat == expert)[0])
         assert int(offsets[-1]) == int((flat >= 0).sum())
+        wanted = [
+            [e, begin, int(offsets[e + 1])]
+            for e in range(experts)
+            for begin in range(int(offsets[e]), int(offsets[e + 1]), 16)
+        ]
+        assert index.tiles[: len(wanted), :3].tolist() == wanted
+        assert (index.tiles[len(wanted) :, 0] == -1).all()
 
 
 class Layer:
@@ -245,7 +254,9 @@ def expand(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     return torch.ldexp(lut[nibbles.int()], (scales.int() - 127).unsqueeze(-1)).flatten(-2)
 
 
-def routing(tokens: int, layer: Layer, k: int, *, is_skewed: bool = False) -> tuple[torch.Tensor, ...]:
+def routing(
+    tokens: int, layer: Layer, k: int, *, is_skewed: bool = False, block_t: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor, Any]:
     from kernels.triton import router
 
     scores = torch.rand(tokens, layer.num_experts, device=DEVICE)
@@ -255,7 +266,7 @@ def routing(tokens: int, layer: Layer, k: int, *, is_skewed: bool = False) -> tu
     ids[tokens // 2 + 1 :: 5] = -1
     weights = torch.rand(tokens, k, device=DEVICE)
     weights = torch.where(ids < 0, 0.0, weights / weights.sum(-1, keepdim=True))
-    return ids, weights, *router.expert_index(ids, layer.num_experts)
+    return ids, weights, router.expert_index(ids, layer.num_experts, block_t=block_t)
 
 
 def test_expand_every_code() -> None:
@@ -276,14 +287,14 @@ def test_moe_dense() -> None:
     for experts, hidden, inter, tokens, k in ((8, 256, 288, 50, 2), (32, 2880, 2880, 300, 4)):
         layer = Layer(experts, hidden, inter)
         x = randn(tokens, hidden)
-        ids, weights, order, offsets = routing(tokens, layer, k)
+        ids, weights, index = routing(tokens, layer, k)
         scratch = moe_dense.DenseScratch.allocate(experts, hidden, inter, DEVICE)
-        out = moe_dense.moe_dense(x, ids, weights, order, offsets, *layer.tensors, 7.0, scratch)
+        out = moe_dense.moe_dense(x, ids, weights, index, *layer.tensors, 7.0, scratch)
         close(out, layer.reference(x, ids, weights).sum(1))
 
 
 def test_moe_gluon() -> None:
-    from kernels.triton import moe_gluon, permute
+    from kernels.triton import moe_gluon, permute, router
 
     cases = [(8, 224, 288, 11, 2, None), (32, 2880, 2880, 16, 4, None), (32, 2880, 2880, 64, 4, None)]
     cases += [(32, 2880, 2880, 256, 4, None), (32, 2880, 2880, 400, 4, 128), (32, 2880, 2880, 700, 4, 256)]
@@ -291,19 +302,19 @@ def test_moe_gluon() -> None:
         for is_skewed in (False, True):
             layer = Layer(experts, hidden, inter)
             x = randn(tokens, hidden)
-            ids, weights, order, offsets = routing(tokens, layer, k, is_skewed=is_skewed)
+            ids, weights, index = routing(tokens, layer, k, is_skewed=is_skewed, block_t=block_t)
+            gate_up = (layer.gate_up, moe_gluon.prepare_scales(layer.gate_up_scales), layer.gate_up_bias)
+            down = (layer.down, moe_gluon.prepare_scales(layer.down_scales), layer.down_bias)
             xp = permute.to_expert_order(x)
-            act = moe_gluon.moe_gate_up(xp, k, order, offsets, *layer.tensors[:3], 7.0, block_t=block_t)
-            out = moe_gluon.moe_down(act, order, offsets, *layer.tensors[3:], weights, block_t=block_t)
+            act = moe_gluon.moe_gate_up(xp, k, index, *gate_up, 7.0)
+            out = moe_gluon.moe_down(act, index, *down, weights)
             close(out, layer.reference(x, ids, weights))
             # One token alone gives what it gave among others, up to rounding.
-            one = torch.where(ids[:, 0] >= 0)[0][-1]
-            part = slice(int(one), int(one) + 1)
-            from kernels.triton import router
-
-            order, offsets = router.expert_index(ids[part].contiguous(), experts)
-            act = moe_gluon.moe_gate_up(xp[part].contiguous(), k, order, offsets, *layer.tensors[:3], 7.0)
-            alone = moe_gluon.moe_down(act, order, offsets, *layer.tensors[3:], weights[part].contiguous())
+            one = int(torch.where(ids[:, 0] >= 0)[0][-1])
+            part = slice(one, one + 1)
+            index = router.expert_index(ids[part].contiguous(), experts)
+            act = moe_gluon.moe_gate_up(xp[part].contiguous(), k, index, *gate_up, 7.0)
+            alone = moe_gluon.moe_down(act, index, *down, weights[part].contiguous())
             close(out[part], alone, 2e-3)
 
 
