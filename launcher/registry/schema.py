@@ -121,7 +121,8 @@ def _annotation(spec: KeySpec) -> Any:
             value = Annotated[
                 str, _guarded(read_variable), WithJsonSchema({"type": ["string", "number", "boolean", "null"]})
             ]
-            return dict[name, value | None]
+            # Editors check a name only if no other is allowed; pydantic itself leaves that open.
+            return Annotated[dict[name, value | None], Field(json_schema_extra={"additionalProperties": False})]
 
 
 def _field(spec: KeySpec, alias: str) -> tuple[Any, Any]:

@@ -202,10 +202,10 @@ CASES: list[Case] = [
 def test_one_clear_error_at_its_place(text: str | bytes, code: str, line: int, column: int, tmp_path: Path) -> None:
     path = tmp_path / "model_registry.yml"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    start = time.perf_counter()
+    start = time.process_time()  # CPU time: a busy machine is not a slow loader
     with pytest.raises(RegistryInvalid) as caught:
         load_registry(path, tmp_path)
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     errors = [issue for issue in caught.value.issues if issue.severity == "error"]
     assert [(issue.code, issue.line, issue.column) for issue in errors] == [(code, line, column)]
     (issue,) = errors

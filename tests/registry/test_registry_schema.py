@@ -1,0 +1,142 @@
+"""One table, no drift: JSON schema, commented reference, engine defaults and loader say the same."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+
+from engine.config import CacheConfig, EngineConfig, SchedulerConfig, ServerConfig
+from launcher.registry import RegistryInvalid, parse_registry, resolve
+from launcher.registry.keys import ENVIRONMENT, KEYS, SPELLINGS, Kind
+from launcher.registry.reference import reference_lines, replace_reference
+from launcher.registry.schema import document_model, json_schema, json_schema_text
+
+ROOT = Path(__file__).parents[2]
+REGISTRY = ROOT / "model_registry.yml"
+
+
+@pytest.fixture(scope="module")
+def validator() -> jsonschema.Draft202012Validator:
+    schema = json_schema()
+    jsonschema.Draft202012Validator.check_schema(schema)
+    return jsonschema.Draft202012Validator(schema)
+
+
+def test_the_committed_schema_is_the_generated_one() -> None:
+    committed = (ROOT / "model_registry.schema.json").read_text(encoding="utf-8")
+    assert committed == json_schema_text(), "run: python -m launcher.registry.reference"
+    assert (ROOT / "launcher" / "model_registry.schema.json").read_text(encoding="utf-8") == committed
+
+
+def test_the_commented_reference_is_the_generated_one() -> None:
+    text = REGISTRY.read_text(encoding="utf-8")
+    assert text == replace_reference(text), "run: python -m launcher.registry.reference"
+    assert text.splitlines()[0] == "# yaml-language-server: $schema=./model_registry.schema.json"
+
+
+def test_the_reference_uncommented_is_an_entry_with_every_key() -> None:
+    lines = list(reference_lines())
+    text = "models:\n  m:\n" + "".join(f"    {line}\n" for line in lines)
+    entry = resolve(parse_registry(text), "m")
+    for key, item in entry.values.items():
+        assert item.value == (KEYS[key].default if key != "model" else "tiny-oss"), key
+    written = {line.strip().split(":")[0] for line in lines if not line.strip().startswith("#")}
+    assert {part for key in KEYS for part in key.split(".")} <= written
+
+
+def test_every_key_says_default_and_meaning() -> None:
+    for spec in KEYS.values():
+        assert spec.summary
+        assert spec.describe_default()
+        if spec.kind in (Kind.INTEGER, Kind.NUMBER, Kind.SIZE, Kind.DURATION, Kind.TOKENS):
+            assert spec.describe_range(), spec.key
+        if spec.kind in (Kind.SIZE, Kind.DURATION, Kind.TOKENS):
+            assert spec.unit, spec.key
+
+
+def test_names_are_unambiguous() -> None:
+    assert len(SPELLINGS) == len({*SPELLINGS})
+    assert set(SPELLINGS.values()) == set(KEYS)
+    assert len(ENVIRONMENT) == len(set(ENVIRONMENT.values()))
+    for spec in KEYS.values():
+        assert re.fullmatch(r"[a-z]+([-.][a-z]+)*", spec.key)
+
+
+def test_the_schema_knows_exactly_the_tables_keys() -> None:
+    schema = json_schema()
+    assert set(schema["$defs"]["Model"]["properties"]) == {key.split(".")[0] for key in KEYS}
+    assert schema["$defs"]["Model"]["additionalProperties"] is False
+    assert schema["$defs"]["Model"]["required"] == ["model"]
+    assert document_model().model_config["extra"] == "forbid"
+
+
+def test_defaults_are_the_engines() -> None:
+    scheduler, cache, server, engine = SchedulerConfig(), CacheConfig(), ServerConfig(), EngineConfig(model="x")
+    expected = {
+        "max-num-seqs": scheduler.max_num_seqs,
+        "max-num-batched-tokens": scheduler.max_num_batched_tokens,
+        "scheduling-policy": scheduler.policy,
+        "block-size": cache.block_size,
+        "host": server.host,
+        "port": server.port,
+        "drain-timeout": server.drain_timeout_seconds,
+        "max-body-size": server.max_body_bytes,
+        "step-timeout": engine.step_timeout_seconds,
+    }
+    assert {key: KEYS[key].default for key in expected} == expected
+
+
+def test_block_sizes_are_those_the_engine_takes() -> None:
+    for size in KEYS["block-size"].values:
+        EngineConfig(model="x", cache=CacheConfig(block_size=size))
+
+
+GOOD = [
+    "models: {m: {model: x}}",
+    "version: 1\nmodels: {m: {model: org/x, max_model_len: 128k, tp: 2, env: {A: 1, B: }}}",
+    "models: {m: {model: x, kv-cache-memory-bytes: 4GiB, ready: {timeout: 5m}, aliases: a}}",
+    "x-a: 1\nmodels: {m: {model: x, x-b: 2, max-model-len: -1, dtype: }}",
+    "defaults: {max-num-seqs: 3}\nmodels: {m: {model: x, tags: [a, b], api-key: '${K}'}}",
+]
+BAD = [
+    "models: {}",
+    "models: {m: {}}",
+    "models: {m: {model: x, bogus: 1}}",
+    "models: {m: {model: -x}}",
+    "models: {m: {model: x, tp: 0}}",
+    "models: {m: {model: x, port: 70000}}",
+    "models: {m: {model: x, port: '8000'}}",
+    "models: {m: {model: x, dtype: int8}}",
+    "models: {m: {model: x, block-size: 24}}",
+    "models: {m: {model: x, gpu-memory-utilization: 0}}",
+    "models: {m: {model: x, kv-cache-memory-bytes: 4G}}",
+    "models: {m: {model: x, enforce-eager: maybe}}",
+    "models: {m: {model: x, env: {A-B: 1}}}",
+    "models: {-m: {model: x}}",
+    "version: 2\nmodels: {m: {model: x}}",
+    "defaults: {model: x}\nmodels: {m: {model: x}}",
+]
+
+
+@pytest.mark.parametrize("text", GOOD)
+def test_editor_and_loader_accept_the_same(text: str, validator: jsonschema.Draft202012Validator) -> None:
+    parse_registry(text)
+    assert list(validator.iter_errors(yaml.safe_load(text))) == []
+
+
+@pytest.mark.parametrize("text", BAD)
+def test_editor_and_loader_refuse_the_same(text: str, validator: jsonschema.Draft202012Validator) -> None:
+    with pytest.raises(RegistryInvalid):
+        parse_registry(text)
+    assert list(validator.iter_errors(yaml.safe_load(text)))
+
+
+def test_our_registry_and_the_seed_satisfy_the_committed_schema() -> None:
+    schema = json.loads((ROOT / "model_registry.schema.json").read_text(encoding="utf-8"))
+    for path in (REGISTRY, Path(__file__).parent / "seed.yml"):
+        jsonschema.Draft202012Validator(schema).validate(yaml.safe_load(path.read_text(encoding="utf-8")))
