@@ -77,12 +77,10 @@ def parse_size(text: str) -> int:
 
 
 def format_size(num_bytes: int) -> str:
-    """Write bytes the way `parse_size` reads them, exact when a binary unit divides them."""
-    for unit in ("TiB", "GiB", "MiB", "KiB"):
-        step = _BYTE_UNITS[unit]
-        if num_bytes >= step:
-            return f"{num_bytes // step}{unit}" if num_bytes % step == 0 else f"{num_bytes / step:.2f}{unit}"
-    return f"{num_bytes}B"
+    """Write bytes so that `parse_size` reads the same number: in the unit that needs the fewest digits."""
+    exact = [(num_bytes // step, unit) for unit, step in _BYTE_UNITS.items() if unit and num_bytes % step == 0]
+    count, unit = min(exact) if num_bytes else (0, "B")
+    return f"{count}{unit}"
 
 
 def parse_count(text: str) -> int:
@@ -117,11 +115,14 @@ def format_duration(seconds: float) -> str:
     for unit, step in (("h", 3600.0), ("m", 60.0)):
         if seconds >= step and seconds % step == 0:
             return f"{int(seconds // step)}{unit}"
-    return f"{seconds:g}s"
+    return f"{seconds:.9f}".rstrip("0").rstrip(".") + "s"
 
 
 def _whole(text: str, digits: str, scale: int, noun: str) -> int:
     value = float(digits) * scale if "." in digits else int(digits) * scale
+    if noun == "bytes" and scale > 1 and math.isfinite(value):
+        # 1.31MiB is a size people copy from a table; nobody means the fraction of a byte.
+        value = int(value)
     if not math.isfinite(value) or value > MAX_QUANTITY:
         raise BadValue("out-of-range", f"{show_text(text)} is more than 2^62 {noun}", "write a smaller number")
     if value != int(value):
