@@ -86,7 +86,7 @@ def _value(item: ResolvedValue) -> str:
     spec = KEYS.get(item.key)
     if spec is not None:
         return show_value(spec, item.value)
-    return "(removed)" if item.value is None else redacted(item.key, str(item.value))
+    return "(removed)" if item.value is None else redacted(item.key.removeprefix("env."), str(item.value))
 
 
 def _is_set(item: ResolvedValue) -> bool:

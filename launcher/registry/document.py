@@ -258,6 +258,9 @@ def _syntax_error(error: yaml.MarkedYAMLError, text: str, source: str) -> Docume
         position = error.context_mark
     mark = Mark(position.line + 1, position.column + 1) if position is not None else Mark(1, 1)
     lines = text.splitlines()
+    if mark.line > len(lines) > 0:
+        # The parser counts a line after the last one; an editor has none there.
+        mark = Mark(len(lines), len(lines[-1]) + 1)
     line = lines[mark.line - 1] if 0 < mark.line <= len(lines) else ""
     problem = error.problem or error.context or "not valid YAML"
     hint = next(
