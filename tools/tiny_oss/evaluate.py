@@ -120,7 +120,8 @@ def _same_json(example: Example, reply: Reply) -> bool:
         return False
 
 
-def _right_function(example: Example, reply: Reply) -> bool:
+def right_function(example: Example, reply: Reply) -> bool:
+    """Say whether the call names the expected function and its arguments are a JSON object."""
     try:
         is_object = isinstance(json.loads(reply.arguments or ""), dict)
     except ValueError:
@@ -129,7 +130,7 @@ def _right_function(example: Example, reply: Reply) -> bool:
 
 
 def _right_call(example: Example, reply: Reply) -> bool:
-    if not _right_function(example, reply):
+    if not right_function(example, reply):
         return False
     return bool(json.loads(reply.arguments or "") == json.loads(example.reply.tool_calls[0].arguments))
 
@@ -181,7 +182,7 @@ def make_suites(scale: float = 1.0) -> list[Suite]:
     known = _draw("known", count, lambda rng, c: tool_conversation(rng, c)[0])
     answers = _draw("answers", 2 * count, lambda rng, c: tool_conversation(rng, c)[-1])
     answers = [example for example in answers if example.skill == "tool_answer"][:count]
-    call: dict[str, Check] = {"function": _right_function, "function and arguments": _right_call}
+    call: dict[str, Check] = {"function": right_function, "function and arguments": _right_call}
     pick_sums = skills.SUM_PHRASINGS[:: max(1, round(6 / scale))]
     return [
         Suite("greeting", greetings, {"sensible": _says_hello}),
