@@ -89,7 +89,11 @@ def _app(**options: Any) -> typer.Typer:
 
 
 def _build() -> Any:
-    app = _app(cls=_LazyGroup, help="Launch large language models from a YAML registry.")
+    app = _app(
+        cls=_LazyGroup,
+        help="Launch large language models from a YAML registry.",
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
 
     @app.callback(invoke_without_command=True, epilog="MODEL_NAME=x hlaunch [--dry-run] is short for: hlaunch up x")
     def root(

@@ -26,6 +26,7 @@ from launcher.registry.values import is_secret_name, show_text
 from launcher.registry.walking import Path as KeyPath
 from launcher.registry.walking import Tree, dotted, walk
 
+_GLUED = re.compile(r"([A-Za-z][A-Za-z_-]{0,60}):\S.*", re.ASCII)
 _EMPTY_HINT = "write at least: models: {tiny-oss: {model: tiny-oss}}"
 
 
@@ -160,7 +161,10 @@ class _Validation:
             case "hlaunch":
                 return context["code"], self._without_secret(path, context["message"]), context["hint"]
             case "missing" if path[-1] == "model":
-                return "missing-key", "every entry says what to serve", "add model: org/name, a folder, or tiny-oss"
+                hint = "add model: org/name, a folder, or tiny-oss"
+                if path[-2].startswith("x-"):
+                    hint = "a template for '<<' stands outside models, at the top of the file"
+                return "missing-key", "every entry says what to serve", hint
             case "missing":
                 return "missing-key", "the registry has no models", _EMPTY_HINT
             case "too_short":
@@ -170,8 +174,13 @@ class _Validation:
             case "string_pattern_mismatch":
                 return "bad-name", "not a name of an environment variable", "use letters, digits and '_'"
         expected = "a list" if item["type"] == "list_type" else "a mapping"
-        shape = describe(self.tree.value(path))
+        raw = self.tree.value(path)
+        shape = describe(raw)
         hint = "write one setting per line, indented: key: value" if expected == "a mapping" else "write [a, b]"
+        if path == ("models",):
+            hint = "write a name for each model: models: {tiny-oss: {model: tiny-oss}}"
+        elif isinstance(raw, Scalar) and (glued := _GLUED.fullmatch(raw.text)):
+            hint = f"put a space after the colon: {glued[1]}: …"
         return "wrong-type", f"expected {expected}, got {shape}", hint
 
     def _without_secret(self, path: KeyPath, message: str) -> str:

@@ -83,7 +83,8 @@ def describe(raw: object) -> str:
 def _check_range(spec: KeySpec, value: float, text: str) -> None:
     is_low = spec.low is not None and (value <= spec.low if spec.is_low_open else value < spec.low)
     if is_low or (spec.high is not None and value > spec.high):
-        unit = f" {spec.unit}" if spec.unit and spec.kind is not Kind.SIZE and spec.kind is not Kind.DURATION else ""
+        has_unit = spec.kind in (Kind.INTEGER, Kind.TOKENS) and spec.unit
+        unit = f" {spec.unit}" if has_unit else "; 0.9 means 90 percent" if spec.unit == "fraction" else ""
         raise BadValue("out-of-range", f"{show_text(text)} is out of range", f"accepted: {spec.describe_range()}{unit}")
 
 

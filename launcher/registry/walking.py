@@ -169,7 +169,7 @@ class _Walker:
                 )
                 return None
             case _Level.ROOT:
-                return self._known(text, text in _ROOT_KEYS, _ROOT_KEYS, node, path)
+                return self._known(text, text in _ROOT_KEYS, _ROOT_KEYS, node, path, "; a model stands under models:")
             case _Level.GROUP:
                 group = path[-1]
                 inner = tuple(key.split(".")[1] for key in KEYS if key.startswith(f"{group}."))
@@ -191,7 +191,7 @@ class _Walker:
         return self._known(key if key is not None and is_known else text, is_known, known, node, path)
 
     def _known(
-        self, key: str, is_known: bool, known: tuple[str, ...] | list[str], node: Scalar, path: Path
+        self, key: str, is_known: bool, known: tuple[str, ...] | list[str], node: Scalar, path: Path, advice: str = ""
     ) -> str | None:
         if is_known:
             return key
@@ -200,7 +200,9 @@ class _Walker:
             hint = f"nest it: {group}: {{{inner}: …}}"
         else:
             hint = did_you_mean(key, known) or (
-                f"known keys: {', '.join(known)}" if len(known) < 10 else "`hlaunch schema --keys` lists the known keys"
+                f"known keys: {', '.join(known)}{advice}"
+                if len(known) < 10
+                else "`hlaunch schema --keys` lists the known keys"
             )
         shown = key if len(key) <= 60 and key.isprintable() else show_text(key)
         self._report("unknown-key", node.mark, (*path, shown), "not a known option", hint)

@@ -76,6 +76,28 @@ def test_memory_stays_small_whatever_the_file(tmp_path: Path) -> None:
     assert int(mebibytes) < 200
 
 
+@pytest.mark.parametrize(
+    ("text", "hint"),
+    [
+        ("tiny-oss:\n  model: tiny-oss\n", "known keys: version, defaults, models; a model stands under models:"),
+        ("models:\n  - name: a\n    model: x\n", "models: {tiny-oss: {model: tiny-oss}}"),
+        ("models:\n  m:\n    model:tiny-oss\n", "put a space after the colon: model: …"),
+        ("models:\n  x-base: {dtype: auto}\n  m: {model: x}\n", "stands outside models"),
+        ("models:\r\n  m:\r\n    model: x\r\n    prot: 1\r\n", "did you mean 'port'?"),
+        ("models: {m: {model: x, gpu-memory-utilization: 90}}", "accepted: > 0, <= 1; 0.9 means 90 percent"),
+        ("models: {m: {model: x, gpu-memory-utilization: 90%}}", "write a fraction: 0.9 means 90 percent"),
+        ("models: {m: {model: x, --port: 1}}", "did you mean 'port'?"),
+        ("models: {m: {model: x, drain-timeout: 5 minutes}}", "500ms, 30s, 15m, 1h"),
+        ('{"models": {"m": {"model": "x", "port": "80"}}}', "remove the quotes"),
+    ],
+)
+def test_what_people_write_first_is_explained(here: Here, text: str, hint: str) -> None:
+    here.write(text)
+    result = here("validate")
+    assert result.code == 3
+    assert any(line.startswith("hint: ") and hint in line for line in result.err.splitlines())
+
+
 # Paths.
 
 
@@ -359,8 +381,9 @@ def test_what_a_user_waits_for(args: list[str], tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("command", ["list", "show", "validate", "schema", "up"])
-def test_help_fits_80_columns(here: Here, command: str) -> None:
-    result = here(command, "--help")
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_help_fits_80_columns(here: Here, command: str, flag: str) -> None:
+    result = here(command, flag)
     assert (result.code, result.err) == (0, "")
     assert max(len(line) for line in result.out.splitlines()) <= 80
 
