@@ -1,0 +1,89 @@
+"""Every CUDA source compiles for every architecture served, for a true and a tiny shape; no GPU needed.
+
+Through nvcc when it is on the path, else through NVRTC when its wheel is installed.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from kernels import build
+from kernels.cuda.decode import MODULES, TUNING, DecodeShape, defines_for
+
+NVCC = shutil.which("nvcc")
+SHAPES = {
+    "true": (DecodeShape(2880, 2880, 64, 8, 64, 32, 4, 201_088, 32), 1),
+    "tiny": (DecodeShape(224, 288, 16, 2, 32, 8, 2, 2_603, 16), 16),
+}
+
+
+def nvrtc_is_missing() -> bool:
+    try:
+        build.compile_cubin("embed.cu", defines("tiny"), "sm_90")
+    except build.KernelBuildError:
+        return True
+    return False
+
+
+def defines(shape: str) -> dict[str, int]:
+    return defines_for(*SHAPES[shape], TUNING, stage_bytes=100_000)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HLAUNCH_KERNEL_CACHE", str(tmp_path))
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_90a"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_source_compiles(shape: str, arch: str, tmp_path: Path) -> None:
+    if NVCC is None and nvrtc_is_missing():
+        pytest.skip("neither nvcc nor the NVRTC wheel is here")
+    for module in MODULES:
+        if NVCC is None:
+            build.compile_cubin(f"{module}.cu", defines(shape), arch)
+            continue
+        target = f"-gencode=arch=compute_{arch[3:]},code={arch}"
+        options = [f"-D{name}={value}" for name, value in defines(shape).items()]
+        done = subprocess.run(
+            [NVCC, target, "-cubin", "-std=c++17", *options, "-o", str(tmp_path / "out"), f"{module}.cu"],
+            cwd=build.SOURCES,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        assert "warning" not in done.stderr, done.stderr
+
+
+def test_every_kernel_of_a_source_is_a_module_of_the_step() -> None:
+    assert {path.stem for path in build.SOURCES.glob("*.cu")} == set(MODULES)
+    for path in build.SOURCES.glob("*.cu"):
+        assert re.search(r"^KERNEL\(", path.read_text(), re.MULTILINE), path.name
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(name: str) -> None:
+        raise ModuleNotFoundError(f"No module named {name!r}")
+
+    monkeypatch.setattr(build.importlib, "import_module", absent)
+    with pytest.raises(build.KernelBuildError, match="cuda-bindings"):
+        build.compile_cubin("embed.cu", defines("tiny"), "sm_90")
+    with pytest.raises(build.KernelBuildError, match="cupy-cuda13x"):
+        build.load("embed.cu", defines("tiny"))
+
+
+def test_the_cache_holds_one_file_per_source_and_shape(tmp_path: Path) -> None:
+    if nvrtc_is_missing():
+        pytest.skip("the NVRTC wheel is not here")
+    first = build.compile_cubin("embed.cu", defines("tiny"), "sm_90")
+    content = first.read_bytes()
+    assert build.compile_cubin("embed.cu", defines("tiny"), "sm_90") == first
+    assert build.compile_cubin("embed.cu", defines("true"), "sm_90") != first
+    assert first.read_bytes() == content
+    with pytest.raises(build.KernelBuildError, match=r"embed\.cu: .*error"):
+        build.compile_cubin("embed.cu", {"H": 64}, "sm_90")
