@@ -63,7 +63,7 @@ class Case:
     tokens: int
     context: int
     is_decode: bool
-    moe: str = "gluon"
+    moe: str = "experts"
     caches: list[Tensor] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -99,7 +99,7 @@ class Case:
 
     def ops(self, layer: Weights, cache: Tensor) -> list[tuple[str, Callable[[], Any], float, float]]:
         """Give (name, function, bytes, FLOP) of each op of a layer; attention comes as full, then window."""
-        from kernels.triton import attention_decode, attention_prefill, moe_dense, moe_gluon, norm, rope, router
+        from kernels.triton import attention_decode, attention_prefill, moe, moe_dense, moe_gluon, norm, rope, router
 
         tokens, context = self.tokens, self.context
         real = self.lens if self.is_decode else None
@@ -123,7 +123,7 @@ class Case:
         def keys(window: int | None) -> float:
             return 2048.0 * (pairs(window) if self.is_decode else tokens)
 
-        deltas = self.deltas if self.moe == "gluon" else self.delta
+        deltas = self.deltas if self.moe == "experts" else self.delta
         touched = EXPERTS * (1 - (1 - TOP_K / EXPERTS) ** tokens)
         expert = HIDDEN * INTER * 17 / 32
         slots = tokens * TOP_K
@@ -149,7 +149,7 @@ class Case:
              row * 2, 2.0 * row * EXPERTS),
             ("index", lambda: router.expert_index(self.ids, EXPERTS, out=self.index), slots * 8, 0),
         ]  # fmt: skip
-        if self.moe == "gluon":
+        if self.moe == "experts" and self.index.block_t < moe.PREFILL_BLOCK_T:
             ops += [
                 ("gate_up", lambda: moe_gluon.moe_gate_up(
                     self.expert_x, TOP_K, self.index, layer.gate_up, layer.gate_up_scales, layer.gate_up_bias, 7.0,
@@ -158,6 +158,13 @@ class Case:
                     self.act, self.index, layer.down, layer.down_scales, layer.down_bias, self.weights,
                     out=self.deltas), expert * touched + slots * HIDDEN * 4, 2.0 * slots * HIDDEN * INTER),
             ]  # fmt: skip
+        elif self.moe == "experts":
+            ops.append(
+                ("moe_prefill", lambda: moe.run_experts(
+                    self.expert_x, self.weights, self.index, (layer.gate_up, layer.gate_up_scales, layer.gate_up_bias),
+                    (layer.down, layer.down_scales, layer.down_bias), 7.0),
+                 3 * expert * EXPERTS, 6.0 * slots * HIDDEN * INTER)
+            )  # fmt: skip
         elif self.scratch is not None:
             scratch = self.scratch
             ops.append(
@@ -251,7 +258,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="*", default=[16, 32, 64, 128, 256])
     parser.add_argument("--tokens", type=int, nargs="*", default=[1024, 8192, 16384])
     parser.add_argument("--context", type=int, default=1152)
-    parser.add_argument("--moe", nargs="*", default=["gluon", "dense"], help="ways through the experts for prefill")
+    parser.add_argument("--moe", nargs="*", default=["experts"], help="ways through the experts for prefill")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.manual_seed(0)

@@ -141,16 +141,19 @@ def _expert_kernel(
 
     acc = warpgroup_mma_init(gl.zeros([block_m, block_t], gl.float32, mma))
     for i in range(iterations):
-        weights = _unpack(codes_a, scales_a, block_m, warps, operand)
-        codes_a = codes_b
-        scales_a = scales_b
         far_ok = row_ok & (lane + (i + 2) * 4 < num_blocks)[None, :]
-        codes_b = gl.load(code_at + (i + 2) * 32, mask=far_ok.expand_dims(2), other=0)
-        scales_b = gl.load(scale_at + (i + 2) * (num_rows * 4), mask=row_ok & (i + 2 < iterations), other=0)
+        codes_c = gl.load(code_at + (i + 2) * 32, mask=far_ok.expand_dims(2), other=0)
+        scales_c = gl.load(scale_at + (i + 2) * (num_rows * 4), mask=row_ok & (i + 2 < iterations), other=0)
         acc = warpgroup_mma_init(warpgroup_mma_wait(0, deps=[acc]))
         async_copy.wait_group(stages - 2)
         fence_async_shared()
         gl.thread_barrier()
+        # Only now: a product in flight still reads its registers, and nothing but program order protects them.
+        weights = _unpack(codes_a, scales_a, block_m, warps, operand)
+        codes_a = codes_b
+        scales_a = scales_b
+        codes_b = codes_c
+        scales_b = scales_c
         acc = warpgroup_mma(weights, buffers.index(i % stages).permute([1, 0]), acc, is_async=True)
         ahead = i + stages - 1
         _copy_tokens(buffers.index(ahead % stages), x_ptr, x_rows, ahead * 128, is_real & (ahead < iterations))
@@ -202,6 +205,7 @@ def _launch(
     is_gate_up: bool,
     warps: int | None,
     stages: int | None,
+    max_registers: int | None,
 ) -> None:
     _, num_rows, num_blocks, _ = blocks.shape
     block_t = index.block_t
@@ -231,6 +235,7 @@ def _launch(
         stages=stages,
         warps=warps,
         num_warps=warps,
+        maxnreg=max_registers,
     )
 
 
@@ -246,6 +251,7 @@ def moe_gate_up(
     out: Tensor | None = None,
     warps: int | None = None,
     stages: int | None = None,
+    max_registers: int | None = None,
 ) -> Tensor:
     """Project each token by its k experts and apply SwiGLU.
 
@@ -260,7 +266,7 @@ def moe_gate_up(
         out = torch.empty((slots, expert_width(inter)), dtype=torch.bfloat16, device=x.device)
         if inter % GROUP:
             out[:, inter // GROUP * GROUP :].zero_()
-    _launch(x, index, blocks, scales, bias, bias, out, limit, k, True, warps, stages)
+    _launch(x, index, blocks, scales, bias, bias, out, limit, k, True, warps, stages, max_registers)
     return out
 
 
@@ -275,6 +281,7 @@ def moe_down(
     out: Tensor | None = None,
     warps: int | None = None,
     stages: int | None = None,
+    max_registers: int | None = None,
 ) -> Tensor:
     """Project back and weigh.
 
@@ -285,5 +292,5 @@ def moe_down(
     tokens, k = weights.shape
     if out is None:
         out = torch.zeros((tokens, k, blocks.shape[1]), dtype=torch.bfloat16, device=act.device)
-    _launch(act, index, blocks, scales, bias, weights, out, 0.0, 1, False, warps, stages)
+    _launch(act, index, blocks, scales, bias, weights, out, 0.0, 1, False, warps, stages, max_registers)
     return out

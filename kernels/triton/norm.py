@@ -30,6 +30,7 @@ def _norm_kernel(
     x_ptr,
     delta_ptr,
     bias_ptr,
+    slot_weights_ptr,
     weight_ptr,
     out_ptr,
     expert_ptr,
@@ -38,6 +39,7 @@ def _norm_kernel(
     eps,
     num_deltas: tl.constexpr,
     has_bias: tl.constexpr,
+    has_slot_weights: tl.constexpr,
     has_expert: tl.constexpr,
     block: tl.constexpr,
 ):
@@ -48,9 +50,14 @@ def _norm_kernel(
     if num_deltas > 0:
         total = tl.zeros([block], tl.float32)
         for slot in tl.static_range(num_deltas):
-            total += tl.load(delta_ptr + (row * num_deltas + slot) * width + column, mask=inside, other=0.0).to(
-                tl.float32
-            )
+            at = (row * num_deltas + slot) * width + column
+            if has_slot_weights:
+                # A slot of no expert weighs 0, and nobody wrote its delta.
+                slot_weight = tl.load(slot_weights_ptr + row * num_deltas + slot)
+                delta = tl.load(delta_ptr + at, mask=inside & (slot_weight != 0.0), other=0.0).to(tl.float32)
+                total += slot_weight * delta
+            else:
+                total += tl.load(delta_ptr + at, mask=inside, other=0.0).to(tl.float32)
         if has_bias:
             total += tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
         x += total
@@ -71,6 +78,7 @@ def _launch(
     eps: float,
     out: Tensor | None,
     expert_out: Tensor | None,
+    slot_weights: Tensor | None = None,
 ) -> Tensor:
     rows, width = x.shape
     if out is None:
@@ -83,6 +91,7 @@ def _launch(
         x,
         x if deltas is None else deltas,
         x if bias is None else bias,
+        x if slot_weights is None else slot_weights,
         weight,
         out,
         out if expert_out is None else expert_out,
@@ -91,6 +100,7 @@ def _launch(
         eps,
         num_deltas=count,
         has_bias=bias is not None,
+        has_slot_weights=slot_weights is not None,
         has_expert=expert_out is not None,
         block=block,
         num_warps=4 if block <= 2048 else 8,
@@ -116,12 +126,14 @@ def add_rms_norm(
     weight: Tensor,
     eps: float,
     *,
+    slot_weights: Tensor | None = None,
     out: Tensor | None = None,
     expert_out: Tensor | None = None,
 ) -> Tensor:
     """Add to the residual stream in place, then norm it.
 
     Shapes: deltas [T, H], or [T, k, H] summed over k in slot order (what the expert kernels leave); bias [H] or None;
-    residual float32 [T, H], updated; weight [H]; returns bfloat16 [T, H]. `expert_out` as in `rms_norm`.
+    slot_weights float32 [T, k] weighs the slots before the sum (where it is 0 the slot is not read); residual float32
+    [T, H], updated; weight [H]; returns bfloat16 [T, H]. `expert_out` as in `rms_norm`.
     """
-    return _launch(residual, deltas, bias, weight, eps, out, expert_out)
+    return _launch(residual, deltas, bias, weight, eps, out, expert_out, slot_weights)

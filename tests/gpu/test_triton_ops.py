@@ -63,6 +63,11 @@ def test_norms() -> None:
         deltas, residual = randn(rows, 4, width), x.clone()
         close(norm.add_rms_norm(deltas, None, residual, weight, 1e-5), reference(x + deltas.float().sum(1)))
         close(residual, x + deltas.float().sum(1), 1e-6)
+        slot_weights, residual = torch.rand(rows, 4, device=DEVICE), x.clone()
+        slot_weights[0, 1], deltas[0, 1] = 0, float("nan")
+        weighed = (slot_weights[..., None] * deltas.float().nan_to_num()).sum(1)
+        norm.add_rms_norm(deltas, None, residual, weight, 1e-5, slot_weights=slot_weights)
+        close(residual, x + weighed, 1e-6)
 
 
 def test_rope_kv_write() -> None:
@@ -316,6 +321,25 @@ def test_moe_gluon() -> None:
             act = moe_gluon.moe_gate_up(xp[part].contiguous(), k, index, *gate_up, 7.0)
             alone = moe_gluon.moe_down(act, index, *down, weights[part].contiguous())
             close(out[part], alone, 2e-3)
+
+
+def test_moe_prefill() -> None:
+    from kernels.triton import moe_gluon, moe_prefill, permute
+
+    for experts, hidden, inter, tokens, k in (
+        (8, 224, 288, 70, 2),
+        (32, 2880, 2880, 300, 4),
+        (32, 2880, 2880, 2900, 4),
+    ):
+        for block_t in (128, 256):
+            layer = Layer(experts, hidden, inter)
+            x = randn(tokens, hidden)
+            ids, weights, index = routing(tokens, layer, k, is_skewed=block_t == 256, block_t=block_t)
+            gate_up = (layer.gate_up, moe_gluon.prepare_scales(layer.gate_up_scales), layer.gate_up_bias)
+            down = (layer.down, moe_gluon.prepare_scales(layer.down_scales), layer.down_bias)
+            out = moe_prefill.moe_prefill(permute.to_expert_order(x), k, index, gate_up, down, 7.0)
+            out = torch.where((ids < 0)[..., None], 0.0, out.float())
+            close(out * weights[..., None], layer.reference(x, ids, weights))
 
 
 def test_sampling() -> None:
