@@ -55,3 +55,14 @@ def _flash_attention_works() -> bool:
         return bool(torch.allclose(out, query) and torch.allclose(log_sum, expected))
     except (AttributeError, RuntimeError, NotImplementedError, TypeError):
         return False
+
+
+@cache
+def fbgemm_half_works() -> bool:
+    """Try FBGEMM's product of float32 activations with float16 weights once."""
+    try:
+        packed = torch.ops.quantized.linear_prepack_fp16(torch.eye(16), torch.ones(16))
+        out = torch.ops.quantized.linear_dynamic_fp16(torch.full((3, 16), 1.0 + 2**-20), packed)
+        return bool(torch.equal(out, torch.full((3, 16), 2.0 + 2**-20)))
+    except (AttributeError, RuntimeError, NotImplementedError):
+        return False

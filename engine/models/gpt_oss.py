@@ -18,12 +18,12 @@ from kernels.ops import Ops, PagedBatch
 class GptOss:
     """One rank's model.
 
-    Shapes: embedding and lm_head [V, H], norm [H] or None when folded into lm_head, rope complex64 [P, 1, D/2].
+    Shapes: embedding and lm_head [V, H], norm [H], rope complex64 [P, 1, D/2].
     """
 
     embedding: Tensor
     layers: list[tuple[Attention, MixtureOfExperts]]
-    norm: Tensor | None
+    norm: Tensor
     lm_head: Tensor
     rope: Tensor
     eps: float

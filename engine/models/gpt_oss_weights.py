@@ -3,10 +3,12 @@
 Three layouts are read: Hugging Face with MXFP4 experts (as gpt-oss ships), Hugging Face with expanded experts (as
 transformers saves), and the authors' original names.
 
-What changes on the way, all of it exact or one float32 rounding:
+What changes on the way, all of it exact:
 - q and k rows are permuted so that rotation pairs lie side by side (`kernels.reference.rope.pair_order`);
-- gates and ups are taken apart, except in packed experts, which stay as they are;
-- in float32, norm weights are multiplied into the linear that follows (`fold_norms`).
+- gates and ups are taken apart, except in packed experts, which stay as they are.
+
+Norm weights are not multiplied into the layers that follow: one call less, but the checkpoint's values would be lost,
+and with them the float16 copies that CPU kernels make (`kernels.cpu.packing`).
 """
 
 from __future__ import annotations
@@ -159,7 +161,6 @@ def load_gpt_oss(
     embedding = loader.dense("model.embed_tokens.weight")
     norm = loader.dense("model.norm.weight")
     head = embedding if model.tie_word_embeddings else loader.dense("lm_head.weight")
-    folds = loader.fold_norms
     rope = model.rope
     # A factor of 1 is "no scaling" in the configuration; YaRN would then leave the frequencies alone too.
     scaling = (
@@ -172,8 +173,8 @@ def load_gpt_oss(
     return GptOss(
         embedding=embedding,
         layers=layers,
-        norm=None if folds else norm,
-        lm_head=_columns(head * norm if folds else head),
+        norm=norm,
+        lm_head=_columns(head),
         rope=rope_table(inverse, concentration, options.num_positions),
         eps=model.rms_norm_eps,
     )
@@ -184,8 +185,6 @@ class _Loader:
         self._source = source
         self._model = model
         self._options = options
-        # Below float32 the product would round, and the checkpoint's own values would be lost.
-        self.fold_norms = options.dtype == torch.float32
 
     def dense(self, name: str) -> Tensor:
         """Copy one float tensor into memory of our own, in the chosen dtype."""
@@ -193,7 +192,6 @@ class _Loader:
 
     def attention(self, layer: int) -> Attention:
         model, at = self._model, f"model.layers.{layer}."
-        norm = self.dense(at + "input_layernorm.weight")
         order = pair_order(model.head_dim)
 
         def stacked(kind: str) -> Tensor:
@@ -204,10 +202,9 @@ class _Loader:
                 parts.append(part if name == "v" else heads[:, order].flatten(0, 1))
             return torch.cat(parts)
 
-        qkv = stacked("weight")
         return Attention(
-            norm=None if self.fold_norms else norm,
-            qkv=_columns(qkv * norm if self.fold_norms else qkv),
+            norm=self.dense(at + "input_layernorm.weight"),
+            qkv=_columns(stacked("weight")),
             qkv_bias=stacked("bias"),
             out=_columns(self.dense(at + "self_attn.o_proj.weight")),
             out_bias=self.dense(at + "self_attn.o_proj.bias"),
@@ -220,18 +217,11 @@ class _Loader:
 
     def experts(self, layer: int) -> MixtureOfExperts:
         model, at = self._model, f"model.layers.{layer}."
-        norm = self.dense(at + "post_attention_layernorm.weight")
-        router = self._source.get(at + "mlp.router.weight").float()
-        weights = self._expert_weights(at + "mlp.experts.")
-        folds = self.fold_norms and weights.gate_up is not None
-        if folds and weights.gate_up is not None:
-            weights.gate_up = weights.gate_up * norm
-            router = router * norm
         return MixtureOfExperts(
-            norm=None if folds else norm,
-            router=router.clone(),
-            router_bias=self._source.get(at + "mlp.router.bias").float().clone(),
-            experts=weights,
+            norm=self.dense(at + "post_attention_layernorm.weight"),
+            router=self._source.get(at + "mlp.router.weight").to(torch.float32, copy=True),
+            router_bias=self._source.get(at + "mlp.router.bias").to(torch.float32, copy=True),
+            experts=self._expert_weights(at + "mlp.experts."),
             top_k=model.num_experts_per_token,
             limit=model.swiglu_limit,
             eps=model.rms_norm_eps,

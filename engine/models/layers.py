@@ -16,10 +16,10 @@ from kernels.ops import ExpertWeights, Ops, PagedBatch
 class Attention:
     """Norm, projections, paged attention, output projection, added to the residual stream.
 
-    Shapes: norm [H] or None when folded into qkv; qkv [(Hq + 2 K) D, H], rotation pairs side by side; out [H, Hq D].
+    Shapes: norm [H]; qkv [(Hq + 2 K) D, H], rotation pairs side by side; out [H, Hq D].
     """
 
-    norm: Tensor | None
+    norm: Tensor
     qkv: Tensor
     qkv_bias: Tensor
     out: Tensor
@@ -43,10 +43,10 @@ class Attention:
 class MixtureOfExperts:
     """Norm, router, chosen experts, added to the residual stream.
 
-    Shapes: norm [H] or None when folded into router and gate_up; router float32 [E, H].
+    Shapes: norm [H]; router float32 [E, H].
     """
 
-    norm: Tensor | None
+    norm: Tensor
     router: Tensor
     router_bias: Tensor
     experts: ExpertWeights

@@ -9,30 +9,41 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own idiom
 from torch import Tensor
 
-from kernels.cpu.packing import Packs, packed_linear, packed_linear_add
+from kernels.cpu.packing import Packs
 from kernels.platform import Platform
 
 
-def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """See `kernels.reference.basic.rms_norm`. One row: the norm as a Python number saves three calls."""
-    width = x.shape[1]
-    if x.shape[0] == 1:
-        norm = torch.linalg.vector_norm(x).item()
-        out = x * (1.0 / math.sqrt(norm * norm / width + eps))
-    else:
+def create_rms_norm(_: Platform) -> Callable[[Tensor, Tensor | None, float], Tensor]:
+    zeros: dict[int, Tensor] = {}
+
+    def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+        rows, width = x.shape
+        if rows == 1:
+            # The norm as a Python number saves three calls, and adding to zeros multiplies by two factors in one.
+            norm = torch.linalg.vector_norm(x).item()
+            factor = 1.0 / math.sqrt(norm * norm / width + eps)
+            if weight is None:
+                return x * factor
+            zero = zeros.get(width)
+            if zero is None:
+                zero = zeros[width] = torch.zeros(1, width)
+            scaled: Tensor = torch.addcmul(zero, x, weight, value=factor)
+            return scaled
         norms = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         # rsqrt(n²/H + eps) = √H · rsqrt(n² + eps·H)
-        out = x * norms.square_().add_(eps * width).rsqrt_().mul_(math.sqrt(width))
-    return out if weight is None else out.mul_(weight)
+        out: Tensor = x * norms.square_().add_(eps * width).rsqrt_().mul_(math.sqrt(width))
+        return out if weight is None else out.mul_(weight)
+
+    return rms_norm
 
 
 def create_linear(_: Platform) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
     packs = Packs()
 
     def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if x.shape[0] == 1 or (packed := packs.get(weight)) is None:
+        if x.shape[0] == 1 or (product := packs.get(weight, bias)) is None:
             return F.linear(x, weight, bias)
-        return packed_linear(x, packed, bias)
+        return product(x)
 
     return linear
 
@@ -41,9 +52,9 @@ def create_linear_add(_: Platform) -> Callable[[Tensor, Tensor, Tensor, Tensor],
     packs = Packs()
 
     def linear_add(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
-        if x.shape[0] == 1 or (packed := packs.get(weight)) is None:
+        if x.shape[0] == 1 or (product := packs.get(weight, bias)) is None:
             return residual.add_(F.linear(x, weight, bias))
-        return packed_linear_add(x, packed, bias, residual)
+        return residual.add_(product(x))
 
     return linear_add
 
@@ -52,8 +63,8 @@ def create_logits(_: Platform) -> Callable[[Tensor, Tensor], Tensor]:
     packs = Packs()
 
     def logits(x: Tensor, weight: Tensor) -> Tensor:
-        if x.shape[0] == 1 or (packed := packs.get(weight)) is None:
-            return F.linear(x, weight)
-        return packed_linear(x, packed, None)
+        # The vocabulary is wide enough for the packed product to win with a single row too.
+        product = packs.get(weight, None)
+        return F.linear(x, weight) if product is None else product(x)
 
     return logits

@@ -14,14 +14,14 @@ from kernels.registry import Band, Op
 
 def register(ops: dict[str, Op[..., Any]]) -> None:
     """Add the CPU specs to their ops, by name."""
-    ops["rms_norm"].register("cpu_f32", Band.OPTIMIZED, lambda _: basic.rms_norm, _needs())
+    ops["rms_norm"].register("cpu_f32", Band.OPTIMIZED, basic.create_rms_norm, _needs())
     ops["rotate_"].register("cpu_complex", Band.OPTIMIZED, lambda _: rope.rotate_, _needs())
     packed = _needs("has_onednn_linear", "torch was built without oneDNN's packed linear")
-    ops["linear"].register("cpu_onednn_packed", Band.OPTIMIZED, basic.create_linear, packed)
-    ops["linear_add"].register("cpu_onednn_packed", Band.OPTIMIZED, basic.create_linear_add, packed)
-    ops["logits"].register("cpu_onednn_packed", Band.OPTIMIZED, basic.create_logits, packed)
-    ops["qkv_project"].register("cpu_onednn_packed", Band.OPTIMIZED, rope.create_qkv_project, packed)
-    ops["moe_add"].register("cpu_onednn_packed", Band.SPECIALIZED, moe.create_moe_add, packed)
+    ops["linear"].register("cpu_packed", Band.OPTIMIZED, basic.create_linear, packed)
+    ops["linear_add"].register("cpu_packed", Band.OPTIMIZED, basic.create_linear_add, packed)
+    ops["logits"].register("cpu_packed", Band.OPTIMIZED, basic.create_logits, packed)
+    ops["qkv_project"].register("cpu_packed", Band.OPTIMIZED, rope.create_qkv_project, packed)
+    ops["moe_add"].register("cpu_packed", Band.SPECIALIZED, moe.create_moe_add, packed)
     fused = _needs("has_flash_attention", "torch has no fused attention for CPUs")
     ops["paged_attention"].register("cpu_flash", Band.OPTIMIZED, attention.create_paged_attention, fused)
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own idiom
 from torch import Tensor
 
-from kernels.cpu.packing import Packs, packed_linear
+from kernels.cpu.packing import Packs
 from kernels.platform import Platform
 
 
@@ -56,8 +56,8 @@ def create_qkv_project(
             torch.addmm(bias, x, single.transposed, out=single.out)
             single.pairs.mul_(rotation)
             return single.query, single.kv
-        packed = packs.get(weight)
-        qkv = F.linear(x, weight, bias) if packed is None else packed_linear(x, packed, bias)
+        product = packs.get(weight, bias)
+        qkv = F.linear(x, weight, bias) if product is None else product(x)
         heads = qkv.view(x.shape[0], -1, rotation.shape[2] * 2)
         rotate_(heads[:, : num_heads + num_kv_heads], rotation)
         return heads[:, :num_heads], heads[:, num_heads:].view(x.shape[0], 2, num_kv_heads, -1)

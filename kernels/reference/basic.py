@@ -10,7 +10,7 @@ from torch import Tensor
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """Scale rows to unit root mean square, then by `weight`, and cast last.
 
-    Shapes: x [T, H], weight [H] or None when it has been folded into the linear that follows; returns [T, H].
+    Shapes: x [T, H], weight [H] or None for no such factor; returns [T, H].
     Maths: x · rsqrt(mean(x²) + eps) · w, all in float32 (Llama's code casts before multiplying by w; gpt-oss does not).
     """
     wide = x.float()
