@@ -34,14 +34,21 @@ struct Pipeline {
   int tiles;   // per expert
   bool tile_major;
 
-  DEVICE int expert_index(int item) const { return tile_major ? item % shared.routing.active : item / tiles; }
-  DEVICE int tile(int item) const { return tile_major ? item / shared.routing.active : item % tiles; }
-
-  DEVICE size_t weight_tile(int item) const {
-    return (size_t)shared.routing.expert[expert_index(item)] * tiles + tile(item);
+  // A place in the work: the index of an active expert and one of its tiles. Steps without divisions.
+  struct Item {
+    int index, tile;
+  };
+  DEVICE Item at(int number) const {
+    const int width = tile_major ? shared.routing.active : tiles;
+    return tile_major ? Item{number % width, number / width} : Item{number / width, number % width};
   }
+  DEVICE Item after(Item item) const {
+    if (tile_major) return item.index + 1 < shared.routing.active ? Item{item.index + 1, item.tile} : Item{0, item.tile + 1};
+    return item.tile + 1 < tiles ? Item{item.index, item.tile + 1} : Item{item.index + 1, 0};
+  }
+  DEVICE size_t weight_tile(Item item) const { return (size_t)shared.routing.expert[item.index] * tiles + item.tile; }
   // One thread.
-  DEVICE void request(int stage, int item) {
+  DEVICE void request(int stage, Item item) {
     const size_t at = weight_tile(item);
     shared.ring.expect(stage, Tile::BYTES);
     shared.ring.copy(stage, shared.stages[stage], blocks + at * Tile::WEIGHT_BYTES, Tile::WEIGHT_BYTES);
@@ -49,7 +56,7 @@ struct Pipeline {
                      Tile::SCALE_BYTES);
   }
   // All threads. Waits for stage `turn % STAGES`; before sm_90, fills it.
-  DEVICE const u8* await(int turn, int item) {
+  DEVICE const u8* await(int turn, Item item) {
     const int stage = turn % STAGES;
 #if __CUDA_ARCH__ >= 900
     shared.ring.await(stage, turn / STAGES);
@@ -73,37 +80,60 @@ struct Pipeline {
     __syncthreads();
   }
 
-  // Run all items of this block. `column(pair)` gives a pair's activations; `ready()` is called once the first copies
-  // are under way; `prepare(item, first, count)` loads what `finish(item, first, count, sums, prepared)` needs beside
-  // the products of pairs [first, first + count), and is called early.
+  // Run all items of this block, in passes of up to 8 pairs. `column(pair)` gives a pair's activations; `ready()` is called
+  // once the first copies are under way. `prepare(item, first, count)` loads what `finish(item, first, count, sums,
+  // prepared, is_final)` needs beside the products of pairs [first, first + count); it is called a pass ahead, as the
+  // activations are loaded a pass ahead, so that their latency passes behind the barrier and the last pass's finish.
   template <typename Column, typename Ready, typename Prepare, typename Finish>
   DEVICE void run(Tile& work, int held, Column column, Ready ready, Prepare prepare, Finish finish) {
-    const int items = shared.routing.active * tiles;
+    const Routing& list = shared.routing;
+    const int items = list.active * tiles;
     const int first = (int)((i64)items * blockIdx.x / gridDim.x), end = (int)((i64)items * (blockIdx.x + 1) / gridDim.x);
-    if (threadIdx.x == 0)
-      for (int i = 0; i < STAGES && first + i < end; i++) request(i, first + i);
+    const bool requests = threadIdx.x == THREADS - 32;  // in the last warp, which has the least to multiply
+    Item wanted = first < end ? at(first) : Item{0, 0};
+    Item item = wanted;
+    if (requests)
+      for (int i = 0; i < STAGES && first + i < end; i++, wanted = after(wanted)) request(i, wanted);
     ready();
+    if (first >= end) return;
     const int g = lane_id() >> 2, t = lane_id() & 3;
-    int buffer = 0;
-    for (int item = first; item < end; item++) {
-      const int expert = expert_index(item);
-      const int begin = shared.routing.begin[expert], count = shared.routing.begin[expert + 1] - begin;
-      for (int base = 0; base < count; base += 8, buffer ^= 1) {
-        const int here = min(count - base, 8);
-        if (held != ANY && (held != expert || count > 8))
-          work.load(base + g < count ? column(shared.routing.pair[begin + base + g]) : nullptr);
-        held = held == ANY ? ANY : expert;
-        const auto prepared = prepare(item, begin + base, here);
-        const u8* stage = await(item - first, item);
-        float c[4];
-        work.multiply(stage, c);
-#pragma unroll
-        for (int i = 0; i < 4; i++)
-          if (2 * t + (i & 1) < COLUMNS) shared.sums[buffer][warp_id()][g + (i >> 1) * 8][2 * t + (i & 1)] = c[i];
-        __syncthreads();
-        if (threadIdx.x == 0 && base + 8 >= count && item + STAGES < end) request((item - first) % STAGES, item + STAGES);
-        finish(item, begin + base, here, shared.sums[buffer], prepared);
+    int number = first, base = 0, count = list.begin[item.index + 1] - list.begin[item.index];
+    auto load = [&] {
+      if (held == ANY || (held == item.index && count <= 8)) return;
+      work.load(base + g < count ? column(list.pair[list.begin[item.index] + base + g]) : nullptr);
+      held = item.index;
+    };
+    load();
+    auto prepared = prepare(item, list.begin[item.index], min(count, 8));
+    for (int buffer = 0; number < end; buffer ^= 1) {
+      float c[4];
+      work.multiply(await(number - first, item), c);
+      const Item current = item;
+      const auto extra = prepared;
+      const int turn = number - first, begin = list.begin[item.index] + base, here = min(count - base, 8);
+      const bool tile_done = base + 8 >= count;
+      base += 8;
+      if (tile_done) {
+        number++;
+        base = 0;
+        if (number < end) {
+          item = after(item);
+          count = list.begin[item.index + 1] - list.begin[item.index];
+        }
       }
+      if (number < end) {
+        load();
+        prepared = prepare(item, list.begin[item.index] + base, min(count - base, 8));
+      }
+#pragma unroll
+      for (int i = 0; i < 4; i++)
+        if (2 * t + (i & 1) < COLUMNS) shared.sums[buffer][warp_id()][g + (i >> 1) * 8][2 * t + (i & 1)] = c[i];
+      __syncthreads();
+      if (requests && tile_done && first + turn + STAGES < end) {
+        request(turn % STAGES, wanted);
+        wanted = after(wanted);
+      }
+      finish(current, begin, here, shared.sums[buffer], extra, number == end);
     }
   }
   DEVICE static float total(const float (&sums)[WARPS][16][COLUMNS], int row, int column) {
@@ -136,18 +166,18 @@ moe_gate_up(const u8* blocks, const u8* scales, const u16* bias, const u16* scal
   auto& list = shared.routing;
   const int i = threadIdx.x & 7, n = threadIdx.x >> 3;
   pipeline.run(work, ROWS == 1 ? ANY : NONE, [&](int pair) { return scaled + (pair / TOP_K) * H; }, [] {},
-               [&](int item, int, int count) {
-                 const size_t at = (size_t)list.expert[pipeline.expert_index(item)] * 2 * I + pipeline.tile(item) * 16;
+               [&](GateUp::Item item, int, int count) {
+                 const size_t at = (size_t)list.expert[item.index] * 2 * I + item.tile * 16;
                  return n < count ? *(const u32*)(bias + at + 2 * i) : 0u;
                },
-               [&](int item, int first, int count, const float (&sums)[WARPS][16][COLUMNS], u32 biases) {
+               [&](GateUp::Item item, int first, int count, const float (&sums)[WARPS][16][COLUMNS], u32 biases, bool) {
                  if (n >= count) return;
                  const int pair = list.pair[first + n];
                  const float scale = shared.factor[pair];
                  float gate = fminf(GateUp::total(sums, i, n) * scale + low_half(biases), limit);
                  float up = fminf(fmaxf(GateUp::total(sums, i + 8, n) * scale + high_half(biases), -limit), limit);
                  float value = gate / (1.f + __expf(-1.702f * gate)) * (up + 1.f);
-                 act[(size_t)pair * I + expert_order(pipeline.tile(item) * 8 + i)] = narrow(value);
+                 act[(size_t)pair * I + expert_order(item.tile * 8 + i)] = narrow(value);
                });
 }
 
@@ -170,12 +200,12 @@ moe_down_add(const u8* blocks, const u8* scales, const u16* bias, const u16* act
                  wait_for_previous();
                  release_next();
                },
-               [&](int item, int, int count) {
-                 const size_t at = (size_t)list.expert[pipeline.expert_index(item)] * H + pipeline.tile(item) * 16;
+               [&](Down::Item item, int, int count) {
+                 const size_t at = (size_t)list.expert[item.index] * H + item.tile * 16;
                  return n < count ? widen(bias[at + i]) : 0.f;
                },
-               [&](int item, int first, int count, const float (&sums)[WARPS][16][COLUMNS], float offset) {
-                 const int index = pipeline.expert_index(item), tile = pipeline.tile(item), column = tile * 16 + i;
+               [&](Down::Item item, int first, int count, const float (&sums)[WARPS][16][COLUMNS], float offset, bool is_final) {
+                 const int index = item.index, tile = item.tile, column = tile * 16 + i;
                  if (done == 0 && first == list.begin[index]) first_pair = first;
                  if (n < count) {
                    const int pair = list.pair[first + n];
@@ -183,9 +213,7 @@ moe_down_add(const u8* blocks, const u8* scales, const u16* bias, const u16* act
                  }
                  if (first + count < list.begin[index + 1]) return;  // more rows of this expert follow
                  done++;
-                 const int items = list.active * pipeline.tiles;
-                 const bool leaves = index == list.active - 1 || item + 1 == (int)((i64)items * (blockIdx.x + 1) / gridDim.x);
-                 if (!leaves) return;
+                 if (index < list.active - 1 && !is_final) return;  // more of this tile follows
                  const bool alone = done == list.active;
                  __syncthreads();
                  if (!alone) {
