@@ -1,7 +1,8 @@
 """The experts of a layer, by whichever kernel suits the number of tokens; `ExpertIndex.block_t` has made the choice.
 
-Below 512 tokens an expert: `moe_gluon`; from there on: `moe_prefill`. `moe_dense` (a bfloat16 scratch and torch's grouped
-GEMM) was slower at every size measured; it stays as an independent check. All need scales that fold (`fp4.folds`).
+Below 512 tokens an expert: `moe_gluon`; from there on: `moe_prefill`. `moe_dense` (a bfloat16 scratch and torch's
+grouped GEMM) was slower at every size measured; it stays as an independent check. All need scales that fold: ask
+`fp4.folds` at load.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ def run_experts(
     """Run each token through its experts.
 
     Shapes: x bfloat16 [T, expert_width(H)] in expert order; weights float32 [T, k]; gate_up and down are (blocks as in
-    the checkpoint, scales from `prepare_scales`, bias). Returns deltas bfloat16 [T, k, H] and slot weights or None: give
-    both to `add_rms_norm(deltas, None, residual, …, slot_weights=…)`. `act` [T · k, expert_width(I)] and `out`
+    the checkpoint, scales from `prepare_scales`, bias). Returns deltas bfloat16 [T, k, H] and slot weights or None:
+    give both to `add_rms_norm(deltas, None, residual, …, slot_weights=…)`. `act` [T · k, expert_width(I)] and `out`
     [T, k, H], zeroed once by the caller, spare the small path its allocations; a graph needs them.
     """
     k = weights.shape[1]
