@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -138,9 +139,10 @@ class Step:
         self.reset()
         for _ in range(3):
             graph.replay()
-        times = []
+        times: list[float] = []
+        event: Any = torch.cuda.Event
         for _ in range(RUNS):
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin, end = event(enable_timing=True), event(enable_timing=True)
             begin.record()
             for _ in range(REPLAYS):
                 graph.replay()
