@@ -8,8 +8,6 @@ import httpx
 import pytest
 from server_support import RunningServer, running
 
-pytest.register_assert_rewrite("scenarios")
-
 
 @pytest.fixture(scope="session")
 def shared_server() -> Iterator[RunningServer]:
