@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
@@ -53,6 +54,21 @@ def _flash_attention_works() -> bool:
         )
         expected = torch.full((1, 2, 3), 4.0).log()
         return bool(torch.allclose(out, query) and torch.allclose(log_sum, expected))
+    except (AttributeError, RuntimeError, NotImplementedError, TypeError):
+        return False
+
+
+@cache
+def fbgemm_serial_works() -> bool:
+    """Try FBGEMM's float16 product in its older form once: a plain function, which torch means to remove."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            packed = torch.fbgemm_pack_gemm_matrix_fp16(torch.eye(16))
+            x = torch.full((3, 16), 1.0 + 2**-20)
+            with_bias = torch.fbgemm_linear_fp16_weight_fp32_activation(x, packed, torch.ones(16))
+            without = torch.fbgemm_linear_fp16_weight_fp32_activation(x, packed, None)
+        return bool(torch.equal(with_bias, x + 1) and torch.equal(without, x))
     except (AttributeError, RuntimeError, NotImplementedError, TypeError):
         return False
 

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F  # noqa: N812 - torch's own idiom
 from torch import Tensor
 
 from kernels.cpu.packing import Packs
@@ -41,9 +40,7 @@ def create_linear(_: Platform) -> Callable[[Tensor, Tensor, Tensor | None], Tens
     packs = Packs()
 
     def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if x.shape[0] == 1 or (product := packs.get(weight, bias)) is None:
-            return F.linear(x, weight, bias)
-        return product(x)
+        return packs.get(weight, bias)(x)
 
     return linear
 
@@ -52,9 +49,7 @@ def create_linear_add(_: Platform) -> Callable[[Tensor, Tensor, Tensor, Tensor],
     packs = Packs()
 
     def linear_add(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
-        if x.shape[0] == 1 or (product := packs.get(weight, bias)) is None:
-            return residual.add_(F.linear(x, weight, bias))
-        return residual.add_(product(x))
+        return residual.add_(packs.get(weight, bias)(x))
 
     return linear_add
 
@@ -63,8 +58,6 @@ def create_logits(_: Platform) -> Callable[[Tensor, Tensor], Tensor]:
     packs = Packs()
 
     def logits(x: Tensor, weight: Tensor) -> Tensor:
-        # The vocabulary is wide enough for the packed product to win with a single row too.
-        product = packs.get(weight, None)
-        return F.linear(x, weight) if product is None else product(x)
+        return packs.get(weight, None)(x)
 
     return logits

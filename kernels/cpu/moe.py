@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.cpu.packing import MAX_PACKED_BYTES, Product, half_is_exact, pack
+from kernels.cpu.packing import MAX_PACKED_BYTES, PackedLinear, pack
 from kernels.experts import ExpertWeights
 from kernels.platform import Platform
 from kernels.reference import moe as reference
@@ -31,8 +31,8 @@ DENSE_MAX_WASTE = 4
 class _Dense:
     """All experts as two products: gate_up [2·E·I, H], all gates before all ups; down [H, E·I], without its bias."""
 
-    gate_up: Product
-    down: Product
+    gate_up: PackedLinear
+    down: PackedLinear
     low: Tensor
     high: Tensor
 
@@ -48,16 +48,13 @@ class _Single:
 
 @dataclass(slots=True)
 class _Prepared:
-    """One layer's experts: products per expert, biases included, for one token and for several; `low` and `high`
-    bound gates [0:I] and ups [I:2I]."""
+    """One layer's experts: products per expert, biases included; `low` and `high` bound gates [0:I] and ups [I:2I]."""
 
     low: Tensor
     high: Tensor
     router_transposed: Tensor
-    single_gate_up: list[Product]
-    single_down: list[Product]
-    gate_up: list[Product]
-    down: list[Product]
+    gate_up: list[PackedLinear]
+    down: list[PackedLinear]
     down_bias: Tensor
     dense: _Dense | None
     single: _Single
@@ -118,33 +115,16 @@ def _prepare(experts: ExpertWeights, router: Tensor, top_k: int, limit: float) -
             high=high.view(2, 1, inter).expand(2, num_experts, inter).reshape(-1),
         )
     rows = torch.empty(top_k, 2 * inter)
-    gate_up_products = [pack(weight, b) for weight, b in zip(gate_up, bias, strict=True)]
-    down_products = [pack(weight, b) for weight, b in zip(down, experts.down_bias, strict=True)]
     return _Prepared(
         low=low,
         high=high,
         router_transposed=router.t().contiguous(),
-        single_gate_up=_single_products(gate_up, bias, gate_up_products),
-        single_down=_single_products(down, experts.down_bias, down_products),
-        gate_up=gate_up_products,
-        down=down_products,
+        gate_up=[pack(weight, b) for weight, b in zip(gate_up, bias, strict=True)],
+        down=[pack(weight, b) for weight, b in zip(down, experts.down_bias, strict=True)],
         down_bias=experts.down_bias,
         dense=dense,
         single=_Single(gate_up=rows, gates=rows[:, :inter], ups=rows[:, inter:]),
     )
-
-
-def _single_products(weights: Tensor, biases: Tensor, packed: list[Product]) -> list[Product]:
-    """Products of one token: the packed ones where they read half the bytes, else MKL's matrix-vector product."""
-
-    def product(weight: Tensor, bias: Tensor) -> Product:
-        transposed = weight.t().contiguous()
-        return lambda x: torch.addmm(bias, x, transposed)
-
-    return [
-        half if half_is_exact(weight) else product(weight, bias)
-        for weight, bias, half in zip(weights, biases, packed, strict=True)
-    ]
 
 
 def _single_token(x: Tensor, ready: _Prepared, router_bias: Tensor, top_k: int, residual: Tensor) -> Tensor:
@@ -156,11 +136,11 @@ def _single_token(x: Tensor, ready: _Prepared, router_bias: Tensor, top_k: int, 
     shares = [math.exp(scores[expert] - best) for expert in chosen]
     total = sum(shares)
     buffers = ready.single
-    torch.cat([ready.single_gate_up[expert](x) for expert in chosen], out=buffers.gate_up)
+    torch.cat([ready.gate_up[expert].one(x) for expert in chosen], out=buffers.gate_up)
     torch.clamp(buffers.gate_up, ready.low, ready.high, out=buffers.gate_up)
     hidden = _activate(buffers.gates, buffers.ups).chunk(top_k)
     for expert, share, row in zip(chosen, shares, hidden, strict=True):
-        residual.add_(ready.single_down[expert](row), alpha=share / total)
+        residual.add_(ready.down[expert].one(row), alpha=share / total)
     return residual
 
 
@@ -193,6 +173,6 @@ def _sorted(x: Tensor, weights: Tensor, ids: Tensor, ready: _Prepared, residual:
     return residual.add_(torch.bmm(weights.unsqueeze(1), by_slot.view(num_tokens, top_k, -1)).squeeze(1))
 
 
-def _per_expert(rows: Tensor, counts: list[int], products: list[Product]) -> Tensor:
+def _per_expert(rows: Tensor, counts: list[int], products: list[PackedLinear]) -> Tensor:
     parts = [products[expert](part) for expert, part in enumerate(rows.split_with_sizes(counts)) if counts[expert]]
     return torch.cat(parts) if len(parts) > 1 else parts[0]

@@ -18,7 +18,7 @@ GREEDY = SamplingParams(temperature=0.0)
 def make_worker(folder: Path, num_blocks: int = 200, block_size: int = 16, **changes: Any) -> Worker:
     """Load a checkpoint folder into a worker with a KV pool."""
     model = load_model_config(folder)
-    config = EngineConfig(model=str(folder), cache=CacheConfig(block_size=block_size), cpu_threads=2, **changes)
+    config = EngineConfig(model=str(folder), cache=CacheConfig(block_size=block_size), cpu_threads=1, **changes)
     placement = single_rank(
         node="local",
         device="cpu:0",
