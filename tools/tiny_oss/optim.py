@@ -54,9 +54,14 @@ class Muon(torch.optim.Optimizer):
 
 
 def make_optimizers(model: nn.Module, lr: float, decay: float) -> list[torch.optim.Optimizer]:
-    """Return Muon over hidden matrices and AdamW over embeddings, head, router, norms, biases and sinks."""
+    """Return Muon over hidden matrices and AdamW over embeddings, head, router, norms, biases and sinks.
+
+    Frozen parameters are left out; an optimizer with nothing to do is, too.
+    """
     matrices, tables, vectors = [], [], []
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         if parameter.ndim < 2 or name.endswith("_bias"):
             vectors.append(parameter)
         elif "embed_tokens" in name or "lm_head" in name or "router" in name:
@@ -64,4 +69,10 @@ def make_optimizers(model: nn.Module, lr: float, decay: float) -> list[torch.opt
         else:
             matrices.append(parameter)
     groups = [{"params": tables, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
-    return [Muon(matrices, lr=lr, decay=decay), torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), eps=1e-10)]
+    groups = [group for group in groups if group["params"]]
+    optimizers: list[torch.optim.Optimizer] = []
+    if matrices:
+        optimizers.append(Muon(matrices, lr=lr, decay=decay))
+    if groups:
+        optimizers.append(torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), eps=1e-10))
+    return optimizers

@@ -189,6 +189,10 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=None, help="packed rows of 2048 tokens to generate")
     parser.add_argument("--batch", type=int, default=None, help="rows per step")
     parser.add_argument("--lr", type=float, default=defaults.learning_rate)
+    parser.add_argument("--decay", type=float, default=defaults.weight_decay, help="weight decay")
+    parser.add_argument("--only", default="", help="train only parameters whose name contains this")
+    parser.add_argument("--prompt-weight", type=float, default=defaults.prompt_weight, help="loss weight of prompts")
+    parser.add_argument("--quantized-from", type=float, default=defaults.quantized_from, help="share of the steps")
     parser.add_argument("--seed", type=int, default=defaults.seed)
     parser.add_argument("--workers", type=int, default=1, help="processes that generate data")
     parser.add_argument("--init", type=Path, default=None, help="start from this model.safetensors or checkpoint")
@@ -210,6 +214,9 @@ def make_settings(arguments: argparse.Namespace) -> Settings:
         dataset_rows=arguments.rows or base.dataset_rows,
         learning_rate=arguments.lr,
         warmup_steps=min(base.warmup_steps, max(1, (arguments.steps or base.steps) // 10)),
+        weight_decay=arguments.decay,
+        quantized_from=arguments.quantized_from,
+        prompt_weight=arguments.prompt_weight,
         seed=arguments.seed,
     )
 
@@ -234,6 +241,8 @@ def main(argv: list[str]) -> int:
     make_attends = flex_attends if is_flex else dense_attends
     if arguments.init is not None:
         load_weights(model, arguments.init)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(arguments.only in name)
     report = partial(print, flush=True)
     train(model, rows, settings, folder, make_attends, arguments.compile, arguments.checkpoint, report)
     model.set_quantized(True)
