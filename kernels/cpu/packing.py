@@ -23,8 +23,9 @@ from kernels.platform import fbgemm_half_works, fbgemm_serial_works
 
 # Beyond this a second copy costs more memory than its speed is worth; such weights are used as they are.
 MAX_PACKED_BYTES = 64 << 20
-# Up to here one thread finishes before two have been woken: 16 rows take 18 µs on one, 19 on two.
-SERIAL_ROWS = 24
+# Multiplications up to which one thread finishes before two have been woken: 16 rows times 640 x 224 weights take 18 µs
+# on one thread, 19 on two.
+SERIAL_WORK = 4 << 20
 # Rows that oneDNN lays the weights out for: a layout for 1 is 30 % slower at 16 rows, that for 16 not slower at 1.
 PACK_ROWS = 16
 # Largest error of a float16 weight, as a share of the matrix's largest: float32 sums err by more than that.
@@ -68,17 +69,16 @@ def pack(weight: Tensor, bias: Tensor | None) -> PackedLinear:
         return PackedLinear(_plain(weight.t().contiguous().t(), bias), _onednn(weight, bias))
     if not fbgemm_serial_works():
         return PackedLinear(_plain(weight.t().contiguous().t(), bias), _half_parallel(weight, bias))
-    serial = _half_serial(weight, bias)
-    parallel: list[Product] = []
+    serial_rows = SERIAL_WORK // weight.numel()
+    made: dict[bool, Product] = {}
 
-    def many(x: Tensor) -> Tensor:
-        if x.shape[0] <= SERIAL_ROWS or torch.get_num_threads() == 1:
-            return serial(x)
-        if not parallel:
-            parallel.append(_half_parallel(weight, bias))
-        return parallel[0](x)
+    def product(x: Tensor) -> Tensor:
+        is_serial = x.shape[0] <= serial_rows or torch.get_num_threads() == 1
+        if is_serial not in made:
+            made[is_serial] = (_half_serial if is_serial else _half_parallel)(weight, bias)
+        return made[is_serial](x)
 
-    return PackedLinear(serial, many)
+    return PackedLinear(_half_serial(weight, bias) if serial_rows else product, product)
 
 
 def half_is_exact(weight: Tensor) -> bool:

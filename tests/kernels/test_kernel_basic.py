@@ -7,6 +7,7 @@ import torch
 from kernel_helpers import CPU, REFERENCE_ONLY
 
 from kernels import ops
+from kernels.cpu import packing
 from kernels.ops import Ops
 
 BOUND = {"reference": Ops(REFERENCE_ONLY), "cpu": Ops(CPU)}
@@ -34,19 +35,63 @@ def test_rms_norm_multiplies_by_the_weight_before_the_cast() -> None:
 
 @pytest.mark.parametrize("num_tokens", [1, 2, 33])
 @pytest.mark.parametrize("column_major", [False, True])
-def test_linear_layers(num_tokens: int, column_major: bool) -> None:
+@pytest.mark.parametrize("is_half", [False, True])
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_linear_layers(num_tokens: int, column_major: bool, is_half: bool, num_threads: int) -> None:
     generator = torch.Generator().manual_seed(num_tokens)
     x = torch.randn(num_tokens, 96, generator=generator)
     weight, bias = torch.randn(64, 96, generator=generator) * 0.1, torch.randn(64, generator=generator)
+    if is_half:
+        weight = weight.half().float()
     if column_major:
         weight = weight.t().contiguous().t()
     residual = torch.randn(num_tokens, 64, generator=generator)
     expected = (x.double() @ weight.double().t() + bias.double()).float()
     bound = BOUND["cpu"].checked()
-    for _ in range(2):
-        assert torch.allclose(bound.linear_add(x, weight, bias, residual.clone()), expected + residual, atol=1e-5)
-        assert torch.allclose(bound.logits(x, weight), expected - bias, atol=1e-5)
-    assert torch.allclose(ops.linear(x, weight, bias), expected, atol=1e-5)
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        for _ in range(2):
+            assert torch.allclose(bound.linear_add(x, weight, bias, residual.clone()), expected + residual, atol=1e-5)
+            assert torch.allclose(bound.logits(x, weight), expected - bias, atol=1e-5)
+        assert torch.allclose(ops.linear(x, weight, bias), expected, atol=1e-5)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 3, 300])
+@pytest.mark.parametrize("value", [70000.0, 1.0 + 2**-12, 2.0**-30])
+def test_weights_that_float16_cannot_hold_stay_float32(num_tokens: int, value: float) -> None:
+    weight = torch.full((64, 96), value)
+    weight[0, 0] = 3 * value
+    found = BOUND["cpu"].logits(torch.ones(num_tokens, 96), weight)
+    assert torch.allclose(found, (torch.ones(num_tokens, 96).double() @ weight.double().t()).float(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("missing", [("serial",), ("serial", "half")], ids=["no plain function", "no float16 at all"])
+def test_each_layout_serves_when_torch_lacks_the_better_one(
+    missing: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in missing:
+        monkeypatch.setattr(packing, f"fbgemm_{name}_works", lambda: False)
+    weight, bias = torch.randn(64, 96).half().float(), torch.randn(64)
+    packed = packing.pack(weight, bias)
+    for num_tokens in (1, 2, 40):
+        x = torch.randn(num_tokens, 96)
+        assert torch.allclose(packed(x), torch.nn.functional.linear(x, weight, bias), atol=1e-4)
+
+
+def test_large_work_is_shared_among_threads() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, bias = torch.randn(640, 224, generator=generator).half().float() * 0.125, torch.randn(640)
+    x = torch.randn(packing.SERIAL_WORK // weight.numel() + 1, 224, generator=generator)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        found = packing.pack(weight, bias)(x)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.allclose(found, torch.nn.functional.linear(x, weight, bias), atol=1e-4)
 
 
 def test_add_rms_norm_and_embedding() -> None:
