@@ -191,9 +191,10 @@ class AsyncEngine:
             raise EngineUnavailable("overloaded", "the queue is full")
         if request.request_id in self._streams:
             raise ValueError(f"request id {request.request_id!r} is in use")
+        frame = ipc.encode(ipc.Kind.ADD, request)
         stream = OutputStream(request.request_id, self._abort)
         self._streams[request.request_id] = stream
-        self._writer.write(ipc.encode(ipc.Kind.ADD, request))
+        self._writer.write(frame)
         return stream
 
     def stats(self) -> SchedulerStats:
@@ -242,8 +243,9 @@ class AsyncEngine:
                 self._handle(kind, ipc.decode(kind, await reader.readexactly(length)))
         except (asyncio.IncompleteReadError, ConnectionError):
             await self._on_core_gone()
-        except ipc.WireError as error:
-            self._fatal = ipc.FatalMessage(self._phase, "WireError", str(error))
+        except Exception as error:  # noqa: BLE001 - the link's border: without a reader, streams would never end
+            cause = str(error) or "the link to the core broke"
+            self._fatal = ipc.FatalMessage(self._phase, type(error).__name__, cause)
             self._process.kill()
             await self._on_core_gone()
 
@@ -290,9 +292,15 @@ class AsyncEngine:
         await self.ready.wait()
         self._last_heard = time.monotonic()
         limit = self.config.step_timeout_seconds
+        interval = min(PING_INTERVAL_SECONDS, limit / 4)
         number = 0
         while self.state is not EngineState.FAILED:
-            await asyncio.sleep(min(PING_INTERVAL_SECONDS, limit / 4))
+            began = time.monotonic()
+            await asyncio.sleep(interval)
+            late = time.monotonic() - began - interval
+            if late > interval:
+                # This process stood still (a paused container, say), and the core perhaps with it.
+                self._last_heard += late
             number += 1
             if self._writer is not None:
                 self._writer.write(ipc.encode(ipc.Kind.PING, number))

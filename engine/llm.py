@@ -154,6 +154,7 @@ class LLM:
         self.tokenizer = Tokenizer.from_folder(folder)
         self._chat_format = chat_format_for(model_config.model_type, self.tokenizer)
         self._core = EngineCore.start(self.config)
+        self._failure: str | None = None
         self._stop_ids = tuple(dict.fromkeys((*model_config.eos_token_ids, *self._chat_format.stop_token_ids)))
         self._counter = itertools.count()
 
@@ -230,17 +231,23 @@ class LLM:
         *,
         use_tqdm: bool,
     ) -> list[GenerationResult]:
+        if self._failure is not None:
+            raise GenerationError(f"the engine failed earlier ({self._failure}); load the model anew")
         for number, ids in enumerate(prompt_ids):
             self._check_prompt(number, ids, params[number])
         sequences: dict[str, _Sequence] = {}
         for number, (ids, one) in enumerate(zip(prompt_ids, params, strict=True)):
             for request in self._requests(ids, one):
                 sequences[request.request_id] = _Sequence(number, len(sequences), make_processor(one))
-                refusal = self._core.add(request)
-                if refusal is not None:
+                only = self._core.add(request)
+                if only is None:
+                    continue
+                if only.finish_reason is FinishReason.ERROR:
                     for request_id in sequences:
                         self._core.abort(request_id)
-                    raise GenerationError(f"prompt {number}: {refusal.error}")
+                    raise GenerationError(f"prompt {number}: {only.error}")
+                # A request for no tokens is over before it began.
+                sequences[request.request_id].push(only)
         self._drive(sequences, use_tqdm=use_tqdm)
         results = []
         for number, ids in enumerate(prompt_ids):
@@ -253,13 +260,16 @@ class LLM:
         return results
 
     def _drive(self, sequences: Mapping[str, _Sequence], *, use_tqdm: bool) -> None:
-        """Step until every sequence has ended; an exception on the way aborts what is left."""
-        open_ids = dict.fromkeys(sequences)
+        """Step until every sequence has ended; an exception on the way aborts what is left.
+
+        A step that fails leaves the worker's state unknown: from then on every call is refused.
+        """
+        open_ids = dict.fromkeys(key for key, sequence in sequences.items() if sequence.finish_reason is None)
         num_tokens = 0
         try:
-            with tqdm(total=len(sequences), desc="Generating", unit="req", disable=not use_tqdm) as bar:
+            with tqdm(total=len(open_ids), desc="Generating", unit="req", disable=not use_tqdm) as bar:
                 while open_ids:
-                    for output in self._core.step():
+                    for output in self._step():
                         if output.request_id not in open_ids:
                             continue
                         if output.finish_reason is FinishReason.ERROR:
@@ -275,8 +285,15 @@ class LLM:
         finally:
             for request_id in open_ids:
                 self._core.abort(request_id)
-            while self._core.has_work:
-                self._core.step()
+            while self._core.has_work and self._failure is None:
+                self._step()
+
+    def _step(self) -> list[RequestOutput]:
+        try:
+            return self._core.step()
+        except Exception as error:
+            self._failure = f"{type(error).__name__}: {error}"
+            raise
 
     def _requests(self, prompt_ids: list[int], params: SamplingParams) -> list[EngineRequest]:
         room = self.max_model_len - len(prompt_ids)

@@ -67,9 +67,12 @@ class InlineThreadExecutor:
         self._thread.join(timeout=5.0)
 
     def _run(self) -> None:
+        failure: Exception | None = None
         while (plan := self._plans.get()) is not None:
             try:
-                self._results.put(self._worker.execute(plan))
+                # Plans are deltas: after one that failed, none can run. Each still gets an answer, or `collect` would
+                # wait for ever for the plan that was made ahead.
+                self._results.put(failure or self._worker.execute(plan))
             except Exception as error:  # noqa: BLE001 - the thread's border: the loop re-raises it
+                failure = error
                 self._results.put(error)
-                return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from engine import LLM, SamplingParams
+from engine.executor.base import ExecutorError
 from engine.llm import GenerationError
 
 
@@ -57,3 +58,29 @@ def test_a_bad_prompt_is_refused_and_nothing_runs(llm: LLM, prompt: str | list[i
     with pytest.raises(GenerationError, match=complaint):
         llm.generate([prompt], SamplingParams(), use_tqdm=False)
     assert not llm._core.has_work
+
+
+def test_a_prompt_that_asks_for_no_tokens_gets_none_beside_one_that_does(llm: LLM) -> None:
+    params = [SamplingParams(max_tokens=0), SamplingParams(temperature=0.0, max_tokens=3)]
+    nothing, something = llm.generate(["ROMEO:", "ROMEO:"], params, use_tqdm=False)
+    assert (nothing.outputs[0].token_ids, nothing.outputs[0].finish_reason) == ([], "length")
+    assert len(something.outputs[0].token_ids) == 3
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("is_overlapped", [False, True])
+def test_a_step_that_fails_ends_the_call_with_its_cause(is_overlapped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = LLM("tiny-oss", max_model_len=128, async_scheduling=is_overlapped)
+    execute = llm._core.executor._worker.execute  # type: ignore[attr-defined]
+
+    def fail_at_the_third(plan: object) -> object:
+        if plan.step_id == 2:  # type: ignore[attr-defined]
+            raise RuntimeError("no memory")
+        return execute(plan)
+
+    monkeypatch.setattr(llm._core.executor._worker, "execute", fail_at_the_third)  # type: ignore[attr-defined]
+    with pytest.raises((ExecutorError, RuntimeError), match="no memory"):
+        llm.generate("ROMEO:", SamplingParams(max_tokens=20), use_tqdm=False)
+    with pytest.raises(GenerationError, match="failed earlier .*no memory"):
+        llm.generate("ROMEO:", use_tqdm=False)
+    llm.close()
