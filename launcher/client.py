@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-from launcher.errors import EngineFailed, HlaunchError
+from launcher.errors import EngineFailed, HlaunchError, UsageError
 
 MAX_EVENT_BYTES = 4 << 20
 CONNECT_TIMEOUT_SECONDS = 10.0
 READ_TIMEOUT_SECONDS = 600.0
+EXAMPLE_URL = "for example: http://127.0.0.1:8000"
 
 
 class ApiError(HlaunchError):
@@ -42,15 +43,23 @@ class Client:
     """Talk to the server at `base_url` (`http://host:port`); keeps one connection open between requests."""
 
     def __init__(self, base_url: str, api_key: str | None = None) -> None:
-        parts = urlsplit(base_url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise HlaunchError(f"{base_url!r} is no http:// or https:// address", exit_code=2)
+        try:
+            parts = urlsplit(base_url)
+            host, port = parts.hostname, parts.port
+        except ValueError as error:
+            raise UsageError(f"{base_url!r} is no address: {error}", hint=EXAMPLE_URL) from error
+        if parts.scheme not in ("http", "https") or not host:
+            raise UsageError(f"{base_url!r} is no http:// or https:// address", hint=EXAMPLE_URL)
         kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        self._connection = kind(parts.hostname, parts.port, timeout=CONNECT_TIMEOUT_SECONDS)
+        self._connection = kind(host, port, timeout=CONNECT_TIMEOUT_SECONDS)
         self._prefix = parts.path.rstrip("/")
         self._headers = {"Content-Type": "application/json", "User-Agent": "hlaunch"}
         if api_key is not None:
-            self._headers["Authorization"] = f"Bearer {api_key}"
+            key = api_key.strip()
+            if not (key.isascii() and key.isprintable()):
+                # http.client would name the value in its own complaint.
+                raise UsageError("the API key holds characters that no HTTP header can carry")
+            self._headers["Authorization"] = f"Bearer {key}"
         self.base_url = base_url
 
     def close(self) -> None:

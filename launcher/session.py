@@ -65,6 +65,12 @@ def _start(invocation: Invocation, name: str, overrides: Sequence[str]) -> None:
     if invocation.registry_file is not None:
         argv += ["--file", str(invocation.registry_file)]
     argv += ["up", "--detach", *(part for item in overrides for part in ("--set", item)), "--", name]
-    code = subprocess.run(argv, check=False, env=dict(invocation.environ), stdout=subprocess.DEVNULL).returncode
+    process = subprocess.Popen(argv, env=dict(invocation.environ), stdout=subprocess.DEVNULL)
+    try:
+        code = process.wait()
+    except KeyboardInterrupt:
+        # It got the same Ctrl-C and ends what it began; killed half-way it would leave an engine behind.
+        process.wait()
+        raise
     if code != 0:
         raise EngineFailed(f"{name} could not be started", exit_code=code)

@@ -3,9 +3,10 @@
 Closed loop: `concurrency` clients, each with one request in flight, until `num_requests` are done. Prompts are random
 token ids, so no two share a prefix; `ignore_eos` makes every answer `output_tokens` long.
 
-TTFT: request sent to first token. ITL: time between two events of a stream that carry text, divided by the tokens that
-the later one carries (a server may put several tokens into one event). Throughput: output tokens of all requests over
-the wall time of the whole level.
+TTFT: request sent to first event with a choice. ITL: time between two such events of a stream, times the events per
+token of that answer where that is below one: a server may put several tokens into one event, and none says how many, so
+the mean is right and the percentiles are of events. Throughput: output tokens of all requests over the wall time of the
+whole level.
 """
 
 from __future__ import annotations
@@ -120,8 +121,7 @@ def _run_request(client: Client, workload: Workload, source: random.Random) -> R
     times.ttft = arrivals[0] - sent
     times.total = time.perf_counter() - sent
     times.output_tokens = times.output_tokens or len(arrivals)
-    # Tokens are not counted per event: bytes that are no whole character yet send none, so gaps are averaged over the
-    # tokens that the stream really carried.
+    # The first event's tokens end no gap, so an answer that came as one event has none.
     share = len(arrivals) / max(1, times.output_tokens)
     times.gaps = [(later - earlier) * min(1.0, share) for earlier, later in zip(arrivals, arrivals[1:], strict=False)]
     return times

@@ -45,10 +45,11 @@ def register(app: typer.Typer) -> None:
         from launcher.benchmark.load import Workload, run_level
         from launcher.benchmark.report import document, figures
         from launcher.client import Client, served_model
-        from launcher.errors import EngineFailed, PreflightError
+        from launcher.errors import EngineFailed
         from launcher.session import server_for
 
         levels = _levels(concurrency)
+        check_results(output, plot)
         invocation = invocation_of(ctx)
         console = invocation.console
         with server_for(invocation, name, url=url, overrides=overrides or []) as server:
@@ -76,10 +77,7 @@ def register(app: typer.Typer) -> None:
                         raise EngineFailed(f"no request succeeded at {level} in flight: {result.errors[0]}")
         data = document(workload, measured, __version__, {"url": server.url, "model": model})
         if output is not None:
-            try:
-                output.write_text(json.dumps(data, indent=2) + "\n")
-            except OSError as error:
-                raise PreflightError(f"{output}: cannot be written: {error.strerror}") from error
+            _write(output, json.dumps(data, indent=2) + "\n")
         if plot is not None:
             from launcher.benchmark.plot import write_plot
 
@@ -88,6 +86,47 @@ def register(app: typer.Typer) -> None:
             console.json(data)
         else:
             console.table(COLUMNS, [_row(level) for level in measured])
+
+
+def check_results(output: Path | None, plot: Path | None) -> None:
+    """Find out before the measurement whether its results can be kept.
+
+    Raises: UsageError for a picture that is no PNG, PreflightError for a path that cannot be written or a missing
+    package.
+    """
+    from importlib.util import find_spec
+
+    from launcher.errors import PreflightError, UsageError
+
+    if plot is not None and plot.suffix.lower() != ".png":
+        raise UsageError(f"--plot {plot}: the picture is a PNG", hint=f"for example: --plot {plot.with_suffix('.png')}")
+    for path in (output, plot):
+        if path is not None:
+            _try_to_write(path)
+    if plot is not None and find_spec("matplotlib") is None:
+        raise PreflightError("the plot needs matplotlib", hint="pip install 'hlaunch[bench]'")
+
+
+def _try_to_write(path: Path) -> None:
+    from launcher.errors import PreflightError
+
+    is_new = not path.exists()
+    try:
+        with path.open("ab"):
+            pass
+        if is_new:
+            path.unlink()
+    except OSError as error:
+        raise PreflightError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def _write(path: Path, text: str) -> None:
+    from launcher.errors import PreflightError
+
+    try:
+        path.write_text(text)
+    except OSError as error:
+        raise PreflightError(f"{path}: cannot be written: {error.strerror}") from error
 
 
 def _levels(text: str) -> list[int]:

@@ -31,11 +31,14 @@ def register(app: typer.Typer) -> None:
         overrides: Annotated[
             list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="For a server started by this command.")
         ] = None,
-    ) -> None:
+    ) -> int:
         """Talk to a model in the terminal."""
         from launcher.client import Client, served_model
+        from launcher.exit_codes import ExitCode
         from launcher.session import server_for
 
+        # Read first: a model is not started for nothing to say.
+        message = _one_message(message)
         invocation = invocation_of(ctx)
         with server_for(invocation, name, url=url, overrides=overrides or []) as server:
             client = Client(server.url, server.api_key)
@@ -47,12 +50,31 @@ def register(app: typer.Typer) -> None:
                 {key: value for key, value in options.items() if value is not None},
                 system,
             )
-            if message is not None:
-                conversation.ask(message)
-            elif not sys.stdin.isatty():
-                conversation.ask(sys.stdin.read().strip())
-            else:
+            if message is None:
                 conversation.run()
+            elif not conversation.ask(message):
+                return ExitCode.INTERRUPTED
+        return ExitCode.OK
+
+
+def _one_message(given: str | None) -> str | None:
+    """Return what is to be asked, from the option or from a pipe; None means a conversation in the terminal.
+
+    Raises: UsageError when it is empty or no text.
+    """
+    from launcher.errors import UsageError
+
+    if given is None and sys.stdin is not None and sys.stdin.isatty():
+        return None
+    try:
+        message = given if given is not None else sys.stdin.read() if sys.stdin is not None else ""
+        # Bytes that are no UTF-8 come as lone surrogates, by an option always, by a pipe in the C locale.
+        message.encode()
+    except UnicodeError as error:
+        raise UsageError("the message is no UTF-8 text") from error
+    if not message.strip():
+        raise UsageError("the message is empty", hint="-m TEXT, or text on standard input")
+    return message if given is not None else message.strip()
 
 
 @dataclass(slots=True)
@@ -94,13 +116,14 @@ class Conversation:
             elif line:
                 self._ask_and_survive(line)
 
-    def ask(self, text: str) -> None:
-        """Send a message and stream the reply to stdout; the reply joins the history."""
+    def ask(self, text: str) -> bool:
+        """Send a message and stream the reply to stdout; the reply joins the history. False when Ctrl-C cut it."""
         messages = [{"role": "system", "content": self.system}] if self.system else []
         messages += [*self.history, {"role": "user", "content": text}]
         body = {"model": self.model, "messages": messages, "stream": True, **self.options}
         answer: list[str] = []
         is_reasoning = False
+        is_whole = True
         events = self.client.stream("/v1/chat/completions", body)
         try:
             for event in events:
@@ -117,10 +140,12 @@ class Conversation:
                         self.console.piece(piece)
         except KeyboardInterrupt:
             answer.append(" …")
+            is_whole = False
         finally:
             events.close()  # type: ignore[attr-defined]
             self.console.raw("\n")
         self.history += [{"role": "user", "content": text}, {"role": "assistant", "content": "".join(answer)}]
+        return is_whole
 
     def _ask_and_survive(self, text: str) -> None:
         """Ask; a refused message is shown and the conversation goes on."""
