@@ -80,6 +80,7 @@ def model_card(app: App, name: str, exchange: Exchange) -> dict[str, Any]:
         "max_model_len": limit,
         "context_length": limit,
         "max_output_tokens": limit,
+        "vocab_size": app.engine.model.vocab_size,
         "capabilities": {
             "tools": app.chat_format is not None,
             "reasoning": app.chat_format is not None,

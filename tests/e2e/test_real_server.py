@@ -76,6 +76,7 @@ def test_bench_measures_and_draws(running: Running, tmp_path: Path) -> None:
     )
     data = json.loads(done.stdout)
     assert data == json.loads(document.read_text())
+    assert data["workload"]["vocab_size"] > 2000, "prompts are drawn from the whole vocabulary, as the server tells it"
     assert [level["requests"] for level in data["levels"]] == [2, 4]
     assert all(level["errors"] == 0 and level["output_tokens_per_second"] > 0 for level in data["levels"])
     assert picture.read_bytes().startswith(b"\x89PNG")
