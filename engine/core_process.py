@@ -134,9 +134,10 @@ def _serve(link: _Link, core: Any) -> None:
         try:
             while (message := link.receive()) is not None:
                 inbox.put(message)
-        except ipc.WireError as error:
+        except (ipc.WireError, OSError) as error:
             print(f"engine core: {error}", file=sys.stderr)
-        inbox.put(None)
+        finally:
+            inbox.put(None)
 
     threading.Thread(target=listen, name="inbox", daemon=True).start()
     facts = core.facts

@@ -80,9 +80,10 @@ def run_level(
                 return
             try:
                 times = _run_request(client, workload, random.Random(f"{workload.seed}/{concurrency}/{index}"))
-            except HlaunchError as error:
+            except (HlaunchError, ValueError) as error:
+                # ValueError: an answer that is no JSON, from whatever listens there.
                 with lock:
-                    errors.append(error.message)
+                    errors.append(str(error))
                 continue
             with lock:
                 results.append(times)

@@ -61,6 +61,7 @@ def register(app: typer.Typer) -> None:
             console.note(f"{model} at {server.url}: {input_tokens} tokens in, {output_tokens} out")
             run_level(server.url, server.api_key, workload, 1, 1)
             measured: list[LevelFigures] = []
+            failures: list[str] = []
             with console.phases() as view:
                 for level in levels:
                     label = f"{level} in flight"
@@ -72,6 +73,7 @@ def register(app: typer.Typer) -> None:
 
                     result = run_level(server.url, server.api_key, workload, level, total, show)
                     measured.append(figures(result))
+                    failures += result.errors
                     view.end(label, result.wall_seconds, f"{measured[-1].output_tokens_per_second:.0f} tokens/s")
                     if not result.requests:
                         raise EngineFailed(f"no request succeeded at {level} in flight: {result.errors[0]}")
@@ -86,6 +88,8 @@ def register(app: typer.Typer) -> None:
             console.json(data)
         else:
             console.table(COLUMNS, [_row(level) for level in measured])
+        if failures:
+            raise EngineFailed(f"{len(failures)} requests failed; the first: {failures[0]}")
 
 
 def check_results(output: Path | None, plot: Path | None) -> None:

@@ -148,10 +148,10 @@ class Conversation:
         return is_whole
 
     def _ask_and_survive(self, text: str) -> None:
-        """Ask; a refused message is shown and the conversation goes on."""
-        from launcher.client import ApiError
+        """Ask; a refused message or a lost connection is shown, and the conversation goes on."""
+        from launcher.errors import HlaunchError
 
         try:
             self.ask(text)
-        except ApiError as error:
+        except HlaunchError as error:
             self.console.failure(error)
