@@ -13,7 +13,8 @@ help: ## Show the verbs
 setup: $(VENV)/.dev ## Make .venv with everything the tests need
 
 demo: $(VENV)/.engine ## Serve tiny-oss on this machine, no GPU needed
-	@$(BIN)/hlaunch up tiny-oss
+	@# With job control the server has the terminal to itself: Ctrl-C drains it, and make sees its exit status.
+	@set -m 2>/dev/null; $(BIN)/hlaunch up tiny-oss; exit $$?
 
 test: $(VENV)/.dev ## Lint, types, architecture and tier A; ends with one line of passed and failed
 	@$(BIN)/python tools/check.py

@@ -50,6 +50,8 @@ def main() -> int:
         _follow_parent(arguments.status_fd)
     dump_stacks_on_signal()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr)
+    # uvicorn tells its life under the name of an error log; ours is told by the status pipe.
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
     status = StatusPipe(arguments.status_fd)
     try:
         config = _read_config(arguments.config)
