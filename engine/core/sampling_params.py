@@ -107,8 +107,11 @@ class SamplingParams:
 
 
 def sequence_seed(seed: int, index: int) -> int:
-    """Derive the seed of the `index`-th of `n` sequences; the first keeps the request's own."""
-    return (seed + index * 0x9E3779B97F4A7C15) % (1 << 63)
+    """Derive the seed of the `index`-th of `n` sequences; the first keeps the request's own.
+
+    The stride is odd, so that the seeds of one request never meet (a Weyl sequence).
+    """
+    return seed if index == 0 else (seed + index * 0x9E3779B97F4A7C15) % (1 << 63)
 
 
 def _number(name: str, value: object, low: float, high: float) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from engine.core.request import EngineRequest, RequestOutput, TokenLogprobs
-from engine.core.sampling_params import SamplingParams
+from engine.core.sampling_params import SamplingParams, sequence_seed
 from engine.server import errors
 from engine.server.schemas import GenerationBody
 from engine.text import Tokenizer
@@ -24,9 +24,6 @@ if TYPE_CHECKING:
 
 MAX_SEQUENCES = 128
 MAX_CACHE_SALT_CHARS = 256
-_SEED_MASK = 2**63 - 1
-# Odd, so that the derived seeds of one request never meet (Weyl sequence).
-_SEED_STRIDE = 0x9E3779B97F4A7C15
 
 
 def check_common(body: GenerationBody) -> None:
@@ -78,7 +75,7 @@ def engine_requests(
             prompt_token_ids=prompt,
             params=params,
             max_tokens=limit,
-            seed=derive_seed(base, j),
+            seed=sequence_seed(base, j),
             stop_token_ids=stops,
             priority=body.priority or 0,
             arrival_time=now,
@@ -87,11 +84,6 @@ def engine_requests(
         for index, (prompt, limit) in enumerate(zip(prompts, max_tokens, strict=True))
         for j in range(params.n)
     ]
-
-
-def derive_seed(base: int, index: int) -> int:
-    """Return the seed of choice `index`; choice 0 keeps the client's own."""
-    return base if index == 0 else (base + index * _SEED_STRIDE) & _SEED_MASK
 
 
 def new_id(prefix: str) -> str:
