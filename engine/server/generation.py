@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -33,7 +34,9 @@ class Generation:
     def __init__(self, app: App, exchange: Exchange, requests: Sequence[EngineRequest]) -> None:
         self._app = app
         self._exchange = exchange
-        self._requests = requests
+        # Different keys share no cached blocks: the time to a first token must not tell what another key has asked.
+        salt = f"{exchange.tenant}/" if exchange.tenant else ""
+        self._requests = [replace(item, cache_salt=salt + item.cache_salt) for item in requests] if salt else requests
         self._streams: dict[int, RequestStream] = {}
         self._task: asyncio.Task[object] | None = None
         self._watcher: asyncio.Task[None] | None = None

@@ -40,21 +40,23 @@ class Guard:
             return
         if exchange.path in PUBLIC_PATHS and exchange.method in _SAFE_METHODS:
             return
-        if not self.has_valid_key(exchange):
+        exchange.tenant = self._tenant(exchange)
+        if not exchange.tenant:
             raise errors.invalid_api_key()
 
-    def has_valid_key(self, exchange: Exchange) -> bool:
-        """Tell whether a valid key came as `Authorization: Bearer` or as `x-api-key`, in constant time."""
+    def _tenant(self, exchange: Exchange) -> str:
+        """Return the digest of the valid key in `Authorization: Bearer` or `x-api-key`, or nothing; constant time."""
         scheme, _, credential = exchange.headers.get(b"authorization", b"").partition(b" ")
         bearer = credential.strip() if scheme.lower() == b"bearer" else b""
         plain = exchange.headers.get(b"x-api-key", b"").strip()
-        valid = False
+        tenant = ""
         for offered in (bearer, plain):
             digest = hashlib.sha256(offered).digest()
             for expected in self._digests:
                 # No early exit: the time must not tell which key came close.
-                valid |= hmac.compare_digest(digest, expected) and offered != b""
-        return valid
+                if hmac.compare_digest(digest, expected) and offered != b"":
+                    tenant = expected.hex()
+        return tenant
 
     def _check_browser(self, host: bytes, origin: bytes | None) -> None:
         """Without keys, refuse what a web page could send: a rebound DNS name as Host, or a foreign Origin."""

@@ -30,6 +30,7 @@ class Exchange:
     """One HTTP request and its answer.
 
     `path` is `scope["path"]`, the only path that anything is decided on. `request_id` is the client's when well formed.
+    `tenant` is the digest of the key that let the request in, empty where no key is asked for.
     """
 
     __slots__ = (
@@ -44,6 +45,7 @@ class Exchange:
         "started",
         "started_at",
         "status",
+        "tenant",
         "warnings",
     )
 
@@ -65,6 +67,7 @@ class Exchange:
         self.started_at = time.monotonic()
         self.started = False
         self.status = 0
+        self.tenant = ""
         self.body_bytes = 0
         self.warnings: list[str] = []
 

@@ -219,3 +219,16 @@ def test_no_error_body_leaks(http: httpx.Client) -> None:
             assert 400 <= answer.status_code < 500
             assert set(answer.json()) == {"error"}
             assert not CANARIES.search(answer.text)
+
+
+def test_different_keys_share_no_cached_blocks(locked: RunningServer) -> None:
+    salts = []
+    with locked.http() as client:
+        for key, salt in ((KEY, ""), ("other", ""), (KEY, ""), (KEY, "mine"), ("other", "mine")):
+            body = {"model": "tiny-oss", "prompt": "a", "max_tokens": 1} | ({"cache_salt": salt} if salt else {})
+            answer = client.post("/v1/completions", json=body, headers={"x-api-key": key})
+            assert answer.status_code == 200
+            salts.append(locked.engine.submitted[-1].cache_salt)
+    assert salts[0] == salts[2]
+    assert len(set(salts)) == 4
+    assert not any(KEY in salt for salt in salts)
