@@ -50,7 +50,7 @@ $(VENV)/.engine: $(VENV)/bin/python pyproject.toml constraints.txt
 
 $(VENV)/.dev: $(VENV)/.engine
 	@echo "installing what the tests need (once)"
-	@$(PIP) --editable '.[engine,bench,dev]'
+	@$(PIP) --editable '.[engine,ray,bench,dev]'
 	@touch $@
 
 $(VENV)/.bench: $(VENV)/.dev

@@ -22,7 +22,7 @@ def main() -> int:
         venv.create(folder, with_pip=True)
         python = str(Path(folder) / "bin" / "python")
         pip = [python, "-m", "pip", "--disable-pip-version-check"]
-        subprocess.run([*pip, "install", "--quiet", "--editable", f"{ROOT}[engine,bench,dev]"], check=True)
+        subprocess.run([*pip, "install", "--quiet", "--editable", f"{ROOT}[engine,ray,bench,dev]"], check=True)
         listed = subprocess.run([*pip, "list", "--format=json"], check=True, capture_output=True, text=True).stdout
     # A local part (`+cpu`) names one build; the constraint must accept every build of that version. What torch's own
     # build needs (CUDA, triton) is pinned by torch itself.
