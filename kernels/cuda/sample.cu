@@ -1,4 +1,5 @@
 // Step H: the next token of each row, greedy or by Gumbel-max, and the step's state moved on by one.
+// A row whose best score is not finite reports token -1; the state goes on with a valid id.
 //
 // The noise depends on (seed, position, token) alone; its twin is gumbel_noise in the torch reference of sampling.
 #include "common.cuh"
@@ -70,8 +71,9 @@ sample_advance(const float* logits, const float* temperatures, const i64* seeds,
   best = block_max(best, scratch);
   if (threadIdx.x == 0) {
     const int token = (int)~(u32)best;
+    const u32 score = (u32)(best >> 32);  // as ranked: -inf is 0x007FFFFF, +inf 0xFF800000
     tickets[row] = 0;
-    tokens[row] = token;
+    tokens[row] = score > 0x007FFFFFu && score < 0xFF800000u ? token : -1;
     ids[row] = token;
     positions[row] = position + 1;
     lengths[row] += 1;
