@@ -36,6 +36,7 @@ COMMANDS: Mapping[str, str] = {
     "logs": "Show the log of a running or past model.",
     "chat": "Talk to a model in the terminal.",
     "bench": "Measure latency and throughput of a model.",
+    "synth": "Write a checkpoint of a model's true shape with random weights.",
     "list": "List the models of the registry.",
     "show": "Show one model, resolved; --explain says where each value comes from.",
     "validate": "Check a registry and report every problem.",

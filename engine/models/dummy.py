@@ -1,13 +1,13 @@
 """Made-up gpt-oss weights: for `load_format: dummy`, and for tests and benchmarks that want a checkpoint on disk.
 
-Each tensor is drawn from a generator keyed by (seed, tensor name): any order of loading gives the same model.
+The bytes are those of `hlaunch synth` with the same seed (`engine.synthesis.values`): any order of loading gives the
+same model, and so does a checkpoint that was written first.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from torch import Tensor
 
 from engine.config import ModelConfig, parse_model_config
 from engine.models.gpt_oss_weights import expected_tensors
+from engine.models.synthetic import synthetic_rule
+from engine.synthesis import values
 
 
 class DummySource:
@@ -28,26 +30,10 @@ class DummySource:
 
     def get(self, name: str) -> Tensor:
         want = self._expected[name]
-        # One number of 32 bits: torch's CPU generator looks at no more of its seed.
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{self._seed} {name}".encode()))
-        if name.endswith("_blocks"):
-            return torch.randint(0, 256, want.shape, dtype=torch.uint8, generator=generator)
-        if name.endswith("_scales"):
-            # Nibbles have a mean square of about 8.4: bring a dot product over the columns to about one.
-            exponent = 127 - round(math.log2(math.sqrt(8.4 * 32 * want.shape[-1])))
-            return torch.randint(exponent - 1, exponent + 2, want.shape, dtype=torch.uint8, generator=generator)
-        values = torch.randn(want.shape, generator=generator)
-        if name.endswith("norm.weight"):
-            values = 1.0 + 0.1 * values
-        elif name.endswith("embed_tokens.weight"):
-            pass
-        elif name.endswith(("bias", "sinks")):
-            values *= 0.5
-        elif name.endswith(("gate_up_proj", "down_proj")):
-            values *= want.shape[-2] ** -0.5
-        else:
-            values *= want.shape[-1] ** -0.5
-        return values.to(torch.bfloat16)
+        dtype = torch.uint8 if want.dtypes == ("U8",) else torch.bfloat16
+        num_bytes = math.prod(want.shape) * dtype.itemsize
+        data = values.make(name, num_bytes, synthetic_rule(name, want.shape), self._seed)
+        return torch.from_numpy(data).view(dtype).view(want.shape)
 
 
 def write_checkpoint(folder: Path, config: Mapping[str, Any], seed: int = 0, *, num_shards: int = 1) -> ModelConfig:
