@@ -1,0 +1,295 @@
+"""ClusterPlan -> compose files: one folder per node, the same bytes for the same plan.
+
+Knows: how one node becomes one service with GPU, RDMA, limits, secrets, health and lifecycle. Refuses to know: YAML's
+quoting (`yaml_text`), what an option means to the engine, Docker's daemon. Pure: no clock, no file, no network.
+
+One service per node: a Ray driver must share shared memory and session folder with its raylet. Secrets never stand in
+a file: they come from Compose `secrets:` or from `${NAME:?run: export NAME=…}`, which Compose refuses to leave unset.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+
+from launcher import __version__
+from launcher.compose.readme import node_readme
+from launcher.compose.specs import (
+    CONTAINER,
+    engine_config,
+    is_secret,
+    needs_model_folder,
+    node_environment,
+    node_spec,
+)
+from launcher.compose.yaml_text import Block, Interpolated, Value, dump
+from launcher.errors import UsageError
+from launcher.plan.cluster_plan import ClusterPlan, NodePlan
+from launcher.registry.cluster import Cluster, Container
+
+COMPOSE_FILE = "docker-compose.yml"
+ENV_EXAMPLE = ".env.example"
+README = "README.md"
+SERVICE = "node"
+LABEL = "dev.hlaunch"
+"""Prefix of the labels by which `ps` and `down` find what belongs to a launch, whoever started it."""
+_HEADER = (
+    "# rendered by hlaunch from the registry - do not edit; change the registry and run: hlaunch render\n"
+    "# start: docker compose up -d     stop: docker compose down     (settings: .env.example)\n"
+)
+_GRACE_BEYOND_DRAIN_SECONDS = 10
+_START_PERIOD_SECONDS = 120
+"""The least time a node may take before a failing health check counts; large models read for minutes."""
+_VARIABLE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
+_PROJECT_NAME = re.compile(r"[^a-z0-9_-]+", re.ASCII)
+
+
+def render(plan: ClusterPlan) -> dict[str, bytes]:
+    """Render every node's folder: relative path -> bytes, in path order.
+
+    Raises: UsageError or PreflightError for a value that no compose file may hold.
+    """
+    files: dict[str, bytes] = {}
+    for node in plan.nodes:
+        folder = node_folder(plan, node)
+        files[f"{folder}/{COMPOSE_FILE}"] = (_HEADER + dump(compose_document(plan, node))).encode("ascii")
+        files[f"{folder}/{ENV_EXAMPLE}"] = env_example(plan, node).encode("ascii")
+        files[f"{folder}/{README}"] = node_readme(plan, node).encode("utf-8")
+    return dict(sorted(files.items()))
+
+
+def node_folder(plan: ClusterPlan, node: NodePlan) -> str:
+    """Name a node's folder: `head`, `worker`, and with several workers `worker-<name>`."""
+    if node.is_head:
+        return "head"
+    return "worker" if len(plan.workers) == 1 else f"worker-{slug(node.name)}"
+
+
+def project_name(plan: ClusterPlan) -> str:
+    """Name the Compose project. Folders may be renamed; the project must not follow them."""
+    return f"hl-{slug(plan.name)}"
+
+
+def slug(name: str) -> str:
+    """Reduce a name to what Compose projects and folders accept."""
+    return _PROJECT_NAME.sub("-", name.lower()).strip("-_") or "unnamed"
+
+
+def compose_document(plan: ClusterPlan, node: NodePlan) -> dict[str, Value]:
+    """Build the compose file of one node as plain values, in the order they are written."""
+    container = plan.cluster.container
+    document: dict[str, Value] = {
+        "name": project_name(plan) if container.network == "host" else f"{project_name(plan)}-{slug(node.name)}",
+        "x-hlaunch": _provenance(plan, node),
+        "services": {SERVICE: _service(plan, node)},
+        "configs": _configs(plan, node),
+    }
+    if secrets := _secrets(plan, node):
+        document["secrets"] = secrets
+    if container.network != "host":
+        # Two projects share it, so neither may own it: `hlaunch up` makes it, `hlaunch down` removes it.
+        document["networks"] = {"fabric": {"name": container.network, "external": True}}
+    return document
+
+
+def _provenance(plan: ClusterPlan, node: NodePlan) -> dict[str, Value]:
+    return {
+        "version": __version__,
+        "model": plan.name,
+        "cluster": plan.cluster.name,
+        "node": node.name,
+        "role": "head" if node.is_head else "worker",
+        "platform": plan.cluster.platform,
+        "plan": plan.digest,
+    }
+
+
+def _service(plan: ClusterPlan, node: NodePlan) -> dict[str, Value]:
+    cluster = plan.cluster
+    container = cluster.container
+    role = "head" if node.is_head else "worker"
+    service: dict[str, Value] = {
+        "image": container.image,
+        "pull_policy": "missing",
+        "command": ["python", "-m", "launcher.node", role, "--plan", CONTAINER.node_file],
+        # Secrets are files of mode 0600: the container runs as whoever owns them on the host.
+        "user": Interpolated("${HLAUNCH_UID:-1000}:${HLAUNCH_GID:-1000}"),
+        "environment": _environment(node, cluster),
+        # `raw` keeps quotes, `#` and `$` as they stand, like `docker run --env-file`.
+        "env_file": [{"path": "./node.env", "required": False, "format": "raw"}],
+    }
+    service |= _network(node, container)
+    service |= _isolation(container)
+    service |= _devices(node, cluster)
+    service |= {
+        "ulimits": {
+            "memlock": -1,
+            "nofile": {"soft": 1048576, "hard": 1048576},
+            "stack": 67108864,
+        },
+        "configs": [
+            {"source": "node", "target": CONTAINER.node_file},
+            *([{"source": "engine", "target": CONTAINER.engine_file}] if node.is_head else []),
+        ],
+    }
+    if secrets := _secrets(plan, node):
+        service["secrets"] = list(secrets)
+    if needs_model_folder(plan) and (node.is_head or node.ranks):
+        service["volumes"] = [_model_volume()]
+    service |= {"labels": _labels(plan, node), "healthcheck": _healthcheck(plan, role)}
+    # A failure that repeats must not loop for ever: three restarts, then it stays down with its cause in the log.
+    service |= {
+        "restart": "on-failure:3",
+        "stop_grace_period": f"{_seconds(node.config.server.drain_timeout_seconds) + _GRACE_BEYOND_DRAIN_SECONDS}s",
+        "logging": {"driver": "json-file", "options": {"max-file": "5", "max-size": "50m"}},
+    }
+    return service
+
+
+def _environment(node: NodePlan, cluster: Cluster) -> dict[str, Value]:
+    chosen: dict[str, Value] = {}
+    for name, value in node_environment(node).items():
+        if not _VARIABLE_NAME.fullmatch(name):
+            raise UsageError(f"{node.name}: {name!r} is not a variable name", hint="use letters, digits and '_'")
+        if "\0" in value:
+            raise UsageError(f"{node.name}: {name} holds a NUL byte, which no environment can", hint="remove it")
+        chosen[name] = Interpolated(f"${{{name}:?run: export {name}=...}}") if is_secret(name) else value
+    fixed: dict[str, Value] = {"HF_HOME": CONTAINER.model_root, "HF_HUB_OFFLINE": "1", "HLAUNCH_NODE_IP": node.node.ip}
+    if cluster.ray is not None:
+        fixed |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": CONTAINER.token_file}
+        chosen.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if _has_gpu(node, cluster):
+        chosen.setdefault("NVIDIA_DRIVER_CAPABILITIES", "compute,utility")
+    return dict(sorted((chosen | fixed).items()))
+
+
+def _network(node: NodePlan, container: Container) -> dict[str, Value]:
+    if container.network == "host":
+        return {"network_mode": "host"}
+    key = "ipv6_address" if ":" in node.node.ip else "ipv4_address"
+    return {"networks": {"fabric": {key: node.node.ip}}}
+
+
+def _isolation(container: Container) -> dict[str, Value]:
+    chosen: dict[str, Value] = {"init": True, "ipc": container.ipc}
+    if container.ipc != "host":
+        # With the host's /dev/shm the size would be inert.
+        chosen["shm_size"] = _megabytes(container.shm_bytes)
+    return chosen | {"cap_add": ["IPC_LOCK", "SYS_NICE"], "security_opt": ["no-new-privileges:true"]}
+
+
+def _devices(node: NodePlan, cluster: Cluster) -> dict[str, Value]:
+    """One GPU mechanism and no other; the RDMA devices only where the plan uses them, or create would fail."""
+    chosen: dict[str, Value] = {}
+    devices: list[Value] = ["/dev/infiniband:/dev/infiniband"] if cluster.fabric.rdma == "required" else []
+    mode = cluster.container.gpu_mode if _has_gpu(node, cluster) else "none"
+    if mode == "cdi":
+        devices.append("nvidia.com/gpu=all")
+    elif mode == "gpus":
+        chosen["gpus"] = "all"
+    elif mode == "reservation":
+        request: Value = {"driver": "nvidia", "count": "all", "capabilities": ["gpu"]}
+        chosen["deploy"] = {"resources": {"reservations": {"devices": [request]}}}
+    if devices:
+        chosen["devices"] = devices
+    return chosen
+
+
+def _has_gpu(node: NodePlan, cluster: Cluster) -> bool:
+    return cluster.platform != "cpu" and (node.node.gpus > 0 or bool(node.gpus))
+
+
+def _model_volume() -> Value:
+    """The host's folder has one name, the container's another; a missing folder is an error, not a new empty one."""
+    return {
+        "type": "bind",
+        "source": Interpolated("${HLAUNCH_MODEL_DIR:?run: export HLAUNCH_MODEL_DIR=<host folder of the models>}"),
+        "target": CONTAINER.model_root,
+        "read_only": True,
+        "bind": {"create_host_path": False},
+    }
+
+
+def _labels(plan: ClusterPlan, node: NodePlan) -> dict[str, Value]:
+    return {
+        f"{LABEL}.cluster": plan.cluster.name,
+        f"{LABEL}.model": plan.name,
+        f"{LABEL}.node": node.name,
+        f"{LABEL}.plan": plan.digest,
+        f"{LABEL}.role": "head" if node.is_head else "worker",
+    }
+
+
+def _healthcheck(plan: ClusterPlan, role: str) -> Value:
+    """`ready` on the head asks the API too; on a worker that question could never be answered."""
+    probe = "ready" if role == "head" else "worker"
+    return {
+        "test": ["CMD", "python", "-m", "launcher.probe", probe],
+        "interval": "10s",
+        "timeout": "5s",
+        "retries": 5,
+        "start_period": f"{max(_START_PERIOD_SECONDS, _seconds(plan.ready_timeout_seconds))}s",
+        "start_interval": "2s",
+    }
+
+
+def _configs(plan: ClusterPlan, node: NodePlan) -> dict[str, Value]:
+    configs: dict[str, Value] = {"node": {"content": Block(node_spec(plan, node, CONTAINER).to_json())}}
+    if node.is_head:
+        configs["engine"] = {"content": Block(engine_config(plan, node, CONTAINER).to_json())}
+    return configs
+
+
+def _secrets(plan: ClusterPlan, node: NodePlan) -> dict[str, Value]:
+    secrets: dict[str, Value] = {}
+    reference = plan.entry.secret("api-key")
+    if node.is_head and reference is not None:
+        if reference.kind == "file":
+            secrets["api_key"] = {"file": reference.name}
+        else:
+            secrets["api_key"] = {"environment": api_key_variable(plan)}
+    if plan.cluster.ray is not None:
+        secrets["ray_token"] = {"file": "./ray_token"}
+    return secrets
+
+
+def api_key_variable(plan: ClusterPlan) -> str:
+    """The variable of the host that holds the API key; a literal of the registry travels under our own name."""
+    reference = plan.entry.secret("api-key")
+    return reference.name if reference is not None and reference.kind == "env" else "HLAUNCH_API_KEY"
+
+
+def host_variables(plan: ClusterPlan, node: NodePlan) -> Mapping[str, str]:
+    """What the host must export before `docker compose up`: name -> what it is, secrets included, no values."""
+    wanted = {
+        "HLAUNCH_UID": "user id that owns ray_token and may read the models (id -u)",
+        "HLAUNCH_GID": "its group (id -g)",
+    }
+    if needs_model_folder(plan) and (node.is_head or node.ranks):
+        wanted["HLAUNCH_MODEL_DIR"] = "host folder of the models: a Hugging Face cache, or the checkpoint's own folder"
+    reference = plan.entry.secret("api-key")
+    if node.is_head and reference is not None and reference.kind != "file":
+        wanted[api_key_variable(plan)] = "the API key that clients send (secret: export it, do not write it here)"
+    for name in node_environment(node):
+        if is_secret(name):
+            wanted[name] = "secret: export it, do not write it here"
+    return wanted
+
+
+def env_example(plan: ClusterPlan, node: NodePlan) -> str:
+    """The `.env` to copy: every variable that the compose file reads, secrets only named."""
+    lines = ["# copy to .env (mode 0600) and fill in; hlaunch up does this by itself"]
+    defaults = {"HLAUNCH_UID": "1000", "HLAUNCH_GID": "1000"}
+    for name, what in host_variables(plan, node).items():
+        is_hidden = what.startswith("secret") or "(secret" in what
+        lines += ["", f"# {what}", f"#{name}=" if is_hidden else f"{name}={defaults.get(name, '')}"]
+    return "\n".join(lines) + "\n"
+
+
+def _seconds(seconds: float) -> int:
+    return max(1, math.ceil(seconds))
+
+
+def _megabytes(num_bytes: int) -> str:
+    return f"{max(1, num_bytes >> 20)}m"

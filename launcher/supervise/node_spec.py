@@ -1,0 +1,121 @@
+"""What one node of a cluster is told to run: plain values that travel as JSON, in a compose file or over ssh.
+
+Knows: role, addresses, pinned ports, deadlines, where secrets lie. Refuses to know: registries, plans, secrets
+themselves. The engine's own configuration is a second file beside this one, exactly as the dry run prints it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from launcher.errors import PreflightError
+from launcher.registry.cluster import RaySettings
+
+HEAD = "head"
+WORKER = "worker"
+MAX_SPEC_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """A node as the others see it."""
+
+    name: str
+    ip: str
+    role: str
+    gpus: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class NodeSpec:
+    """One node's part of a launch. Folders and files are paths on that node.
+
+    `run_folder` holds the control socket and the final engine.json (mode 0700, made here). `ray_folder` is Ray's
+    session folder; the kernel limits socket paths to 107 bytes, so it must be short. `model_root` is searched first
+    for weights, empty: the node's own caches. `ray` None: this node joins nobody. Units: seconds, bytes, counts;
+    `cpus` 0: all.
+    """
+
+    launch: str
+    cluster: str
+    node: str
+    role: str
+    ip: str
+    plan: str
+    peers: tuple[Peer, ...]
+    model: str
+    revision: str | None
+    run_folder: str
+    engine_config: str
+    ray: RaySettings | None = None
+    ray_folder: str = "/tmp/ray"
+    token_file: str = ""
+    api_key_file: str = ""
+    model_root: str = ""
+    gpus: int = 0
+    cpus: int = 0
+    num_ranks: int = 0
+    join_timeout_seconds: float = 300.0
+    ready_timeout_seconds: float = 900.0
+    drain_timeout_seconds: float = 30.0
+
+    @property
+    def is_head(self) -> bool:
+        return self.role == HEAD
+
+    @property
+    def head(self) -> Peer:
+        return next(peer for peer in self.peers if peer.role == HEAD)
+
+    @property
+    def head_address(self) -> str:
+        """`ip:port` of Ray's control store; an IPv6 address in brackets."""
+        ip = self.head.ip
+        port = self.ray.port if self.ray is not None else 0
+        return f"[{ip}]:{port}" if ":" in ip else f"{ip}:{port}"
+
+    def to_json(self) -> str:
+        """Write it as indented ASCII, keys in order: the same spec gives the same bytes."""
+        return json.dumps(asdict(self), indent=2, sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str, where: str) -> NodeSpec:
+        """Read what `to_json` wrote.
+
+        Raises: PreflightError naming `where` for anything else: image and launcher may be of two versions.
+        """
+        try:
+            data = json.loads(text)
+            _check_keys(cls, data)
+            peers = tuple(_build(Peer, peer) for peer in data["peers"])
+            ray = None if data.get("ray") is None else _ray(data["ray"])
+            spec = cls(**{**data, "peers": peers, "ray": ray})
+            if spec.role not in (HEAD, WORKER) or sum(peer.role == HEAD for peer in peers) != 1:
+                raise ValueError("a cluster has one head, and every node is head or worker")
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise PreflightError(
+                f"{where} is not a node plan of this version: {error}", hint="render it again: hlaunch render"
+            ) from error
+        return spec
+
+
+def _ray(data: Any) -> RaySettings:
+    _check_keys(RaySettings, data)
+    first, last = data["worker_ports"]
+    return RaySettings(**{**data, "worker_ports": (int(first), int(last))})
+
+
+def _build(cls: type[Peer], data: Any) -> Peer:
+    _check_keys(cls, data)
+    return cls(**data)
+
+
+def _check_keys(cls: type[Any], data: Any) -> None:
+    if not isinstance(data, Mapping):
+        raise ValueError(f"{cls.__name__}: expected an object")
+    unknown = set(data) - {item.name for item in fields(cls)}
+    if unknown:
+        raise ValueError(f"{cls.__name__}: unknown {', '.join(sorted(unknown))}")
