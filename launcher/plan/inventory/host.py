@@ -1,59 +1,81 @@
-"""What this machine has: cores, memory within its cgroup, GPUs. Read under a root, so that a fixture tree tests it.
+"""This host: cores, memory within its cgroup, NUMA nodes, GPUs, NICs; read under a root, so that a fixture tree tests.
 
-Knows: procfs, sysfs, cgroup v1 and v2. Refuses to know: torch, CUDA, what a model needs. Nothing here blocks or
-starts anything; what cannot be read counts as absent.
+Knows: procfs, sysfs, cgroup v1 and v2, which CUDA the installed torch was built for. Refuses to know: torch itself.
 """
 
 from __future__ import annotations
 
 import math
 import os
+import re
 import socket
-from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
+
+from launcher.plan.inventory.network import read_nics, read_rdma_ports
+from launcher.plan.inventory.nvml import GpuReading, load_nvml, read_gpus
+from launcher.plan.inventory.values import Finding, Gpu, Inventory, NumaNode
 
 _NO_LIMIT = 1 << 60
 """cgroup v1 says "no limit" with a number near 2^63."""
 
 
-@dataclass(frozen=True, slots=True)
-class Gpu:
-    """One GPU as the driver's files show it; `memory_bytes` is 0 when only the vendor's library could tell."""
-
-    index: int
-    name: str
-    memory_bytes: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Inventory:
-    """One machine. Units: bytes. `memory_available_bytes` already respects cgroup limits."""
-
-    node: str
-    cpu_name: str
-    cpu_cores: int
-    numa_nodes: int
-    memory_total_bytes: int
-    memory_available_bytes: int
-    gpus: tuple[Gpu, ...] = ()
+_FEATURES = {
+    "avx2": "AVX2",
+    "avx512f": "AVX-512",
+    "avx512_vnni": "AVX-512 VNNI",
+    "avx512_bf16": "AVX-512 bf16",
+    "avx512_fp16": "AVX-512 fp16",
+    "amx_tile": "AMX",
+    "amx_bf16": "AMX bf16",
+    "amx_int8": "AMX int8",
+    "asimd": "NEON",
+    "sve": "SVE",
+    "bf16": "bf16",
+    "i8mm": "int8 matmul",
+}
+"""Flags of /proc/cpuinfo that matter to kernels, and how they are called."""
 
 
-def read_inventory(root: Path = Path("/")) -> Inventory:
-    """Read the machine under `root`; `/` is this one."""
-    total, available = _meminfo(root)
+def read_inventory(root: Path = Path("/"), nvml: Any = None) -> Inventory:
+    """Read the machine under `root`; `/` is this one. `nvml` replaces the package nvidia-ml-py, for tests."""
+    whole_total, whole_available = total, available = _meminfo(root)
     limit, used = _cgroup_memory(root)
     if limit < total:
         total = limit
         available = min(available, max(0, limit - used))
+    ports = read_rdma_ports(root)
+    numa = _numa(root)
+    reading = _gpus(root, nvml, (whole_total, min(whole_available, available)))
     return Inventory(
         node=socket.gethostname(),
         cpu_name=_cpu_name(root),
         cpu_cores=_cpu_cores(root),
-        numa_nodes=max(1, len(list((root / "sys/devices/system/node").glob("node[0-9]*")))),
+        numa_nodes=max(1, len(numa)),
         memory_total_bytes=total,
         memory_available_bytes=available,
-        gpus=_gpus(root),
+        gpus=reading.gpus,
+        cpu_features=_cpu_features(root),
+        numa=numa,
+        nics=read_nics(root, ports),
+        rdma_ports=ports,
+        driver_version=reading.driver_version,
+        torch_cuda=torch_cuda_version(),
+        findings=reading.findings,
     )
+
+
+def torch_cuda_version() -> str | None:
+    """Return the CUDA version that torch was built for, from its version file; torch is not imported.
+
+    None: no torch. Empty: a build without CUDA.
+    """
+    spec = find_spec("torch")
+    if spec is None or spec.origin is None:
+        return None
+    found = re.search(r"^cuda\b[^=]*=\s*'([\d.]+)'", _read(Path(spec.origin).with_name("version.py")), re.MULTILINE)
+    return found[1] if found else ""
 
 
 def _read(path: Path) -> str:
@@ -158,8 +180,61 @@ def _cpu_name(root: Path) -> str:
     return "CPU"
 
 
-def _gpus(root: Path) -> tuple[Gpu, ...]:
-    """NVIDIA GPUs by the driver's own listing; memory sizes need NVML, which the CUDA executor will bring."""
+def _cpu_features(root: Path) -> tuple[str, ...]:
+    for line in _read(root / "proc/cpuinfo").splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() in ("flags", "Features"):
+            flags = set(value.split())
+            return tuple(shown for flag, shown in _FEATURES.items() if flag in flags)
+    return ()
+
+
+def _numa(root: Path) -> tuple[NumaNode, ...]:
+    nodes: list[NumaNode] = []
+    folders = (root / "sys/devices/system/node").glob("node[0-9]*")
+    for folder in sorted(folders, key=lambda path: int(path.name[4:]) if path.name[4:].isdigit() else 0):
+        sizes = {
+            name: int(kib) * 1024 for name, kib in re.findall(r"Node \d+ (\w+):\s+(\d+) kB", _read(folder / "meminfo"))
+        }
+        nodes.append(
+            NumaNode(
+                index=int(folder.name[4:]) if folder.name[4:].isdigit() else len(nodes),
+                cores=parse_cores(_read(folder / "cpulist")),
+                memory_bytes=sizes.get("MemTotal", 0),
+                free_bytes=sizes.get("MemFree", 0),
+            )
+        )
+    return tuple(nodes)
+
+
+def parse_cores(text: str) -> tuple[int, ...]:
+    """Read the kernel's list of cores: `0-3,8` is 0, 1, 2, 3, 8."""
+    cores: list[int] = []
+    for part in text.strip().split(","):
+        first, _, last = part.partition("-")
+        if first.isdigit():
+            cores += range(int(first), int(last if last.isdigit() else first) + 1)
+    return tuple(cores)
+
+
+def _gpus(root: Path, nvml: Any, unified_memory: tuple[int, int]) -> GpuReading:
+    """NVIDIA GPUs by NVML; where it is missing, by the driver's own listing, without sizes."""
+    listed = _listed_gpus(root)
+    module = nvml if nvml is not None else load_nvml() if root == Path("/") else None
+    if module is not None and (nvml is not None or listed):
+        reading = read_gpus(module, unified_memory)
+        return reading if reading.gpus else GpuReading(listed, reading.driver_version, reading.findings)
+    if not listed:
+        return GpuReading()
+    finding = Finding(
+        "nvml-missing",
+        f"{len(listed)} NVIDIA GPU(s) are here, but their memory and capability cannot be read without nvidia-ml-py",
+        "run: pip install nvidia-ml-py",
+    )
+    return GpuReading(listed, _listed_driver(root), (finding,))
+
+
+def _listed_gpus(root: Path) -> tuple[Gpu, ...]:
     gpus = []
     folders = sorted((root / "proc/driver/nvidia/gpus").glob("*/information"))
     for index, path in enumerate(folders):
@@ -168,5 +243,10 @@ def _gpus(root: Path) -> tuple[Gpu, ...]:
             key, _, value = line.partition(":")
             if key.strip() == "Model":
                 name = value.strip()
-        gpus.append(Gpu(index, name))
+        gpus.append(Gpu(index, name, bus_id=path.parent.name.lower()))
     return tuple(gpus)
+
+
+def _listed_driver(root: Path) -> str:
+    found = re.search(r"NVRM version:.*?\b(\d+\.\d+(?:\.\d+)?)\b", _read(root / "proc/driver/nvidia/version"))
+    return found[1] if found else ""
