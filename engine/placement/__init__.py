@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from engine.placement.place import PlacementOptions, find_sizes, place
 from engine.placement.remarks import Remark, remarks
+from engine.placement.shard import embedding_rows, shard
 from engine.placement.shares import MLP_UNIT, Shares, apportion, split_evenly, split_layers
 from engine.placement.values import (
     Device,
@@ -40,9 +41,11 @@ __all__ = [
     "Remark",
     "Shares",
     "apportion",
+    "embedding_rows",
     "find_sizes",
     "place",
     "remarks",
+    "shard",
     "single_rank",
     "split_evenly",
     "split_layers",

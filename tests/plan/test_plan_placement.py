@@ -21,9 +21,11 @@ from engine.placement import (
     PlacementOptions,
     Shares,
     apportion,
+    embedding_rows,
     find_sizes,
     place,
     remarks,
+    shard,
     single_rank,
     split_evenly,
     split_layers,
@@ -379,3 +381,32 @@ def test_one_rank_owns_everything() -> None:
     host = HostSpec("here", (Device("cpu"),))
     assert place(model, ParallelSizes(), (host,)) == placement
     assert remarks(placement, model) == ()
+
+
+# Shares as shapes.
+
+
+@pytest.mark.parametrize("tie", [False, True])
+@pytest.mark.parametrize(
+    "sizes", [(1, 1, 1), (1, 1, 2), (1, 2, 4), (1, 3, 8), (1, 24, 1)], ids=lambda s: f"pp{s[1]}tp{s[2]}"
+)
+@pytest.mark.parametrize("name", ["gpt-oss-20b", "gpt-oss-120b"])
+def test_the_shares_of_all_ranks_are_the_model(name: str, sizes: tuple[int, int, int], tie: bool) -> None:
+    model = replace(shape(name), tie_word_embeddings=tie)
+    placement = place(model, ParallelSizes(*sizes), gpu_hosts(24))
+    parts = [shard(model, rank) for rank in placement.ranks]
+    tp = sizes[2]
+    assert sum(part.num_layers for part in parts) == model.num_layers * tp
+    assert sum(part.num_layers * part.num_kv_heads for part in parts) == model.num_layers * model.num_kv_heads
+    assert sum(part.num_layers * part.intermediate_size for part in parts) == model.num_layers * model.intermediate_size
+    assert sum(part.vocab_size for part in parts) == model.vocab_size
+    windows = [window for pp in range(sizes[1]) for window in parts[pp * tp].layer_windows]
+    assert tuple(windows) == model.layer_windows
+    held = sum(embedding_rows(model, rank) for rank in placement.ranks)
+    assert held == (0 if tie and placement.is_single_rank else model.vocab_size * tp)
+
+
+def test_a_width_that_32_does_not_divide_ends_in_a_short_unit() -> None:
+    model = replace(shape(), intermediate_size=100)
+    placement = place(model, ParallelSizes(tensor=4), gpu_hosts(4))
+    assert [shard(model, rank).intermediate_size for rank in placement.ranks] == [32, 32, 32, 4]
