@@ -94,12 +94,16 @@ class SchedulerConfig:
 
 @dataclass(frozen=True, slots=True)
 class CacheConfig:
-    """KV cache. `num_blocks == 0` sizes the pool from `kv_cache_bytes`, and that from memory when it is 0 too."""
+    """KV cache. `num_blocks == 0` sizes the pool from `kv_cache_bytes`, and that from memory when it is 0 too.
+
+    `gpu_memory_utilization` is the share of a GPU's memory that everything of a rank may take; a CPU ignores it.
+    """
 
     block_size: int = 16
     num_blocks: int = 0
     kv_cache_bytes: int = 0
     dtype: DType | Literal["auto"] = "auto"
+    gpu_memory_utilization: float = 0.9
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +133,7 @@ class EngineConfig:
 
     `model` is a folder; `device` is `cpu` or `cuda:N`; `max_model_len == 0` means the model's own limit;
     `cpu_threads == 0` lets the worker choose; `seed` feeds requests without one, so that a run can be repeated.
+    `enforce_eager` keeps a GPU from capturing CUDA graphs.
     """
 
     model: str
@@ -139,6 +144,7 @@ class EngineConfig:
     cpu_threads: int = 0
     seed: int | None = None
     step_timeout_seconds: float = 60.0
+    enforce_eager: bool = False
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
@@ -153,6 +159,7 @@ class EngineConfig:
             "must be at least max_num_seqs, or some rows could never run",
         )
         _check(0 <= self.server.port <= 65535, "server.port", "must be between 0 and 65535")
+        _check(0 < self.cache.gpu_memory_utilization <= 1, "cache.gpu_memory_utilization", "must be above 0, at most 1")
         _check(self.max_model_len >= 0, "max_model_len", "must not be negative")
         _check(self.cpu_threads >= 0, "cpu_threads", "must not be negative")
 

@@ -116,7 +116,7 @@ def _import_and_start(config: EngineConfig, report: Any) -> Any:
 def _fatal(phase: str, error: BaseException) -> ipc.FatalMessage:
     message = str(error).splitlines()[0] if str(error) else type(error).__name__
     hint = getattr(error, "hint", "")
-    does_not_fit = type(error).__name__ == "OutOfMemoryPlan" or isinstance(error, MemoryError)
+    does_not_fit = type(error).__name__ in ("OutOfMemoryPlan", "OutOfGpuMemory") or isinstance(error, MemoryError)
     return ipc.FatalMessage(
         phase=phase,
         error_type=type(error).__name__,

@@ -17,10 +17,9 @@ from engine.config import ConfigError, EngineConfig, ModelConfig, load_model_con
 from engine.core.request import EngineRequest, FinishReason, RequestOutput, SchedulerStats
 from engine.core.scheduler import RequestRejected, Scheduler
 from engine.executor.base import Executor
-from engine.executor.inline import InlineExecutor, InlineThreadExecutor
-from engine.memory import MemoryFit, fit, kv_cache_groups
+from engine.executor.inline import make_executor, make_worker
+from engine.memory import MemoryFit, kv_cache_groups
 from engine.placement import Placement, single_rank
-from engine.worker.worker import Worker
 
 PhaseReport = Callable[[str, str, float | None, str], None]
 
@@ -40,6 +39,7 @@ class ServingFacts:
     block_size: int
     max_full_requests: float
     device: str
+    device_name: str
     dtype: str
 
 
@@ -86,23 +86,12 @@ class EngineCore:
                 f"use at most {model.max_position_embeddings}",
             )
         placement = place(config, model)
-        worker = Worker(config, model, placement.ranks[0])
+        worker = make_worker(config, model, placement.ranks[0])
         worker.load(lambda fraction, detail: report("load", "progress", fraction, detail))
         report("load", "end", 1.0, f"{worker.weight_bytes / 2**20:.1f} MiB of weights from {folder.name}")
 
         report("kv", "begin", None, "")
-        memory = fit(
-            model,
-            budget_bytes=worker.available_memory() + worker.weight_bytes,
-            weight_bytes=worker.weight_bytes,
-            kv_dtype=worker.kv_dtype_name,
-            block_size=config.cache.block_size,
-            max_model_len=max_model_len,
-            max_num_seqs=config.scheduler.max_num_seqs,
-            max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
-            kv_cache_bytes=config.cache.kv_cache_bytes,
-            num_blocks=config.cache.num_blocks,
-        )
+        memory = worker.fit_memory(max_model_len)
         if memory.max_full_requests < 1.0 and not config.cache.num_blocks:
             raise OutOfMemoryPlan(
                 "memory",
@@ -124,10 +113,10 @@ class EngineCore:
             block_size=memory.block_size,
             max_full_requests=memory.max_full_requests,
             device=placement.ranks[0].device,
+            device_name=worker.device_name,
             dtype=worker.dtype_name,
         )
-        overlapped = config.scheduler.async_scheduling
-        executor: Executor = InlineThreadExecutor(worker) if overlapped else InlineExecutor(worker)
+        executor = make_executor(worker, overlapped=config.scheduler.async_scheduling)
         return cls(config, model, executor, memory, max_model_len, facts)
 
     def add(self, request: EngineRequest) -> RequestOutput | None:

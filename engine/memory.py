@@ -18,6 +18,10 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 # Interpreter, torch and allocator slack of one CPU rank; measured at 0.35 GiB with tiny-oss.
 CPU_RUNTIME_BYTES = 512 << 20
 CPU_KV_CAP_BYTES = 4 << 30
+# CUDA context, compiled kernels, library workspaces and captured graphs of one GPU rank.
+GPU_RUNTIME_BYTES = 1 << 30
+# Batch sizes whose kernels keep logits of their own: 1, 2, 4, 8 and 16 rows; see `engine.worker.gpu_decode`.
+_GPU_SMALL_ROWS = 31
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +168,37 @@ def activation_bytes(model: ModelConfig, max_num_batched_tokens: int, max_num_se
     return 4 * (max_num_batched_tokens * width + 3 * max_num_seqs * model.vocab_size)
 
 
+def gpu_weight_bytes(model: ModelConfig, num_positions: int) -> int:
+    """Bytes of the weights on a GPU: MXFP4 experts packed with a second copy of their scales, the rest bf16.
+
+    Norms and sinks are float32, and so is the rotary table of `num_positions`. See `engine.models.gpt_oss_gpu`.
+    """
+    hidden, inter, block = model.hidden_size, model.intermediate_size, MXFP4_BLOCK
+
+    def prepared(rows: int, columns: int) -> int:
+        return model.num_experts * rows * -(-columns // (4 * block)) * 4
+
+    scales = model.num_layers * (prepared(2 * inter, hidden) + prepared(hidden, inter))
+    widened = 2 * (model.num_layers * (2 * hidden + model.num_attention_heads) + hidden)
+    return model_bytes(model) + scales + widened + num_positions * model.head_dim * 4
+
+
+def gpu_activation_bytes(model: ModelConfig, max_num_batched_tokens: int, max_num_seqs: int) -> int:
+    """Arena of one step on a GPU: a layer's buffers for every token, and logits for every row.
+
+    The residual stream and logits are float32, the rest bf16; rows of experts are padded to 128 columns.
+    """
+
+    def padded(width: int) -> int:
+        return -(-width // 128) * 128
+
+    hidden, query = model.hidden_size, model.num_attention_heads * model.head_dim
+    width = 2 * hidden + 4 * hidden + padded(hidden) + 3 * query + 2 * model.num_kv_heads * model.head_dim
+    experts = padded(hidden) + padded(model.intermediate_size) + hidden
+    tokens = 2 * max_num_batched_tokens * (width + model.num_experts_per_token * experts)
+    return tokens + 4 * model.vocab_size * (2 * max_num_seqs + _GPU_SMALL_ROWS)
+
+
 def fit(
     model: ModelConfig,
     *,
@@ -176,22 +211,25 @@ def fit(
     max_num_batched_tokens: int,
     kv_cache_bytes: int = 0,
     num_blocks: int = 0,
-    runtime_bytes: int = CPU_RUNTIME_BYTES,
+    is_gpu: bool = False,
 ) -> MemoryFit:
     """Size the block pool of one rank.
 
     `num_blocks` or `kv_cache_bytes` fix the pool; otherwise it gets what the budget leaves, at most what
-    `max_num_seqs` requests of full length can use and at most 4 GiB. Block 0 is the null block.
+    `max_num_seqs` requests of full length can use and, on a CPU, at most 4 GiB. Block 0 is the null block.
     """
     block_bytes = kv_block_bytes(model, block_size, kv_dtype)
-    activations = activation_bytes(model, max_num_batched_tokens, max_num_seqs)
+    arena = gpu_activation_bytes if is_gpu else activation_bytes
+    activations = arena(model, max_num_batched_tokens, max_num_seqs)
+    runtime_bytes = GPU_RUNTIME_BYTES if is_gpu else CPU_RUNTIME_BYTES
     per_request = blocks_per_request(model, max_model_len, block_size, max_num_batched_tokens)
     if not num_blocks:
         if kv_cache_bytes:
             num_blocks = kv_cache_bytes // block_bytes
         else:
             left = max(0, budget_bytes - weight_bytes - activations - runtime_bytes)
-            num_blocks = min(min(left, CPU_KV_CAP_BYTES) // block_bytes, max_num_seqs * per_request + 1)
+            cap = left if is_gpu else min(left, CPU_KV_CAP_BYTES)
+            num_blocks = min(cap // block_bytes, max_num_seqs * per_request + 1)
     return MemoryFit(
         budget_bytes=budget_bytes,
         weight_bytes=weight_bytes,

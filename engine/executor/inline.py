@@ -1,7 +1,8 @@
-"""One rank in this process.
+"""One rank in this process, and which worker and executor its device takes.
 
-Plain: `submit` runs the plan at once. Overlapped: one thread runs plans in order, so that the next plan is made
-while this one computes (torch releases the interpreter lock inside its kernels).
+On a CPU, plain: `submit` runs the plan at once; overlapped: one thread runs plans in order, so that the next plan is
+made while this one computes (torch releases the interpreter lock inside its kernels). On a GPU `submit` launches and
+returns, and `collect` waits: the device runs ahead by itself.
 """
 
 from __future__ import annotations
@@ -9,10 +10,33 @@ from __future__ import annotations
 import threading
 from collections import deque
 from queue import SimpleQueue
+from typing import TYPE_CHECKING
 
+from engine.config import EngineConfig, ModelConfig
 from engine.core.plan import ExecutionPlan, StepResult
-from engine.executor.base import ExecutorError
+from engine.executor.base import Executor, ExecutorError
+from engine.placement import RankSpec
 from engine.worker.worker import Worker
+
+if TYPE_CHECKING:
+    from engine.worker.gpu_runner import PendingStep
+    from engine.worker.gpu_worker import GpuWorker
+
+
+def make_worker(config: EngineConfig, model: ModelConfig, rank: RankSpec) -> Worker | GpuWorker:
+    """Make the worker that a rank's device takes. Raises: ConfigError when this machine has no such device."""
+    if not rank.device.startswith("cuda"):
+        return Worker(config, model, rank)
+    from engine.worker.gpu_worker import GpuWorker
+
+    return GpuWorker(config, model, rank)
+
+
+def make_executor(worker: Worker | GpuWorker, *, overlapped: bool) -> Executor:
+    """Make the executor of one warm worker. `overlapped`: plans may be submitted before results are collected."""
+    if not isinstance(worker, Worker):
+        return InlineGpuExecutor(worker)
+    return InlineThreadExecutor(worker) if overlapped else InlineExecutor(worker)
 
 
 class InlineExecutor:
@@ -76,3 +100,28 @@ class InlineThreadExecutor:
             except Exception as error:  # noqa: BLE001 - the thread's border: the loop re-raises it
                 failure = error
                 self._results.put(error)
+
+
+class InlineGpuExecutor:
+    """Launch plans on a GPU from the calling thread; the device works through them in submit order."""
+
+    def __init__(self, worker: GpuWorker) -> None:
+        self._worker = worker
+        self._pending: deque[PendingStep] = deque()
+
+    @property
+    def num_in_flight(self) -> int:
+        return len(self._pending)
+
+    def submit(self, plan: ExecutionPlan) -> None:
+        self._pending.append(self._worker.launch(plan))
+
+    def collect(self) -> StepResult:
+        try:
+            return self._pending.popleft().wait()
+        except RuntimeError as error:
+            # An asynchronous fault of the device comes to light here: nothing on it can be trusted afterwards.
+            raise ExecutorError(f"the GPU failed: {str(error).splitlines()[0]}") from error
+
+    def stop(self) -> None:
+        self._pending.clear()

@@ -1,4 +1,4 @@
-"""One rank: loads its weights, holds its KV pool, executes plans.
+"""One rank on a CPU: loads its weights, holds its KV pool, executes plans. Its twin is `gpu_worker`.
 
 Knows: the configuration, the model's files, the device. Refuses to know: scheduling policy, text, processes.
 """
@@ -13,7 +13,7 @@ import torch
 from engine.config import ConfigError, EngineConfig, ModelConfig, resolve_model_folder
 from engine.core.plan import AdmittedRow, ExecutionPlan, StepResult
 from engine.core.sampling_params import SamplingParams
-from engine.memory import kv_cache_groups, should_expand_experts
+from engine.memory import MemoryFit, fit, kv_cache_groups, should_expand_experts
 from engine.models.checkpoint import Checkpoint, CheckpointError, TensorSource
 from engine.models.dummy import DummySource
 from engine.models.gpt_oss import GptOss
@@ -31,10 +31,10 @@ class Worker:
 
     def __init__(self, config: EngineConfig, model: ModelConfig, rank: RankSpec) -> None:
         if not rank.device.startswith("cpu"):
-            raise ConfigError("device", f"{rank.device!r} is not served by this build", "use device cpu")
+            raise ConfigError("device", f"{rank.device!r} is neither cpu nor cuda:N")
         self._config = config
         self._model_config = model
-        self._rank = rank
+        self.device_name = "cpu"
         # The CPU computes in float32 unless told otherwise: its bfloat16 products are slower and no smaller in cache.
         self.dtype_name = "float32" if config.dtype == "auto" else config.dtype
         self.kv_dtype_name = self.dtype_name if config.cache.dtype == "auto" else config.cache.dtype
@@ -67,6 +67,22 @@ class Worker:
     def available_memory(self) -> int:
         """Bytes that this rank may still take."""
         return cpu.available_memory()
+
+    def fit_memory(self, max_model_len: int) -> MemoryFit:
+        """Size the KV pool from the memory at hand."""
+        config = self._config
+        return fit(
+            self._model_config,
+            budget_bytes=self.available_memory() + self.weight_bytes,
+            weight_bytes=self.weight_bytes,
+            kv_dtype=self.kv_dtype_name,
+            block_size=config.cache.block_size,
+            max_model_len=max_model_len,
+            max_num_seqs=config.scheduler.max_num_seqs,
+            max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
+            kv_cache_bytes=config.cache.kv_cache_bytes,
+            num_blocks=config.cache.num_blocks,
+        )
 
     def allocate_kv(self, num_blocks: int) -> None:
         """Make the KV pool, zeroed: block 0 stays so."""

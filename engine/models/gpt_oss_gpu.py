@@ -1,0 +1,155 @@
+"""gpt-oss on one GPU: its weights there, and the two ways through its layers.
+
+`decode_small` runs up to 16 rows, one token each, on the CUDA kernels (six launches a layer); `forward` runs any number
+of tokens on the Triton kernels. Both can be captured. Refuses to know: plans, rows, where weights come from.
+
+Layouts: residual stream float32, activations bfloat16, experts MXFP4 as in the checkpoint with a second copy of their
+scales in the order the Triton kernels read (6 % of the experts' bytes).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from engine.config import ModelConfig
+from kernels import gpu
+
+Attend = Callable[[int, Tensor], Tensor]
+
+
+@dataclass(slots=True)
+class GpuLayer:
+    """One layer; `weights` as the CUDA kernels take them, scales once more as the Triton kernels do."""
+
+    weights: gpu.LayerWeights
+    gate_up_scales: Tensor
+    down_scales: Tensor
+    window: int | None
+
+    @property
+    def gate_up(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.weights.gate_up_blocks, self.gate_up_scales, self.weights.gate_up_bias
+
+    @property
+    def down(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.weights.down_blocks, self.down_scales, self.weights.down_bias
+
+
+@dataclass(slots=True)
+class ExpertBuffers:
+    """Scratch of the experts for up to `rows` decoding rows: zeroed once, since padding is never written."""
+
+    activations: Tensor
+    deltas: Tensor
+
+    @classmethod
+    def allocate(cls, model: ModelConfig, rows: int, device: torch.device) -> ExpertBuffers:
+        pairs = rows * model.num_experts_per_token
+        width = gpu.expert_width(model.intermediate_size)
+        return cls(
+            torch.zeros((pairs, width), dtype=torch.bfloat16, device=device),
+            torch.zeros((rows, model.num_experts_per_token, model.hidden_size), dtype=torch.bfloat16, device=device),
+        )
+
+
+@dataclass(slots=True)
+class GptOssGpu:
+    """One rank's model. Shapes: embedding and lm_head bf16 [V, H], norm float32 [H], rotations float32 [P, D/2, 2]."""
+
+    config: ModelConfig
+    embedding: Tensor
+    layers: list[GpuLayer]
+    norm: Tensor
+    lm_head: Tensor
+    rotations: Tensor
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all weights as held, the second copy of the scales and the rotary table included."""
+        tensors = {t.data_ptr(): t.nbytes for t in (self.embedding, self.norm, self.lm_head, self.rotations)}
+        for layer in self.layers:
+            held = [getattr(layer.weights, item.name) for item in fields(layer.weights)]
+            tensors |= {t.data_ptr(): t.nbytes for t in (*held, layer.gate_up_scales, layer.down_scales)}
+        return sum(tensors.values())
+
+    def decode_small(
+        self,
+        kernels: gpu.DecodeKernels,
+        state: gpu.DecodeState,
+        caches: Sequence[Tensor],
+        tables: Sequence[Tensor],
+        after_router: Callable[[int], None] | None = None,
+    ) -> None:
+        """Compute the logits of one token for each row of `kernels`, into `kernels.logits`.
+
+        caches[l] bf16 [S, 2, K, D] and tables[l] int32 [>= rows, M] are layer l's. `after_router` is called with each
+        layer's number once its experts are chosen.
+        """
+        kernels.embed(state, self.embedding, self.layers[0].weights.input_norm)
+        for i, (layer, cache, table) in enumerate(zip(self.layers, caches, tables, strict=True)):
+            weights = layer.weights
+            kernels.norm_qkv_rope(state, weights, cache, table)
+            kernels.paged_decode_attention(state, weights.sinks, cache, table, layer.window)
+            kernels.out_proj_add(weights)
+            kernels.norm_router_topk(state, weights)
+            if after_router is not None:
+                after_router(i)
+            kernels.moe_gate_up(weights)
+            kernels.moe_down_add(state, weights, self._norm_after(i))
+        kernels.norm_logits(self.lm_head)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        slots: Sequence[Tensor],
+        caches: Sequence[Tensor],
+        attend: Attend,
+        *,
+        real: Tensor | None = None,
+        buffers: ExpertBuffers | None = None,
+        after_router: Callable[[Tensor], None] | None = None,
+    ) -> Tensor:
+        """Compute the normed hidden states of a step's tokens, bf16 [T, H]: what `logits` takes.
+
+        input_ids and positions integer [T]; slots[l] integer [T] and caches[l] are layer l's; `attend(l, query)` gives
+        [T, Hq · D] from queries [T, Hq, D] once layer l's keys are written. Tokens where `real` is 0 are padding.
+        `after_router` is handed each layer's expert ids int32 [T, k].
+        """
+        config, eps = self.config, self.config.rms_norm_eps
+        tokens, k = input_ids.shape[0], config.num_experts_per_token
+        residual = self.embedding.index_select(0, input_ids).float()
+        expert_x = residual.new_empty((tokens, gpu.expert_width(config.hidden_size)), dtype=torch.bfloat16)
+        activations = deltas_out = None
+        if buffers is not None:
+            activations, deltas_out = buffers.activations[: tokens * k], buffers.deltas[:tokens]
+        normed = gpu.rms_norm(residual, self.layers[0].weights.input_norm, eps)
+        for i, layer in enumerate(self.layers):
+            weights = layer.weights
+            qkv = torch.nn.functional.linear(normed, weights.qkv)
+            query = gpu.rope_kv_write(qkv, weights.qkv_bias, self.rotations, positions, slots[i], caches[i])
+            projected = torch.nn.functional.linear(attend(i, query), weights.out)
+            gpu.add_rms_norm(
+                projected, weights.out_bias, residual, weights.post_norm, eps, out=normed, expert_out=expert_x
+            )
+            ids, shares = gpu.router_topk(normed, weights.router, weights.router_bias, k, real=real)
+            if after_router is not None:
+                after_router(ids)
+            index = gpu.expert_index(ids, config.num_experts)
+            deltas, slot_weights = gpu.run_experts(
+                expert_x, shares, index, layer.gate_up, layer.down, config.swiglu_limit, act=activations, out=deltas_out
+            )
+            gpu.add_rms_norm(deltas, None, residual, self._norm_after(i), eps, slot_weights=slot_weights, out=normed)
+        return normed
+
+    def logits(self, normed: Tensor, out: Tensor | None = None) -> Tensor:
+        """Project normed states bf16 [B, H] on the vocabulary: float32 [B, V]."""
+        return gpu.widening_linear(normed, self.lm_head, out)
+
+    def _norm_after(self, layer: int) -> Tensor:
+        """Give the norm that the stream meets after a layer."""
+        return self.layers[layer + 1].weights.input_norm if layer + 1 < len(self.layers) else self.norm

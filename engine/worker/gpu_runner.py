@@ -1,0 +1,309 @@
+"""Run one plan on a GPU without waiting for it: the host runs ahead, results are collected later.
+
+A step in which every row computes one token and samples is a decode step, one graph launch (`gpu_decode`). Any other
+step runs layer by layer on the Triton kernels, decoding rows first. Sampled tokens stay on the device, where the next
+step finds them, and travel to the host by themselves. Rows whose logits the host must see (penalties, bias, banned
+stops, log-probabilities) make their step wait for the host's sampler.
+
+KV storage: tensor i, bf16 [num_blocks · block_size, 2, K, D], holds layer `groups[g].layers[i]` for a block of group g.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.core.plan import FLAG_NAN, ExecutionPlan, StepResult
+from engine.core.request import TokenLogprobs
+from engine.device import Event, new_event, pinned_buffer
+from engine.memory import KVCacheGroup
+from engine.models.gpt_oss_gpu import GptOssGpu
+from engine.sampling.sampler import sample
+from engine.worker.gpu_decode import MAX_ROWS, DecodeGraphs
+from engine.worker.gpu_rows import GpuRow, GpuRows
+from engine.worker.input_batch import RowError
+from kernels import gpu
+
+NUM_RESULTS = 8  # pinned result buffers: more than steps in flight
+
+
+@dataclass(slots=True)
+class PendingStep:
+    """A step on its way. `wait` blocks for its tokens; `chosen` holds what the host sampled, by place."""
+
+    step_id: int
+    rows: list[int]
+    started: Event | None = None
+    ended: Event | None = None
+    tokens: Tensor | None = None
+    chosen: dict[int, int] = field(default_factory=dict)
+    logprobs: list[TokenLogprobs | None] | None = None
+
+    def wait(self) -> StepResult:
+        """Wait for the device, and give the result."""
+        if self.started is None or self.ended is None:
+            return StepResult(self.step_id, [], [], [])
+        self.ended.synchronize()
+        seconds = self.started.elapsed_time(self.ended) / 1e3
+        if self.tokens is None:
+            return StepResult(self.step_id, [], [], [], device_seconds=seconds)
+        ids: list[int] = self.tokens.tolist()
+        for place, token in self.chosen.items():
+            ids[place] = token
+        flags = [FLAG_NAN if token < 0 else 0 for token in ids]
+        ids = [max(0, token) for token in ids]
+        return StepResult(self.step_id, self.rows, ids, flags, self.logprobs, seconds)
+
+
+class GpuModelRunner:
+    """Everything on the device happens here, on one stream, in the order of the plans."""
+
+    def __init__(
+        self,
+        model: GptOssGpu,
+        groups: Sequence[KVCacheGroup],
+        storage: Sequence[Tensor],
+        *,
+        num_rows: int,
+        block_size: int,
+        max_model_len: int,
+        is_eager: bool = False,
+    ) -> None:
+        config, device = model.config, model.embedding.device
+        self._model, self._device = model, device
+        by_layer = {layer: (g, i) for g, group in enumerate(groups) for i, layer in enumerate(group.layers)}
+        self._group_of_layer = [by_layer[layer][0] for layer in range(config.num_layers)]
+        self._caches = [storage[by_layer[layer][1]] for layer in range(config.num_layers)]
+        self._rows = GpuRows(
+            num_rows=num_rows,
+            num_groups=len(groups),
+            max_blocks=-(-max_model_len // block_size),
+            block_size=block_size,
+            vocab_size=config.vocab_size,
+            device=device,
+        )
+        self.decode = DecodeGraphs(
+            model, self._rows, self._caches, self._group_of_layer, min(num_rows, MAX_ROWS), is_eager=is_eager
+        )
+        self._sampling = gpu.SampleWorkspace.allocate(num_rows, config.vocab_size, device)
+        self._attention = gpu.DecodeWorkspace.allocate(
+            min(num_rows, MAX_ROWS),
+            config.num_kv_heads,
+            config.head_dim,
+            device,
+            config.num_attention_heads // config.num_kv_heads,
+        )
+        self._results = [pinned_buffer(num_rows, torch.int32, device) for _ in range(NUM_RESULTS)]
+        self._turn = 0
+
+    @property
+    def num_rows(self) -> int:
+        return len(self._rows)
+
+    @torch.inference_mode()
+    def launch(self, plan: ExecutionPlan) -> PendingStep:
+        """Apply the plan's deltas and start its step. Raises: RowError when the plan does not fit the rows."""
+        tables_changed = self._rows.apply(plan)
+        if not plan.rows:
+            if plan.released or plan.admits:
+                self.decode.forget()
+            return PendingStep(plan.step_id, [])
+        started, ended = (new_event(self._device, is_timed=True) for _ in range(2))
+        started.record()
+        rows = [self._rows[index] for index in plan.rows]
+        if self._is_decode(plan):
+            pending = self._launch_decode(plan, rows, tables_changed)
+        else:
+            pending = self._launch_mixed(plan, rows)
+        ended.record()
+        pending.started, pending.ended = started, ended
+        return pending
+
+    def _is_decode(self, plan: ExecutionPlan) -> bool:
+        return len(plan.rows) <= MAX_ROWS and all(plan.samples) and max(plan.num_scheduled) == 1
+
+    def _launch_decode(self, plan: ExecutionPlan, rows: list[GpuRow], tables_changed: bool) -> PendingStep:
+        decode, count = self.decode, len(rows)
+        has_filters = any(row.has_filters for row in rows)
+        decode.prepare(count, has_filters)
+        if plan.admits or plan.released or not decode.is_current(plan.rows):
+            self._send_known_tokens(plan.rows, rows)
+            decode.fill(plan.rows, [self._rows.advance(index, 1) for index in plan.rows])
+        else:
+            if tables_changed:
+                decode.refresh_tables(decode.size_for(count))
+            for index in plan.rows:
+                self._rows.advance(index, 1)
+        step = decode.run(count, has_filters)
+        return self._finish(plan, rows, step.tokens[:count], step.logits, list(range(count)))
+
+    def _send_known_tokens(self, indices: Sequence[int], rows: Sequence[GpuRow]) -> None:
+        """Put the next token of rows whose next token the host knows (the last of a prompt) where steps look for it."""
+        known = [
+            (index, row.tokens[row.num_computed])
+            for index, row in zip(indices, rows, strict=True)
+            if row.num_computed < len(row.tokens)
+        ]
+        if known:
+            at, tokens = self._rows.send([[index for index, _ in known], [token for _, token in known]])
+            self._rows.last_tokens.index_copy_(0, at, tokens.int())
+
+    def _launch_mixed(self, plan: ExecutionPlan, rows: list[GpuRow]) -> PendingStep:
+        self.decode.forget()
+        order = sorted(range(len(rows)), key=lambda i: plan.num_scheduled[i] > 1)
+        counts = [plan.num_scheduled[i] for i in order]
+        num_decode = sum(count == 1 for count in counts)
+        self._send_known_tokens([plan.rows[i] for i in order[:num_decode]], [rows[i] for i in order[:num_decode]])
+        begins = [self._rows.advance(plan.rows[i], plan.num_scheduled[i]) for i in order]
+        prompt: list[int] = []
+        for i, begin, count in zip(order[num_decode:], begins[num_decode:], counts[num_decode:], strict=True):
+            known = rows[i].tokens
+            if begin + count > len(known):
+                raise RowError(f"row {plan.rows[i]} has {len(known)} tokens, the plan computes up to {begin + count}")
+            prompt += known[begin : begin + count]
+        ends = np.cumsum(counts)
+        sampling = [j for j, i in enumerate(order) if plan.samples[i]]
+        # Results go back in the order of the plan.
+        sampling.sort(key=lambda j: order[j])
+        places = np.arange(len(counts)).repeat(counts)
+        positions = np.arange(int(ends[-1])) - (ends - counts)[places] + np.array(begins)[places]
+        lengths = [begin + count for begin, count in zip(begins, counts, strict=True)]
+        starts = [0, *(ends[num_decode:] - num_decode).tolist()]
+        sent = self._rows.send(
+            [
+                [plan.rows[i] for i in order],
+                [plan.rows[i] for i in order[num_decode:]],
+                prompt,
+                positions,
+                places,
+                lengths[:num_decode],
+                lengths[num_decode:],
+                starts,
+                [int(ends[j]) - 1 for j in sampling],
+                [plan.rows[order[j]] for j in sampling],
+                [lengths[j] - 1 for j in sampling],
+            ]
+        )
+        row_index, prefill_index, prompt_ids, at, place = sent[:5]
+        decode_lens, prefill_lens, query_starts = (tensor.int() for tensor in sent[5:8])
+        sample_index, sample_rows, sample_positions = sent[8:]
+        ids = torch.cat((self._rows.last_tokens.index_select(0, row_index[:num_decode]).long(), prompt_ids))
+        hidden = self._forward(
+            ids, at, row_index[place], row_index[:num_decode], decode_lens, prefill_index, prefill_lens, query_starts
+        )
+        if not sampling:
+            return PendingStep(plan.step_id, [])
+        logits = self._model.logits(hidden.index_select(0, sample_index))
+        chosen_rows = [rows[order[j]] for j in sampling]
+        tokens = self._sample(logits, sample_rows, sample_positions, chosen_rows)
+        self._rows.last_tokens.index_copy_(0, sample_rows, tokens.clamp(min=0))
+        return self._finish(plan, chosen_rows, tokens, logits, [order[j] for j in sampling])
+
+    def _forward(
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        row_of_token: Tensor,
+        decode_rows: Tensor,
+        decode_lens: Tensor,
+        prefill_rows: Tensor,
+        prefill_lens: Tensor,
+        query_starts: Tensor,
+    ) -> Tensor:
+        """Run the layers over a mixed step's tokens: `decode_rows` with one each, then those of `prefill_rows`."""
+        model, config, size = self._model, self._model.config, self._rows.block_size
+        num_decode = len(decode_rows)
+        block, offset = positions // size, positions % size
+        slots, decode_tables, prefill_tables = [], [], []
+        for table in self._rows.tables:
+            slots.append((table[row_of_token, block] * size + offset).int())
+            decode_tables.append(table.index_select(0, decode_rows))
+            prefill_tables.append(table.index_select(0, prefill_rows))
+        positions = positions.int()
+
+        def attend(layer: int, query: Tensor) -> Tensor:
+            group, cache = self._group_of_layer[layer], self._caches[layer]
+            sinks, window = model.layers[layer].weights.sinks, model.layers[layer].window
+            out = torch.empty((len(query), query.shape[1] * query.shape[2]), dtype=query.dtype, device=query.device)
+            for first in range(0, num_decode, MAX_ROWS):
+                part = slice(first, min(first + MAX_ROWS, num_decode))
+                gpu.paged_decode_attention(
+                    query[part],
+                    cache,
+                    decode_tables[group][part],
+                    decode_lens[part],
+                    sinks,
+                    config.head_dim**-0.5,
+                    block_size=size,
+                    window=window,
+                    workspace=self._attention,
+                    out=out[part],
+                )
+            if len(prefill_rows):
+                gpu.paged_prefill_attention(
+                    query[num_decode:],
+                    cache,
+                    prefill_tables[group],
+                    query_starts,
+                    prefill_lens,
+                    sinks,
+                    config.head_dim**-0.5,
+                    block_size=size,
+                    window=window,
+                    out=out[num_decode:],
+                )
+            return out
+
+        layer_slots = [slots[group] for group in self._group_of_layer]
+        return model.forward(ids, positions, layer_slots, self._caches, attend)
+
+    def _sample(self, logits: Tensor, at: Tensor, positions: Tensor, rows: Sequence[GpuRow]) -> Tensor:
+        """Sample one token per row of logits; below 0 where they are not finite. Shapes: int32 [B]."""
+        state = self._rows
+        temperatures = state.temperatures.index_select(0, at)
+        thresholds = None
+        if any(row.has_filters for row in rows):
+            thresholds = gpu.sampling_thresholds(
+                logits,
+                temperatures,
+                state.top_ks.index_select(0, at),
+                state.top_ps.index_select(0, at),
+                state.min_ps.index_select(0, at),
+            )
+        seeds = state.seeds.index_select(0, at)
+        ids, is_bad = gpu.sample(
+            logits, temperatures, seeds, positions.int(), thresholds=thresholds, workspace=self._sampling
+        )
+        return torch.where(is_bad > 0, -1, ids)
+
+    def _finish(
+        self, plan: ExecutionPlan, rows: Sequence[GpuRow], tokens: Tensor, logits: Tensor, places: list[int]
+    ) -> PendingStep:
+        """Send the tokens to the host; let the host sample where it must. `places`: the rows in the plan."""
+        turn = self._turn = (self._turn + 1) % NUM_RESULTS
+        result = self._results[turn][: len(rows)]
+        result.copy_(tokens, non_blocking=True)
+        pending = PendingStep(plan.step_id, [plan.rows[i] for i in places], tokens=result)
+        asked = [j for j, row in enumerate(rows) if row.sampling is not None]
+        if asked:
+            self._sample_on_host(pending, asked, rows, logits)
+        return pending
+
+    def _sample_on_host(self, pending: PendingStep, asked: list[int], rows: Sequence[GpuRow], logits: Tensor) -> None:
+        index = torch.tensor(asked, device=logits.device)
+        samplings = [row.sampling for row in rows if row.sampling is not None]
+        sampled = sample(logits.index_select(0, index).float().cpu(), samplings)
+        for place, token, flag, sampling in zip(asked, sampled.token_ids, sampled.flags, samplings, strict=True):
+            pending.chosen[place] = -1 if flag & FLAG_NAN else token
+            sampling.append(token)
+        if sampled.logprobs is not None:
+            pending.logprobs = [None] * len(rows)
+            for place, logprobs in zip(asked, sampled.logprobs, strict=True):
+                pending.logprobs[place] = logprobs
+        at, tokens = self._rows.send([[pending.rows[place] for place in asked], sampled.token_ids])
+        self._rows.last_tokens.index_copy_(0, at, tokens.int())
+        self.decode.forget()

@@ -1,0 +1,219 @@
+"""One rank on a GPU: loads its weights, holds its KV pool, launches plans.
+
+Knows: the configuration, the model's files, the device and what may be wrong with it. Refuses to know: scheduling,
+text, processes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+
+from engine.config import ConfigError, EngineConfig, ModelConfig, resolve_model_folder
+from engine.core.plan import AdmittedRow, ExecutionPlan
+from engine.core.sampling_params import SamplingParams
+from engine.memory import MemoryFit, fit, kv_cache_groups
+from engine.models.checkpoint import Checkpoint, CheckpointError
+from engine.placement import RankSpec
+
+if TYPE_CHECKING:
+    from engine.worker.gpu_runner import PendingStep
+
+CAPABILITY = 9  # Hopper: the kernels use its matrix instructions
+USE_CPU = "use device cpu"
+# Prompt lengths whose kernels differ; see kernels.triton.router.choose_block_t.
+WARM_UP_LENGTHS = (8, 128, 1024, 8192)
+EAGER_GRAPHS = (1, 2, 4, 8)  # captured before the engine is ready, with the largest; others on first use
+
+
+class GpuError(ConfigError):
+    """This machine's GPU, driver or packages cannot serve the model."""
+
+
+class OutOfGpuMemory(ConfigError):
+    """The GPU has less memory free than was planned with."""
+
+
+class GpuWorker:
+    """A rank of a placement on a CUDA device. Call `load`, `allocate_kv`, `warm_up`, then `launch` for each plan."""
+
+    def __init__(self, config: EngineConfig, model: ModelConfig, rank: RankSpec) -> None:
+        if config.dtype not in ("auto", "bfloat16") or config.cache.dtype not in ("auto", "bfloat16"):
+            raise GpuError("dtype", "a GPU computes in bfloat16", "leave dtype and kv-cache-dtype at auto")
+        self._config = config
+        self._model_config = model
+        self.device = open_device(rank.device)
+        self.device_name = torch.cuda.get_device_name(self.device)
+        self.dtype_name = self.kv_dtype_name = "bfloat16"
+        self._free_at_start, self._total = torch.cuda.mem_get_info(self.device)
+        self._max_model_len = config.max_model_len or model.max_position_embeddings
+        self.weight_bytes = 0
+
+    @torch.inference_mode()
+    def load(self, progress: Callable[[float, str], None]) -> None:
+        """Put the weights on the GPU. Raises: CheckpointError, GpuError, OutOfGpuMemory."""
+        with _packages():
+            from engine.models.gpt_oss_gpu_weights import load_gpt_oss_gpu
+
+        config = self._config
+        checkpoint = None
+        if config.load_format != "dummy":
+            folder = resolve_model_folder(config.model)
+            if folder is None:
+                raise CheckpointError(config.model, "", "a checkpoint folder", "none")
+            checkpoint = Checkpoint.open(folder)
+        with self._memory("weights"):
+            self._model = load_gpt_oss_gpu(
+                self._model_config,
+                checkpoint,
+                self.device,
+                num_positions=self._max_model_len,
+                num_threads=len(os.sched_getaffinity(0)),
+                seed=config.seed or 0,
+                progress=progress,
+            )
+        self.weight_bytes = self._model.num_bytes
+
+    def fit_memory(self, max_model_len: int) -> MemoryFit:
+        """Size the KV pool from what the GPU has left within `gpu_memory_utilization`."""
+        config = self._config
+        share = int(config.cache.gpu_memory_utilization * self._total)
+        return fit(
+            self._model_config,
+            budget_bytes=min(share, self._free_at_start),
+            weight_bytes=self.weight_bytes,
+            kv_dtype=self.kv_dtype_name,
+            block_size=config.cache.block_size,
+            max_model_len=max_model_len,
+            max_num_seqs=config.scheduler.max_num_seqs,
+            max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
+            kv_cache_bytes=config.cache.kv_cache_bytes,
+            num_blocks=config.cache.num_blocks,
+            is_gpu=True,
+        )
+
+    @torch.inference_mode()
+    def allocate_kv(self, num_blocks: int) -> None:
+        """Make the KV pool and everything that steps use at fixed addresses. Raises: OutOfGpuMemory."""
+        from engine.worker.gpu_runner import GpuModelRunner
+
+        config, model = self._config, self._model_config
+        size, groups = config.cache.block_size, kv_cache_groups(model)
+        shape = (num_blocks * size, 2, model.num_kv_heads, model.head_dim)
+        with self._memory("the KV cache"):
+            storage = [torch.zeros(shape, dtype=torch.bfloat16, device=self.device) for _ in groups[0].layers]
+            self.runner = GpuModelRunner(
+                self._model,
+                groups,
+                storage,
+                num_rows=config.scheduler.max_num_seqs,
+                block_size=size,
+                max_model_len=self._max_model_len,
+                is_eager=config.enforce_eager,
+            )
+        self._num_groups, self._num_blocks = len(groups), num_blocks
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Run prompts of every kind of length and capture the first graphs. Raises: GpuError, OutOfGpuMemory."""
+        scheduler, decode = self._config.scheduler, self.runner.decode
+        with self._memory("activations"), _kernels():
+            for graph_rows in sorted({*EAGER_GRAPHS, scheduler.max_num_seqs}):
+                if graph_rows <= min(scheduler.max_num_seqs, decode.sizes[-1]):
+                    decode.prepare(graph_rows, has_filters=False)
+            room = (self._num_blocks - 1) // self._num_groups * self._config.cache.block_size
+            longest = min(scheduler.max_num_batched_tokens, self._max_model_len - 1, room)
+            for length in sorted({min(length, longest) for length in (*WARM_UP_LENGTHS, longest)}):
+                if length > 1:
+                    self._run_prompt(length)
+            torch.cuda.synchronize(self.device)
+
+    def launch(self, plan: ExecutionPlan) -> PendingStep:
+        """Start a plan's step; its `wait` gives the result. Raises: OutOfGpuMemory."""
+        with self._memory("a step"):
+            return self.runner.launch(plan)
+
+    def _run_prompt(self, length: int) -> None:
+        """Compute a prompt of zeros in blocks that nobody has yet, and one token after it."""
+        blocks = -(-length // self._config.cache.block_size)
+        row = AdmittedRow(
+            row=0,
+            generation=0,
+            request_id="warm-up",
+            token_ids=[0] * length,
+            num_prompt_tokens=length,
+            num_computed_tokens=0,
+            block_ids=tuple(
+                list(range(1 + group * blocks, 1 + (group + 1) * blocks)) for group in range(self._num_groups)
+            ),
+            params=SamplingParams(temperature=0.0, max_tokens=2),
+            seed=0,
+            stop_token_ids=(),
+        )
+        self.runner.launch(ExecutionPlan(-2, [0], [length], [True], admits=[row])).wait()
+        self.runner.launch(ExecutionPlan(-1, [], [], [], released=[0])).wait()
+
+    @contextmanager
+    def _memory(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except torch.cuda.OutOfMemoryError as error:
+            free, total = torch.cuda.mem_get_info(self.device)
+            raise OutOfGpuMemory(
+                "memory",
+                f"{self.device} ran out of memory for {what}: {free / 2**30:.1f} of {total / 2**30:.1f} GiB free",
+                "lower gpu-memory-utilization, max-num-batched-tokens or max-num-seqs, or free the GPU",
+            ) from error
+
+
+def open_device(name: str) -> torch.device:
+    """Open a CUDA device such as `cuda:0`. Raises: GpuError, which says what is wrong with it and what to do."""
+    if torch.version.cuda is None:
+        raise GpuError("device", f"{name}: this torch was built without CUDA", "install torch for CUDA, or " + USE_CPU)
+    try:
+        torch.zeros(1, device=name)  # opens the driver
+        device = torch.device(name)
+        index = device.index or 0
+        if index >= torch.cuda.device_count():
+            raise GpuError("device", f"{name}: this machine has {torch.cuda.device_count()} GPUs", USE_CPU)
+        torch.cuda.set_device(index)
+        major, minor = torch.cuda.get_device_capability(index)
+    except (RuntimeError, AssertionError) as error:
+        # torch says here: no driver, one too old for this CUDA, or a device that other processes hold.
+        cause = str(error).splitlines()[0]
+        raise GpuError(
+            "device",
+            f"{name} cannot be opened: {cause}",
+            f"update the NVIDIA driver for CUDA {torch.version.cuda}, or {USE_CPU}",
+        ) from error
+    if major != CAPABILITY:
+        raise GpuError(
+            "device",
+            f"{torch.cuda.get_device_name(index)} is sm_{major}{minor}; the GPU kernels need sm_90 (H100, H200)",
+            USE_CPU,
+        )
+    return torch.device("cuda", index)
+
+
+@contextmanager
+def _packages() -> Iterator[None]:
+    try:
+        yield
+    except ImportError as error:
+        raise GpuError(
+            "device", f"a GPU needs a package that is missing: {error}", "pip install 'hlaunch[cuda]'"
+        ) from error
+
+
+@contextmanager
+def _kernels() -> Iterator[None]:
+    from kernels.contract import KernelError
+
+    try:
+        yield
+    except KernelError as error:
+        raise GpuError("kernels", str(error), USE_CPU) from error
