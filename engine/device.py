@@ -8,6 +8,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+GPU_CAPABILITY = 9  # Hopper: the kernels use its matrix instructions
+
+
+def default_device() -> str:
+    """Name the device to take when none is asked for: the first CUDA GPU that the kernels serve, else the CPU."""
+    if torch.cuda.is_available() and torch.cuda.get_device_capability(0)[0] == GPU_CAPABILITY:
+        return "cuda:0"
+    return "cpu"
+
 
 class Event(Protocol):
     """A point in a device's queue."""

@@ -16,18 +16,21 @@ import itertools
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 from tqdm import tqdm
 
 from engine.config import CacheConfig, EngineConfig, SchedulerConfig
 from engine.core.request import EngineRequest, FinishReason, RequestOutput, TokenLogprobs
 from engine.core.sampling_params import SamplingParams, sequence_seed
+from engine.device import default_device
 from engine.engine_core import EngineCore, open_model
 from engine.text import (
+    ChatFormat,
     ChatOutputProcessor,
     OutputProcessor,
     RenderOptions,
+    TextUpdate,
     Tokenizer,
     ToolCall,
     chat_format_for,
@@ -68,13 +71,23 @@ class GenerationResult:
     num_cached_tokens: int = 0
 
 
+class _TokensOnly:
+    """An output processor for models without a tokenizer: no text, no stop strings."""
+
+    def push(
+        self, token_ids: Sequence[int], finish_reason: FinishReason | None, stop_token_id: int | None
+    ) -> TextUpdate:
+        del stop_token_id
+        return TextUpdate("", len(token_ids), finish_reason)
+
+
 @dataclass(slots=True)
 class _Sequence:
     """One engine request under way and what it has said."""
 
     prompt_index: int
     index: int
-    processor: OutputProcessor | ChatOutputProcessor
+    processor: OutputProcessor | ChatOutputProcessor | _TokensOnly
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     parts: list[str] = field(default_factory=list)
@@ -117,7 +130,9 @@ class _Sequence:
 class LLM:
     """A model loaded in this process.
 
-    `model` is a bundled name (`tiny-oss`) or a checkpoint folder. `kv_blocks=0` sizes the KV pool from free memory.
+    `model` is a bundled name (`tiny-oss`) or a checkpoint folder. `device="auto"` takes the first CUDA GPU, else the
+    CPU. `kv_blocks=0` sizes the KV pool from free memory. `load_format="dummy"` makes weights up. With `skip_tokenizer`
+    prompts and answers are token ids only, and the folder needs no tokenizer.
     Raises: ConfigError, CheckpointError; each names what is wrong, where, and the fix.
     """
 
@@ -134,9 +149,17 @@ class LLM:
         async_scheduling: bool = False,
         seed: int | None = None,
         cpu_threads: int = 0,
+        device: str = "auto",
+        load_format: Literal["auto", "safetensors", "dummy"] = "auto",
+        gpu_memory_utilization: float = 0.9,
+        enforce_eager: bool = False,
+        skip_tokenizer: bool = False,
     ) -> None:
         self.config = EngineConfig(
             model=model,
+            device=default_device() if device == "auto" else device,
+            load_format=load_format,
+            enforce_eager=enforce_eager,
             max_model_len=max_model_len,
             seed=seed,
             cpu_threads=cpu_threads,
@@ -148,19 +171,36 @@ class LLM:
                 # The caller hands over the whole list at once: nothing is gained by refusing a part of it.
                 max_queue=1 << 30,
             ),
-            cache=CacheConfig(block_size=block_size, num_blocks=kv_blocks),
+            cache=CacheConfig(
+                block_size=block_size, num_blocks=kv_blocks, gpu_memory_utilization=gpu_memory_utilization
+            ),
         )
         folder, model_config = open_model(self.config)
-        self.tokenizer = Tokenizer.from_folder(folder)
-        self._chat_format = chat_format_for(model_config.model_type, self.tokenizer)
+        self._tokenizer = None if skip_tokenizer else Tokenizer.from_folder(folder)
+        self._chat = None if skip_tokenizer else chat_format_for(model_config.model_type, self.tokenizer)
         self._core = EngineCore.start(self.config)
         self._failure: str | None = None
-        self._stop_ids = tuple(dict.fromkeys((*model_config.eos_token_ids, *self._chat_format.stop_token_ids)))
+        self._stop_ids = tuple(
+            dict.fromkeys((*model_config.eos_token_ids, *(self._chat.stop_token_ids if self._chat else ())))
+        )
         self._counter = itertools.count()
 
     @property
     def max_model_len(self) -> int:
         return self._core.max_model_len
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer. Raises: GenerationError when it was skipped."""
+        if self._tokenizer is None:
+            raise GenerationError("text needs a tokenizer: give token ids, or load without skip_tokenizer")
+        return self._tokenizer
+
+    @property
+    def _chat_format(self) -> ChatFormat:
+        if self._chat is None:
+            raise GenerationError("chat needs a tokenizer: load without skip_tokenizer")
+        return self._chat
 
     def close(self) -> None:
         self._core.stop()
@@ -181,7 +221,9 @@ class LLM:
         ids = [self.tokenizer.encode(item) if isinstance(item, str) else list(item) for item in items]
         params = _as_params(sampling_params, len(items))
 
-        def processor(one: SamplingParams) -> OutputProcessor:
+        def processor(one: SamplingParams) -> OutputProcessor | _TokensOnly:
+            if self._tokenizer is None:
+                return _TokensOnly()
             return OutputProcessor(
                 self.tokenizer,
                 stop=one.stop,

@@ -16,6 +16,7 @@ import torch
 from engine.config import ConfigError, EngineConfig, ModelConfig, resolve_model_folder
 from engine.core.plan import AdmittedRow, ExecutionPlan
 from engine.core.sampling_params import SamplingParams
+from engine.device import GPU_CAPABILITY
 from engine.memory import MemoryFit, fit, kv_cache_groups
 from engine.models.checkpoint import Checkpoint, CheckpointError
 from engine.placement import RankSpec
@@ -23,7 +24,6 @@ from engine.placement import RankSpec
 if TYPE_CHECKING:
     from engine.worker.gpu_runner import PendingStep
 
-CAPABILITY = 9  # Hopper: the kernels use its matrix instructions
 USE_CPU = "use device cpu"
 # Prompt lengths whose kernels differ; see kernels.triton.router.choose_block_t.
 WARM_UP_LENGTHS = (8, 128, 1024, 8192)
@@ -190,7 +190,7 @@ def open_device(name: str) -> torch.device:
             f"{name} cannot be opened: {cause}",
             f"update the NVIDIA driver for CUDA {torch.version.cuda}, or {USE_CPU}",
         ) from error
-    if major != CAPABILITY:
+    if major != GPU_CAPABILITY:
         raise GpuError(
             "device",
             f"{torch.cuda.get_device_name(index)} is sm_{major}{minor}; the GPU kernels need sm_90 (H100, H200)",
