@@ -52,9 +52,9 @@ def fit_lines(report: FitReport) -> Iterator[str]:
     memory = report.memory
     yield memory_bar(report)
     form = "expanded once at load" if report.is_expanded else "packed as in the checkpoint"
-    source = "from the files" if report.is_from_files else "from the shape, no files here"
+    origin = "from the files" if report.is_from_files else "from the shape, no files here"
     yield f"W weights      {size(memory.weight_bytes):>10}  {report.dtype}, experts {form}"
-    yield f"  checkpoint   {size(report.checkpoint_bytes):>10}  {source}"
+    yield f"  checkpoint   {size(report.checkpoint_bytes):>10}  {origin}"
     yield f"A activations  {size(memory.activation_bytes):>10}  {report.limits.max_num_batched_tokens} tokens a step"
     yield f"R runtime      {size(memory.runtime_bytes):>10}"
     tokens = report.limits.max_model_len
@@ -63,7 +63,8 @@ def fit_lines(report: FitReport) -> Iterator[str]:
         f"               {'':>10}  = {max(0.0, memory.max_full_requests):.1f} requests of {tokens} tokens, "
         f"{size(report.full_request_bytes)} each"
     )
-    yield f"budget         {size(memory.budget_bytes):>10}  available memory of this machine"
+    source = "of the GPU's memory" if report.is_gpu else "available memory of this machine"
+    yield f"budget         {size(memory.budget_bytes):>10}  {source}"
     yield "fits" if report.fits else f"DOES NOT FIT: {report.cause()}"
 
 

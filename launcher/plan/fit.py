@@ -12,15 +12,20 @@ from pathlib import Path
 
 from engine.config import EngineConfig, ModelConfig
 from engine.memory import (
+    DTYPE_BYTES,
     MemoryFit,
     checkpoint_bytes,
     fit,
+    gpu_weight_bytes,
     loaded_weight_bytes,
     model_bytes,
     should_expand_experts,
 )
+from engine.placement import RankSpec, embedding_rows, shard
 
 GIB = 1 << 30
+MAX_SHARE = 0.97
+"""Largest gpu-memory-utilization to suggest: drivers keep a little for themselves."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +62,7 @@ class FitReport:
     kv_dtype: str
     is_expanded: bool
     suggestions: tuple[Suggestion, ...]
+    is_gpu: bool = False
 
     @property
     def fits(self) -> bool:
@@ -104,21 +110,34 @@ def limits_of(config: EngineConfig, model: ModelConfig) -> Limits:
     )
 
 
-def report_fit(config: EngineConfig, model: ModelConfig, folder: Path | None, budget_bytes: int) -> FitReport:
-    """Fit a model on one CPU rank whose budget is `budget_bytes`; `folder` None counts bytes from the shape alone.
+def report_fit(
+    config: EngineConfig,
+    model: ModelConfig,
+    folder: Path | None,
+    budget_bytes: int,
+    *,
+    rank: RankSpec | None = None,
+    total_bytes: int = 0,
+) -> FitReport:
+    """Fit one rank whose budget is `budget_bytes`: `rank`'s share, else the whole model on `config.device`.
 
-    Raises: ConfigError when a safetensors header on disk is malformed.
+    `folder` None counts the checkpoint from the shape alone. `total_bytes` of a GPU lets the report suggest a larger
+    share of it. Raises: ConfigError when a safetensors header on disk is malformed.
     """
-    dtype = cpu_dtype(config.dtype)
-    kv_dtype = dtype if config.cache.dtype == "auto" else config.cache.dtype
+    is_gpu = (rank.device if rank is not None else config.device).startswith("cuda")
+    dtype = "bfloat16" if is_gpu else cpu_dtype(config.dtype)
+    kv_dtype = dtype if is_gpu or config.cache.dtype == "auto" else config.cache.dtype
     on_disk = sum(checkpoint_bytes(folder).values()) if folder is not None else 0
-    is_expanded = should_expand_experts(model, dtype, budget_bytes)
-    weight_bytes = loaded_weight_bytes(model, dtype, is_expanded)
     limits = limits_of(config, model)
+    own = model if rank is None else shard(model, rank)
+    is_expanded = not is_gpu and should_expand_experts(own, dtype, budget_bytes)
+    weight_bytes = rank_weight_bytes(
+        model, rank, is_gpu=is_gpu, dtype=dtype, is_expanded=is_expanded, num_positions=limits.max_model_len
+    )
 
     def try_fit(tried: Limits) -> MemoryFit:
         return fit(
-            model,
+            own,
             budget_bytes=budget_bytes,
             weight_bytes=weight_bytes,
             kv_dtype=kv_dtype,
@@ -128,10 +147,11 @@ def report_fit(config: EngineConfig, model: ModelConfig, folder: Path | None, bu
             max_num_batched_tokens=tried.max_num_batched_tokens,
             kv_cache_bytes=tried.kv_cache_bytes,
             num_blocks=tried.num_blocks,
+            is_gpu=is_gpu,
         )
 
     memory = try_fit(limits)
-    return FitReport(
+    report = FitReport(
         memory=memory,
         limits=limits,
         checkpoint_bytes=on_disk or model_bytes(model),
@@ -139,8 +159,42 @@ def report_fit(config: EngineConfig, model: ModelConfig, folder: Path | None, bu
         dtype=dtype,
         kv_dtype=kv_dtype,
         is_expanded=is_expanded,
-        suggestions=() if memory.fits else suggest(limits, try_fit),
+        is_gpu=is_gpu,
+        suggestions=(),
     )
+    if memory.fits:
+        return report
+    found = suggest(limits, try_fit, can_fix_pool=not is_gpu)
+    return replace(report, suggestions=(*_larger_share(report, config, total_bytes), *found))
+
+
+def rank_weight_bytes(
+    model: ModelConfig, rank: RankSpec | None, *, is_gpu: bool, dtype: str, is_expanded: bool, num_positions: int
+) -> int:
+    """Bytes of the weights that one rank holds; `rank` None holds the whole model."""
+
+    def held(part: ModelConfig) -> int:
+        return gpu_weight_bytes(part, num_positions) if is_gpu else loaded_weight_bytes(part, dtype, is_expanded)
+
+    if rank is None:
+        return held(model)
+    own, unit = shard(model, rank), DTYPE_BYTES[dtype]
+    # Embedding and lm_head are shared out differently, so they are counted apart; routers score every expert.
+    layers = held(replace(own, vocab_size=0, tie_word_embeddings=True))
+    tables = (embedding_rows(model, rank) + own.vocab_size) * model.hidden_size * unit
+    routers = own.num_layers * max(0, model.num_experts - own.num_experts) * (model.hidden_size + 1) * unit
+    return layers + tables + routers
+
+
+def _larger_share(report: FitReport, config: EngineConfig, total_bytes: int) -> tuple[Suggestion, ...]:
+    """The share of a GPU's memory that would do, in hundredths; none when others hold what is missing."""
+    if not report.is_gpu or not total_bytes:
+        return ()
+    share = -(-100 * report.minimum_bytes // total_bytes) / 100
+    asked = config.cache.gpu_memory_utilization
+    if not asked < share <= MAX_SHARE or report.memory.budget_bytes < int(asked * total_bytes):
+        return ()
+    return (Suggestion((("gpu-memory-utilization", f"{share:g}"),)),)
 
 
 def cpu_dtype(dtype: str) -> str:
@@ -148,8 +202,13 @@ def cpu_dtype(dtype: str) -> str:
     return "float32" if dtype == "auto" else dtype
 
 
-def suggest(limits: Limits, try_fit: Callable[[Limits], MemoryFit]) -> tuple[Suggestion, ...]:
-    """Find the smallest changes that fit: each setting alone, else all of them together, else none."""
+def suggest(
+    limits: Limits, try_fit: Callable[[Limits], MemoryFit], *, can_fix_pool: bool = True
+) -> tuple[Suggestion, ...]:
+    """Find the smallest changes that fit: each setting alone, else all of them together, else none.
+
+    `can_fix_pool`: a pool of fixed size may stand in for the default one, which a CPU caps.
+    """
     found: list[Suggestion] = []
 
     def fits(tried: Limits) -> bool:
@@ -158,7 +217,7 @@ def suggest(limits: Limits, try_fit: Callable[[Limits], MemoryFit]) -> tuple[Sug
     current = try_fit(limits)
     # One request's blocks and the null block: enough when only the default cap of the pool is in the way.
     needed = (current.blocks_per_full_request + 1) * current.kv_block_bytes
-    if not limits.num_blocks and fits(replace(limits, kv_cache_bytes=needed)):
+    if can_fix_pool and not limits.num_blocks and fits(replace(limits, kv_cache_bytes=needed)):
         found.append(Suggestion((("kv-cache-memory-bytes", f"{-(-needed // (1 << 20))}MiB"),)))
     unit = limits.block_size
     blocks = _largest_context(limits, fits)

@@ -17,8 +17,9 @@ from engine.placement import Placement, single_rank
 from launcher.errors import DoesNotFit, HlaunchError, PreflightError
 from launcher.plan import settings
 from launcher.plan.environment import Variable, as_mapping, engine_environment, engine_packages_missing
-from launcher.plan.fit import FitReport, report_fit
-from launcher.plan.inventory import Inventory
+from launcher.plan.fit import GIB, FitReport, report_fit
+from launcher.plan.gpus import DeviceChoice, choose_device, memory_note
+from launcher.plan.inventory import Gpu, Inventory
 from launcher.plan.known_models import known_model
 from launcher.plan.weights import ModelFiles, find_model_files
 from launcher.registry.types import ResolvedEntry
@@ -31,8 +32,8 @@ STATUS_FD_PLACEHOLDER = "N"
 class LaunchPlan:
     """One launch. `problems` make the plan itself impossible; `blockers` are repaired outside it (files, secrets).
 
-    `model`, `placement` and `fit` are None when nothing tells the model's shape. `argv` has `N` where the number of the
-    status pipe will stand.
+    `model`, `placement` and `fit` are None when nothing tells the model's shape. `gpu` is the one that `config.device`
+    names. `argv` has `N` where the number of the status pipe will stand.
     """
 
     entry: ResolvedEntry
@@ -42,6 +43,7 @@ class LaunchPlan:
     config: EngineConfig
     placement: Placement | None
     fit: FitReport | None
+    gpu: Gpu | None
     environment: tuple[Variable, ...]
     instance_folder: Path
     working_folder: Path
@@ -81,9 +83,9 @@ def make_plan(
     `base` is where relative model folders count from (default: the registry file's folder). Reads the model's small
     files. Raises: DoesNotFit when the entry's values contradict each other.
     """
-    problems = list(settings.refusals(entry, inventory))
+    problems: list[HlaunchError] = []
     blockers: list[HlaunchError] = []
-    if (lacking := engine_packages_missing()) is not None:
+    if (lacking := engine_packages_missing()) is not None and inventory.is_this_host:
         blockers.append(lacking)
     files = find_model_files(entry.model, entry.text_or_none("revision"), environ, base or entry.registry.parent)
     needs_weights = entry.text("load-format") != "dummy"
@@ -92,13 +94,20 @@ def make_plan(
     digests, key_error = settings.api_key_digests(entry, environ)
     if key_error is not None:
         blockers.append(key_error)
-    config = settings.engine_config(entry, files.folder, digests)
     model = _model_shape(entry, files, problems)
+    choice = choose_device(entry.text("device"), inventory, environ, model)
+    problems += settings.refusals(entry, inventory, choice.device)
+    for error in choice.problems:
+        (problems if isinstance(error, DoesNotFit) else blockers).append(error)
+    config = settings.engine_config(entry, files.folder, digests, choice.device)
     placement, report = None, None
+    notes = [*settings.notes(entry, choice.device), *choice.notes]
     if model is not None:
         problems += _context_problem(config, model)
         placement = _place(config, model, inventory)
-        report = _fit(config, model, files, inventory, problems)
+        budget = rank_budget(entry, config, inventory, choice)
+        report = _fit(config, model, files, budget, problems)
+        notes += [budget.note] if budget.note else []
     return LaunchPlan(
         entry=entry,
         inventory=inventory,
@@ -107,13 +116,14 @@ def make_plan(
         config=config,
         placement=placement,
         fit=report,
+        gpu=choice.gpu,
         environment=engine_environment(entry, environ),
         instance_folder=instance_folder,
         working_folder=Path(engine.__file__).parent.parent,
         argv=engine_argv(instance_folder, STATUS_FD_PLACEHOLDER),
         problems=tuple(problems),
         blockers=tuple(blockers),
-        notes=settings.notes(entry),
+        notes=tuple(notes),
     )
 
 
@@ -156,23 +166,50 @@ def _place(config: EngineConfig, model: ModelConfig, inventory: Inventory) -> Pl
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What a rank may take: `bytes`, of a GPU with `gpu_bytes` in all (0 on a CPU). `note`: who holds the rest."""
+
+    bytes: int
+    gpu_bytes: int = 0
+    note: str = ""
+
+
+def rank_budget(entry: ResolvedEntry, config: EngineConfig, inventory: Inventory, choice: DeviceChoice) -> Budget:
+    """Give the budget of the one rank: free memory on a CPU, else the entry's share of the GPU, as far as it is free.
+
+    Unified memory is the host's too: what the entry wants left free there is left.
+    """
+    gpu = choice.gpu
+    if gpu is None:
+        return Budget(inventory.memory_available_bytes)
+    share = int(config.cache.gpu_memory_utilization * gpu.memory_bytes)
+    free = gpu.free_bytes or gpu.memory_bytes
+    if gpu.is_unified:
+        spare = entry.values.get("ready.min-free-memory")
+        free = inventory.memory_available_bytes - (spare.value if spare and isinstance(spare.value, int) else 0)
+    return Budget(max(0, min(share, free)), gpu.memory_bytes, memory_note(gpu, share) or "")
+
+
 def _fit(
-    config: EngineConfig, model: ModelConfig, files: ModelFiles, inventory: Inventory, problems: list[HlaunchError]
+    config: EngineConfig, model: ModelConfig, files: ModelFiles, budget: Budget, problems: list[HlaunchError]
 ) -> FitReport | None:
     folder = files.folder if config.load_format != "dummy" else None
     try:
-        report = report_fit(config, model, folder, inventory.memory_available_bytes)
+        report = report_fit(config, model, folder, budget.bytes, total_bytes=budget.gpu_bytes)
     except ConfigError as error:
         problems.append(PreflightError(str(error), hint=error.hint))
         return None
     if not report.fits:
-        problems.append(_does_not_fit(report))
+        problems.append(does_not_fit(report, budget.note))
     return report
 
 
-def _does_not_fit(report: FitReport) -> DoesNotFit:
+def does_not_fit(report: FitReport, note: str = "") -> DoesNotFit:
+    """Make the error of a fit that fails: the cause, and the smallest changes that would fit."""
     if report.suggestions:
         hint = "would fit: " + "  or  ".join(str(suggestion) for suggestion in report.suggestions)
     else:
-        hint = f"no setting helps: this needs a machine with {report.minimum_bytes / (1 << 30):.1f} GiB free"
-    return DoesNotFit(f"does not fit: {report.cause()}", hint=hint)
+        kind = "GPU" if report.is_gpu else "machine"
+        hint = f"no setting helps: this needs a {kind} with {report.minimum_bytes / GIB:.1f} GiB free"
+    return DoesNotFit(f"does not fit: {report.cause()}", hint=hint, details=(note,) if note else ())

@@ -26,8 +26,8 @@ _DTYPES: dict[str, Literal["auto", "float32", "bfloat16"]] = {
 }
 
 
-def refusals(entry: ResolvedEntry, inventory: Inventory) -> tuple[HlaunchError, ...]:
-    """List what the entry asks and this version cannot do, each with what is possible instead."""
+def refusals(entry: ResolvedEntry, inventory: Inventory, device: str) -> tuple[HlaunchError, ...]:
+    """List what the entry asks and this version cannot do on `device`, each with what is possible instead."""
     found: list[HlaunchError] = []
     for key, short in (("tensor", "tp"), ("pipeline", "pp"), ("data", "dp")):
         size = entry.integer(f"{key}-parallel-size")
@@ -35,16 +35,9 @@ def refusals(entry: ResolvedEntry, inventory: Inventory) -> tuple[HlaunchError, 
             found.append(
                 DoesNotFit(
                     f"{key}-parallel-size {size}: this version runs one rank",
-                    hint=f"add --set {short}=1; one CPU rank on {inventory.node} is possible",
+                    hint=f"add --set {short}=1; one rank on {device} of {inventory.node} is possible",
                 )
             )
-    if entry.text("device") == "cuda":
-        gpus = f"{len(inventory.gpus)} GPU(s) seen" if inventory.gpus else "no GPU seen"
-        found.append(
-            DoesNotFit(
-                f"device cuda: this version runs on CPU ({gpus})", hint="add --set device=cpu, or leave it at auto"
-            )
-        )
     backend = entry.text("distributed-executor-backend")
     if backend not in ("auto", "uni"):
         found.append(
@@ -53,12 +46,7 @@ def refusals(entry: ResolvedEntry, inventory: Inventory) -> tuple[HlaunchError, 
                 hint="add --set distributed-executor-backend=auto",
             )
         )
-    for key in ("dtype", "kv-cache-dtype"):
-        value = entry.text(key)
-        if value not in _DTYPES:
-            found.append(
-                DoesNotFit(f"{key} {value}: a CPU rank computes in float32 or bfloat16", hint=f"add --set {key}=auto")
-            )
+    found += _dtype_refusals(entry, is_gpu=device != "cpu")
     for key in ("tokenizer", "tool-call-parser", "reasoning-parser"):
         if entry.text_or_none(key) is not None:
             found.append(
@@ -67,8 +55,20 @@ def refusals(entry: ResolvedEntry, inventory: Inventory) -> tuple[HlaunchError, 
     return tuple(found)
 
 
-def notes(entry: ResolvedEntry) -> tuple[str, ...]:
-    """Say which set options have no effect here."""
+def _dtype_refusals(entry: ResolvedEntry, *, is_gpu: bool) -> list[HlaunchError]:
+    known = ("auto", "bfloat16") if is_gpu else tuple(_DTYPES)
+    computes = "a GPU rank computes in bfloat16" if is_gpu else "a CPU rank computes in float32 or bfloat16"
+    return [
+        DoesNotFit(f"{key} {entry.text(key)}: {computes}", hint=f"add --set {key}=auto")
+        for key in ("dtype", "kv-cache-dtype")
+        if entry.text(key) not in known
+    ]
+
+
+def notes(entry: ResolvedEntry, device: str) -> tuple[str, ...]:
+    """Say which set options have no effect on `device`."""
+    if device != "cpu":
+        return ()
     found = []
     for key, why in (
         ("gpu-memory-utilization", "no effect on CPU: the KV cache is sized from free memory"),
@@ -80,7 +80,9 @@ def notes(entry: ResolvedEntry) -> tuple[str, ...]:
     return tuple(found)
 
 
-def engine_config(entry: ResolvedEntry, folder: Path | None, api_key_sha256: tuple[str, ...]) -> EngineConfig:
+def engine_config(
+    entry: ResolvedEntry, folder: Path | None, api_key_sha256: tuple[str, ...], device: str = "cpu"
+) -> EngineConfig:
     """Build the engine's configuration. `folder` None leaves the model's id in its place, for a plan without files.
 
     Raises: DoesNotFit when values contradict each other in a way only the engine's own rules know.
@@ -90,18 +92,20 @@ def engine_config(entry: ResolvedEntry, folder: Path | None, api_key_sha256: tup
     try:
         return EngineConfig(
             model=str(folder) if folder is not None else entry.model,
-            device="cpu",
+            device=device,
             dtype=dtype,
             max_model_len=entry.integer_or_none("max-model-len") or 0,
             load_format=load_format if load_format in ("safetensors", "dummy") else "auto",  # type: ignore[arg-type]
             cpu_threads=entry.integer("cpu-threads"),
             seed=entry.integer_or_none("seed"),
             step_timeout_seconds=entry.number("step-timeout"),
+            enforce_eager=entry.flag_or_none("enforce-eager") or False,
             scheduler=_scheduler(entry),
             cache=CacheConfig(
                 block_size=entry.integer("block-size"),
                 kv_cache_bytes=entry.integer_or_none("kv-cache-memory-bytes") or 0,
                 dtype=kv_dtype,
+                gpu_memory_utilization=entry.number("gpu-memory-utilization"),
             ),
             server=_server(entry, api_key_sha256),
         )

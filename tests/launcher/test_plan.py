@@ -192,7 +192,7 @@ def test_gpus_are_listed_by_the_drivers_files(tmp_path: Path) -> None:
         ("tp=2", "tensor-parallel-size 2: this version runs one rank"),
         ("pp=2", "pipeline-parallel-size 2"),
         ("dp=2", "data-parallel-size 2"),
-        ("device=cuda", "device cuda: this version runs on CPU (no GPU seen)"),
+        ("device=cuda", "device cuda: no NVIDIA GPU is seen on host"),
         ("dtype=float16", "dtype float16"),
         ("kv-cache-dtype=fp8", "kv-cache-dtype fp8"),
         ("distributed-executor-backend=mp", "distributed-executor-backend mp"),

@@ -10,6 +10,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 from launcher.errors import PreflightError
 
 FORMAT = 1
+THIS_HOST = "this host"
 MAX_JSON_BYTES = 4 << 20
 _T = TypeVar("_T")
 
@@ -132,12 +133,17 @@ class Inventory:
     driver_version: str = ""
     torch_cuda: str | None = None
     memory_bandwidth: float | None = None
-    source: str = "this host"
+    source: str = THIS_HOST
     findings: tuple[Finding, ...] = ()
 
     @property
     def has_rdma(self) -> bool:
         return any(port.is_active for port in self.rdma_ports)
+
+    @property
+    def is_this_host(self) -> bool:
+        """Whether it was read here and now; what is installed here then says something about it."""
+        return self.source == THIS_HOST
 
     def to_json(self) -> str:
         """Write the inventory for another host; `from_json` reads it back unchanged."""
