@@ -11,7 +11,7 @@ Refuses to know: how fast anything is (shares come in as numbers), processes, so
 
 from __future__ import annotations
 
-from engine.placement.place import PlacementOptions, find_sizes, place
+from engine.placement.place import PlacementOptions, Strategy, find_sizes, place
 from engine.placement.remarks import Remark, remarks
 from engine.placement.shard import embedding_rows, shard
 from engine.placement.shares import MLP_UNIT, Shares, apportion, split_evenly, split_layers
@@ -40,6 +40,7 @@ __all__ = [
     "RankSpec",
     "Remark",
     "Shares",
+    "Strategy",
     "apportion",
     "embedding_rows",
     "find_sizes",

@@ -1,65 +1,63 @@
 """A launch on a declared cluster as one frozen value: what every node runs, with which ranks, memory, ports, variables.
 
-Knows: the shape. Refuses to know: compose files, ssh, processes; `launcher.compose` renders this value, `up` obeys it.
+Knows: how an entry and a cluster become one. Refuses to know: compose files, ssh, processes; `launcher.compose` renders
+this value, `up` obeys it.
 Everything is in a fixed order (nodes as declared, ranks by number, ports and variables by name), and nothing depends on
 the clock: the same registry gives the same value, and `digest` names it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Literal
 
-from engine.config import EngineConfig, ModelConfig
-from engine.placement import Placement, RankSpec
-from launcher.errors import HlaunchError
-from launcher.plan.environment import Variable
+from engine.config import ConfigError, EngineConfig, ModelConfig, load_model_config
+from engine.placement import (
+    Device,
+    HostSpec,
+    ParallelSizes,
+    Placement,
+    PlacementError,
+    PlacementOptions,
+    RankSpec,
+    Remark,
+    Strategy,
+    place,
+    remarks,
+)
+from launcher.errors import DoesNotFit, HlaunchError, PreflightError
+from launcher.fabric.environment import node_environment
+from launcher.plan import settings
+from launcher.plan.environment import Variable, engine_environment
+from launcher.plan.inventory import Inventory, declared_inventories
+from launcher.plan.known_models import known_model
+from launcher.plan.node_ports import Port, node_ports, port_clashes
+from launcher.plan.rank_memory import (
+    MemoryReport,
+    RankMemory,
+    Sizing,
+    report_memory,
+    smallest_fitting_split,
+)
+from launcher.plan.weights import ModelFiles, find_model_files
 from launcher.registry.cluster import Cluster, Node
 from launcher.registry.types import ResolvedEntry
+from launcher.registry.values import is_secret_name
+
+__all__ = [
+    "ClusterPlan",
+    "ExecutorName",
+    "NodePlan",
+    "Port",
+    "RankMemory",
+    "make_cluster_plan",
+]
 
 ExecutorName = Literal["inline", "multiproc", "ray", "ray-cgraph"]
-
-
-@dataclass(frozen=True, slots=True)
-class Port:
-    """A TCP port, or an inclusive range of them, that a node listens on.
-
-    `address` is what it binds; `reached_from`: `clients`, `cluster` (the other nodes), or `host` (this node only).
-    """
-
-    name: str
-    first: int
-    last: int
-    address: str
-    reached_from: Literal["clients", "cluster", "host"]
-
-    def __str__(self) -> str:
-        return str(self.first) if self.first == self.last else f"{self.first}-{self.last}"
-
-
-@dataclass(frozen=True, slots=True)
-class RankMemory:
-    """Expected bytes of one rank. `kv_tokens` of one request at most; `max_full_requests` of full length at once."""
-
-    rank: int
-    device: str
-    budget_bytes: int
-    weight_bytes: int
-    activation_bytes: int
-    runtime_bytes: int
-    kv_bytes: int
-    num_blocks: int
-    kv_tokens: int
-    max_full_requests: float
-    problem: str = ""
-
-    @property
-    def required_bytes(self) -> int:
-        return self.weight_bytes + self.activation_bytes + self.runtime_bytes + self.kv_bytes
-
-    @property
-    def fits(self) -> bool:
-        return not self.problem
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +105,8 @@ class ClusterPlan:
     executor: ExecutorName
     nodes: tuple[NodePlan, ...]
     digest: str
+    remarks: tuple[Remark, ...] = ()
+    inventories: tuple[Inventory, ...] = ()
     problems: tuple[HlaunchError, ...] = ()
     blockers: tuple[HlaunchError, ...] = ()
     notes: tuple[str, ...] = ()
@@ -131,3 +131,249 @@ class ClusterPlan:
         """Raise the first reason why the cluster must not start, if there is one."""
         for error in (*self.problems, *self.blockers):
             raise error
+
+
+def make_cluster_plan(
+    entry: ResolvedEntry,
+    cluster: Cluster,
+    environ: Mapping[str, str],
+    *,
+    base: Path | None = None,
+    inventories: Mapping[str, Inventory] | None = None,
+) -> ClusterPlan:
+    """Plan the launch of `entry` on `cluster`.
+
+    `inventories` by node name replace what the cluster declares. Reads the model's small files if they are here; starts
+    and writes nothing. Raises: DoesNotFit when the entry's values contradict each other.
+    """
+    hardware = {**declared_inventories(cluster), **(inventories or {})}
+    files = find_model_files(entry.model, entry.text_or_none("revision"), environ, base or entry.registry.parent)
+    digests, key_error = settings.api_key_digests(entry, environ)
+    is_gpu = entry.text("device") != "cpu" and any(hardware[node.name].gpus for node in cluster.nodes)
+    config = settings.engine_config(entry, files.folder, digests, "cuda:0" if is_gpu else "cpu")
+    problems = [
+        error for error in settings.refusals(entry, hardware[cluster.head.name], config.device) if not _is_size(error)
+    ]
+    blockers = [error for error in (key_error,) if error is not None]
+    model = _model(entry, files, problems)
+    sizes = entry_sizes(entry)
+    options = _options(entry)
+    hosts = hosts_of(cluster, hardware, sizes.world, is_gpu=is_gpu, cpu_ranks=options.cpu_ranks * sizes.data)
+    placement, report = None, MemoryReport(())
+    if model is not None:
+        if config.max_model_len > model.max_position_embeddings:
+            limit = model.max_position_embeddings
+            message = f"max-model-len {config.max_model_len} is above the model's {limit} positions"
+            problems.append(DoesNotFit(message, hint=f"add --set max-model-len={limit}, or leave it at auto"))
+        try:
+            placement = place(model, sizes, hosts, options)
+        except PlacementError as error:
+            problems.append(no_placement(error, sizes))
+    if placement is not None and model is not None:
+        spare = _value(entry, "ready.min-free-memory", 0)
+        sizing = Sizing(config, model, hardware, files.folder, spare)
+        report = report_memory(placement, sizing)
+        if not report.fits:
+            more = smallest_fitting_split(placement, sizing, hosts, options)
+            problems.append(_does_not_fit(report, (*report.suggestions, *more)))
+    if sizes.world > 1:
+        blockers.append(
+            PreflightError(f"{sizes}: this version runs one rank", hint="add --set tp=1 --set pp=1 --set dp=1")
+        )
+    nodes = tuple(
+        _node_plan(entry, cluster, node, number, config, placement, report, environ)
+        for number, node in enumerate(cluster.nodes)
+    )
+    for node in nodes:
+        problems += port_clashes(node.name, node.ports)
+    return ClusterPlan(
+        entry=entry,
+        cluster=cluster,
+        model=model,
+        placement=placement,
+        executor=_executor(entry, cluster, placement),
+        nodes=nodes,
+        digest=_digest(entry.model, cluster, nodes, placement),
+        remarks=() if placement is None or model is None else _remarks(placement, model, cluster),
+        inventories=tuple(hardware[node.name] for node in cluster.nodes),
+        problems=tuple(problems),
+        blockers=tuple(blockers),
+        notes=_notes(entry, config, files),
+    )
+
+
+def _is_size(error: HlaunchError) -> bool:
+    """The sizes that one host refuses are what a cluster is for; they are judged by placing."""
+    return "-parallel-size " in error.message or error.message.startswith("distributed-executor-backend")
+
+
+def _value(entry: ResolvedEntry, key: str, otherwise: int) -> int:
+    """Read a number or flag of a key that an older schema may lack."""
+    item = entry.values.get(key)
+    return item.value if item is not None and isinstance(item.value, (bool, int)) else otherwise
+
+
+def entry_sizes(entry: ResolvedEntry) -> ParallelSizes:
+    """Read the parallel sizes that an entry asks for."""
+    data, pipeline, tensor = (entry.integer(f"{axis}-parallel-size") for axis in ("data", "pipeline", "tensor"))
+    return ParallelSizes(data, pipeline, tensor, bool(_value(entry, "enable-expert-parallel", False)))
+
+
+_STRATEGIES: Mapping[str, Strategy] = {name: name for name in ("pack", "spread", "strict-pack", "strict-spread")}
+
+
+def _options(entry: ResolvedEntry) -> PlacementOptions:
+    strategy = entry.values.get("placement.strategy")
+    names = entry.values.get("placement.nodes")
+    return PlacementOptions(
+        strategy=_STRATEGIES[str(strategy.value)] if strategy is not None else "pack",
+        nodes=names.value if names is not None and isinstance(names.value, tuple) else (),
+        exact=bool(_value(entry, "placement.exact", False)),
+        cpu_ranks=_value(entry, "placement.cpu-ranks", 0),
+    )
+
+
+def hosts_of(
+    cluster: Cluster, hardware: Mapping[str, Inventory], world: int, *, is_gpu: bool, cpu_ranks: int = 0
+) -> tuple[HostSpec, ...]:
+    """List the devices of every node: its GPUs, or one CPU rank per NUMA node.
+
+    CPU ranks that outnumber NUMA nodes share them, as many on each node as needed.
+    """
+    cpus_wanted = cpu_ranks if is_gpu else world
+    slots = sum(hardware[node.name].numa_nodes for node in cluster.nodes)
+    each = -(-cpus_wanted // len(cluster.nodes)) if cpus_wanted > slots else 0
+    hosts = []
+    for node in cluster.nodes:
+        inventory = hardware[node.name]
+        gpus = [Device(f"cuda:{gpu.index}", gpu.numa_node) for gpu in inventory.gpus] if is_gpu else []
+        count = max(inventory.numa_nodes, each) if cpus_wanted else 0
+        hosts.append(HostSpec(node.name, (*gpus, *(_cpu(inventory, slot) for slot in range(count)))))
+    return tuple(hosts)
+
+
+def _cpu(inventory: Inventory, slot: int) -> Device:
+    if not inventory.numa:
+        return Device(f"cpu:{slot}", slot % inventory.numa_nodes)
+    numa = inventory.numa[slot % len(inventory.numa)]
+    return Device(f"cpu:{slot}", numa.index, numa.cores)
+
+
+def _model(entry: ResolvedEntry, files: ModelFiles, problems: list[HlaunchError]) -> ModelConfig | None:
+    if files.folder is not None:
+        try:
+            return load_model_config(files.folder)
+        except ConfigError as error:
+            problems.append(PreflightError(str(error), hint=error.hint))
+            return None
+    model = known_model(entry.model)
+    if model is None:
+        missing = files.missing(needs_weights=False)
+        problems.append(missing or PreflightError(f"nothing here tells the shape of {entry.model}"))
+    return model
+
+
+def no_placement(error: PlacementError, sizes: ParallelSizes) -> DoesNotFit:
+    """Make the launcher's error of one that has no placement: the nearest sizes as settings to paste."""
+
+    def settings_of(other: ParallelSizes) -> str:
+        pairs = (
+            ("tp", other.tensor, sizes.tensor),
+            ("pp", other.pipeline, sizes.pipeline),
+            ("dp", other.data, sizes.data),
+        )
+        return " ".join(f"--set {name}={size}" for name, size, old in pairs if size != old)
+
+    ways = "  or  ".join(settings_of(other) for other in error.alternatives)
+    return DoesNotFit(f"no placement: {error.message}", hint=f"possible: {ways}" if ways else "")
+
+
+def _does_not_fit(report: MemoryReport, suggestions: Sequence[object]) -> DoesNotFit:
+    first = next(rank for rank in report.ranks if not rank.fits)
+    count = sum(not rank.fits for rank in report.ranks)
+    who = f"rank {first.rank}" if count == 1 else f"{count} of {len(report.ranks)} ranks, rank {first.rank}"
+    ways = "  or  ".join(str(suggestion) for suggestion in suggestions)
+    hint = f"would fit: {ways}" if ways else "no setting helps: this needs larger or more GPUs"
+    return DoesNotFit(f"does not fit: {who} ({first.device}): {first.problem}", hint=hint)
+
+
+def _remarks(placement: Placement, model: ModelConfig, cluster: Cluster) -> tuple[Remark, ...]:
+    return remarks(placement, model, has_rdma=cluster.fabric.rdma != "off")
+
+
+def _executor(entry: ResolvedEntry, cluster: Cluster, placement: Placement | None) -> ExecutorName:
+    asked = entry.text("distributed-executor-backend")
+    named: dict[str, ExecutorName] = {"uni": "inline", "mp": "multiproc", "ray": "ray", "ray-cgraph": "ray-cgraph"}
+    if asked in named:
+        return named[asked]
+    if placement is None or placement.is_single_rank:
+        return "inline"
+    return "ray" if cluster.ray is not None and len(placement.nodes) > 1 else "multiproc"
+
+
+def _node_plan(
+    entry: ResolvedEntry,
+    cluster: Cluster,
+    node: Node,
+    number: int,
+    config: EngineConfig,
+    placement: Placement | None,
+    report: MemoryReport,
+    environ: Mapping[str, str],
+) -> NodePlan:
+    ranks = placement.on_node(node.name) if placement is not None else ()
+    numbers = {rank.rank for rank in ranks}
+    device = ranks[0].device if ranks and ranks[0].backend == "cuda" else "cpu"
+    return NodePlan(
+        node=node,
+        node_rank=number,
+        ranks=ranks,
+        config=replace(config, device=device),
+        environment=_environment(entry, cluster, node, environ),
+        ports=node_ports(cluster, node, config.server.host, config.server.port),
+        memory=tuple(item for item in report.ranks if item.rank in numbers),
+    )
+
+
+def _environment(
+    entry: ResolvedEntry, cluster: Cluster, node: Node, environ: Mapping[str, str]
+) -> tuple[Variable, ...]:
+    """Join what the engine always gets, the fabric's, and the entry's; what a cluster or node sets by name wins."""
+    chosen = {item.name: item for item in engine_environment(entry, {})}
+    declared = {*cluster.env, *node.env}
+    for item in node_environment(cluster, node, environ):
+        if item.name not in entry.env or item.name in declared:
+            chosen[item.name] = Variable(item.name, item.value, item.origin)
+    return tuple(chosen[name] for name in sorted(chosen))
+
+
+def _travelling(config: EngineConfig, model: str) -> EngineConfig:
+    """The configuration without what only this host knows: where the model lies here, digests of keys."""
+    return replace(config, model=model, server=replace(config.server, api_key_sha256=()))
+
+
+def _digest(model: str, cluster: Cluster, nodes: Sequence[NodePlan], placement: Placement | None) -> str:
+    """Name everything that a node would see. Values of secrets stay out: a digest of a weak one could be guessed."""
+    bare = replace(cluster, env={}, nodes=tuple(replace(node.node, env={}) for node in nodes))
+    seen = {
+        "cluster": repr(bare),
+        "placement": placement.to_json() if placement is not None else None,
+        "nodes": [
+            {
+                "config": _travelling(node.config, model).to_json(),
+                "environment": [
+                    [item.name, "" if is_secret_name(item.name) else item.value] for item in node.environment
+                ],
+                "ports": [asdict(port) for port in node.ports],
+            }
+            for node in nodes
+        ],
+    }
+    return hashlib.sha256(json.dumps(seen, sort_keys=True).encode()).hexdigest()
+
+
+def _notes(entry: ResolvedEntry, config: EngineConfig, files: ModelFiles) -> tuple[str, ...]:
+    found = list(settings.notes(entry, config.device))
+    if files.folder is None:
+        found.append(f"{entry.model}: no files here, sizes come from the shape; every node needs the files")
+    return tuple(found)

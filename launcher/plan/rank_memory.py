@@ -1,0 +1,186 @@
+"""Expected memory of every rank of a placement, and what would make it fit where it does not.
+
+Knows: budgets of GPUs and CPU ranks, which share belongs to whom. Refuses to know: how bytes are counted
+(`engine.memory`), where inventories come from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine.config import EngineConfig, ModelConfig
+from engine.memory import CPU_RUNTIME_BYTES, GPU_RUNTIME_BYTES, activation_bytes, gpu_activation_bytes
+from engine.placement import (
+    HostSpec,
+    Placement,
+    PlacementError,
+    PlacementOptions,
+    RankSpec,
+    find_sizes,
+    place,
+    shard,
+)
+from launcher.plan.fit import GIB, FitReport, Suggestion, cpu_dtype, limits_of, rank_weight_bytes, report_fit
+from launcher.plan.inventory import Inventory
+
+
+@dataclass(frozen=True, slots=True)
+class RankMemory:
+    """Expected bytes of one rank. `kv_tokens` of one request at most; `max_full_requests` of full length at once."""
+
+    rank: int
+    device: str
+    budget_bytes: int
+    weight_bytes: int
+    activation_bytes: int
+    runtime_bytes: int
+    kv_bytes: int
+    num_blocks: int
+    kv_tokens: int
+    max_full_requests: float
+    problem: str = ""
+
+    @property
+    def required_bytes(self) -> int:
+        return self.weight_bytes + self.activation_bytes + self.runtime_bytes + self.kv_bytes
+
+    @property
+    def fits(self) -> bool:
+        return not self.problem
+
+
+@dataclass(frozen=True, slots=True)
+class Sizing:
+    """What sizing needs beside the placement. `spare_bytes` stay free on unified memory."""
+
+    config: EngineConfig
+    model: ModelConfig
+    inventories: Mapping[str, Inventory]
+    folder: Path | None = None
+    spare_bytes: int = 0
+
+    def budget(self, rank: RankSpec, num_cpu_ranks: int) -> tuple[int, int]:
+        """Give (bytes that a rank may take, bytes of its GPU in all); CPU ranks share their node's free memory."""
+        inventory = self.inventories[rank.node]
+        if rank.backend != "cuda":
+            return inventory.memory_available_bytes // max(1, num_cpu_ranks), 0
+        gpu = inventory.gpus[int(rank.device.partition(":")[2])]
+        share = int(self.config.cache.gpu_memory_utilization * gpu.memory_bytes)
+        free = gpu.free_bytes or gpu.memory_bytes
+        if gpu.is_unified:
+            free = inventory.memory_available_bytes - self.spare_bytes
+        return max(0, min(share, free)), gpu.memory_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryReport:
+    """All ranks' memory. `suggestions` are empty where everything fits, or where nothing helps."""
+
+    ranks: tuple[RankMemory, ...]
+    suggestions: tuple[Suggestion, ...] = ()
+
+    @property
+    def fits(self) -> bool:
+        return all(rank.fits for rank in self.ranks)
+
+    @property
+    def max_full_requests(self) -> float:
+        """Requests of full length that one engine holds at once: its tightest rank decides."""
+        return min((rank.max_full_requests for rank in self.ranks if rank.num_blocks), default=0.0)
+
+
+def report_memory(placement: Placement, sizing: Sizing) -> MemoryReport:
+    """Size every rank. Ranks with equal shares and budgets are computed once."""
+    known: dict[tuple[object, ...], tuple[RankMemory, FitReport | None]] = {}
+    memory: list[RankMemory] = []
+    worst: FitReport | None = None
+    for rank in placement.ranks:
+        same = [other for other in placement.on_node(rank.node) if other.backend != "cuda"]
+        budget, total = sizing.budget(rank, len(same))
+        key = (_share(rank), rank.backend, budget, total)
+        if key not in known:
+            known[key] = _size(rank, sizing, budget, total)
+        found, report = known[key]
+        if report is not None and not report.fits and (worst is None or report.minimum_bytes > worst.minimum_bytes):
+            worst = report
+        memory.append(_renumbered(found, rank))
+    return MemoryReport(tuple(memory), worst.suggestions if worst is not None else ())
+
+
+def _share(rank: RankSpec) -> tuple[object, ...]:
+    return rank.layers, rank.kv_heads, rank.mlp_units, rank.experts, rank.copied_experts, rank.vocab, rank.has_embedding
+
+
+def _renumbered(memory: RankMemory, rank: RankSpec) -> RankMemory:
+    values = {name: getattr(memory, name) for name in RankMemory.__slots__}
+    return RankMemory(**(values | {"rank": rank.rank, "device": rank.device}))
+
+
+def _size(rank: RankSpec, sizing: Sizing, budget: int, total: int) -> tuple[RankMemory, FitReport | None]:
+    if rank.kv_heads[0] == rank.kv_heads[1]:
+        return _without_cache(rank, sizing, budget), None
+    report = report_fit(sizing.config, sizing.model, sizing.folder, budget, rank=rank, total_bytes=total)
+    memory = report.memory
+    tokens = int(memory.max_full_requests * report.limits.max_model_len) if memory.num_blocks else 0
+    return (
+        RankMemory(
+            rank=rank.rank,
+            device=rank.device,
+            budget_bytes=budget,
+            weight_bytes=memory.weight_bytes,
+            activation_bytes=memory.activation_bytes,
+            runtime_bytes=memory.runtime_bytes,
+            kv_bytes=memory.kv_bytes,
+            num_blocks=memory.num_blocks,
+            kv_tokens=max(0, tokens),
+            max_full_requests=max(0.0, memory.max_full_requests),
+            problem="" if report.fits else report.cause(),
+        ),
+        report,
+    )
+
+
+def _without_cache(rank: RankSpec, sizing: Sizing, budget: int) -> RankMemory:
+    """A rank that owns no KV head: experts alone."""
+    model, config = sizing.model, sizing.config
+    is_gpu = rank.backend == "cuda"
+    limits = limits_of(config, model)
+    arena = gpu_activation_bytes if is_gpu else activation_bytes
+    weights = rank_weight_bytes(
+        model,
+        rank,
+        is_gpu=is_gpu,
+        dtype="bfloat16" if is_gpu else cpu_dtype(config.dtype),
+        is_expanded=False,
+        num_positions=limits.max_model_len,
+    )
+    activations = arena(shard(model, rank), limits.max_num_batched_tokens, limits.max_num_seqs)
+    runtime = GPU_RUNTIME_BYTES if is_gpu else CPU_RUNTIME_BYTES
+    needed = weights + activations + runtime
+    problem = "" if needed <= budget else f"needs {needed / GIB:.1f} GiB, {budget / GIB:.1f} GiB are available"
+    return RankMemory(rank.rank, rank.device, budget, weights, activations, runtime, 0, 0, 0, 0.0, problem)
+
+
+def smallest_fitting_split(
+    placement: Placement, sizing: Sizing, hosts: Sequence[HostSpec], options: PlacementOptions
+) -> tuple[Suggestion, ...]:
+    """Suggest the fewest ranks per engine, more than now, with which all of them would fit; none when none do."""
+    now = placement.sizes
+    try:
+        tried = find_sizes(sizing.model, hosts, options, expert_parallel=now.expert_parallel, uses_all=False)
+    except PlacementError:
+        return ()
+    larger = [sizes for sizes in tried if sizes.engine_ranks > now.engine_ranks]
+    # One engine first: more of them are a wish, not a way to fit.
+    larger.sort(key=lambda sizes: (sizes.engine_ranks, abs(sizes.data - now.data), -sizes.tensor))
+    for sizes in larger:
+        if report_memory(place(sizing.model, sizes, hosts, options, suggests=False), sizing).fits:
+            asked = (
+                ("tp", sizes.tensor, now.tensor),
+                ("pp", sizes.pipeline, now.pipeline),
+                ("dp", sizes.data, now.data),
+            )
+            return (Suggestion(tuple((key, str(size)) for key, size, old in asked if size != old)),)
+    return ()

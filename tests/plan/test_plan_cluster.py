@@ -1,0 +1,171 @@
+"""Plans of clusters: ranks, memory, ports, variables of every node; the same entry gives the same digest."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from launcher.plan.cluster_plan import ClusterPlan, make_cluster_plan
+from launcher.plan.inventory import declared_inventories
+from launcher.registry import load_registry, resolve
+from launcher.registry.cluster import Cluster, Fabric, Node, RaySettings
+
+GIB = 1 << 30
+REGISTRY = """\
+models:
+  tiny: {model: tiny-oss}
+  oss20: {model: openai/gpt-oss-20b, max-num-seqs: 8, env: {NCCL_DEBUG: INFO, OF_ENTRY: "1"}}
+  oss120: {model: openai/gpt-oss-120b, max-num-seqs: 8}
+  keyed: {model: tiny-oss, host: 0.0.0.0, api-key: "${KEY}", env: {MY_TOKEN: canary-1}}
+  unknown: {model: org/never-heard-of}
+"""
+PAIR = Cluster(
+    "pair",
+    (
+        Node("a", "head", "10.0.0.1", gpus=8, gpu_memory_bytes=80 * GIB, ifname="eth1"),
+        Node("b", "worker", "10.0.0.2", gpus=8, gpu_memory_bytes=80 * GIB, ifname="eth2"),
+    ),
+    platform="hopper",
+    fabric=Fabric(rdma="required", hcas=("mlx5_0",)),
+    ray=RaySettings(),
+    env={"NCCL_DEBUG": "WARN"},
+)
+SPARKS = replace(PAIR, platform="gb10", nodes=tuple(replace(n, gpus=1, gpu_memory_bytes=0) for n in PAIR.nodes))
+CPUS = Cluster("cpus", (Node("a", "head", "10.0.0.1"), Node("b", "worker", "10.0.0.2")), platform="cpu")
+
+
+def plan_of(folder: Path, name: str, *overrides: str, cluster: Cluster = PAIR, **environ: str) -> ClusterPlan:
+    path = folder / "model_registry.yml"
+    path.write_text(REGISTRY)
+    return make_cluster_plan(resolve(load_registry(path), name, environ, overrides), cluster, environ)
+
+
+def test_sixteen_ranks_on_two_nodes(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, "oss120", "tp=8", "dp=2")
+    assert plan.problems == ()
+    assert [(node.name, node.node_rank, node.is_head, node.gpus) for node in plan.nodes] == [
+        ("a", 0, True, tuple(range(8))),
+        ("b", 1, False, tuple(range(8))),
+    ]
+    assert plan.head.name == "a"
+    assert [node.name for node in plan.workers] == ["b"]
+    assert plan.executor == "ray"
+    assert len(plan.nodes[1].memory) == 8
+    assert [memory.rank for memory in plan.nodes[1].memory] == list(range(8, 16))
+    largest = max(memory.weight_bytes for node in plan.nodes for memory in node.memory)
+    # The handbook's 9.72 GB at TP8, plus the second copy of the scales and the rotary table.
+    assert 9.6e9 < largest < 10.6e9
+    assert "this version runs one rank" in plan.blockers[0].message
+    with pytest.raises(type(plan.blockers[0])):
+        plan.check()
+
+
+def test_one_rank_leaves_the_worker_to_join_only(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, "tiny", cluster=CPUS)
+    plan.check()
+    assert plan.executor == "inline"
+    assert plan.head.config.device == "cpu"
+    assert plan.head.ranks[0].device == "cpu:0"
+    assert plan.workers[0].ranks == ()
+    assert plan.workers[0].config.device == "cpu"
+    assert plan.workers[0].memory == ()
+    assert plan.ready_timeout_seconds > 0
+
+
+def test_cpu_ranks_share_numa_nodes_when_there_are_more(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, "tiny", "tp=2", "dp=4", cluster=CPUS)
+    assert plan.placement is not None
+    assert [rank.node for rank in plan.placement.ranks] == ["a"] * 4 + ["b"] * 4
+    assert plan.placement.ranks[3].device == "cpu:3"
+    assert plan.executor == "multiproc", "no ray block"
+    assert plan.nodes[0].memory[0].budget_bytes == 128 * GIB // 4
+
+
+def test_a_pair_of_single_gpu_nodes_serves_in_two_stages(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, "oss20", "pp=2", "gpu-memory-utilization=0.35", cluster=SPARKS)
+    assert plan.placement is not None
+    assert [rank.layers for rank in plan.placement.ranks] == [(0, 12), (12, 24)]
+    assert [remark.code for remark in plan.remarks] == ["pp-crosses-nodes"]
+    across = plan_of(tmp_path, "oss20", "tp=2", cluster=SPARKS)
+    assert across.remarks[0].code == "tp-over-slow-link"
+
+
+def test_no_placement_offers_sizes_to_paste(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, "oss20", "tp=4", cluster=SPARKS)
+    (problem,) = plan.problems
+    assert problem.message == "no placement: tp 4 pp 1 dp 1 needs 4 GPUs, 2 nodes have 1 each"
+    assert "--set tp=2" in problem.hint
+    assert problem.exit_code == 6
+    assert plan.placement is None
+    for way in problem.hint.removeprefix("possible: ").split("  or  "):
+        overrides = [word for word in way.split() if word != "--set"]
+        assert plan_of(tmp_path, "oss20", "tp=4", *overrides, cluster=SPARKS).problems == ()
+
+
+def test_a_model_that_is_too_large_for_one_gpu_is_told_the_split(tmp_path: Path) -> None:
+    small = replace(PAIR, nodes=tuple(replace(node, gpu_memory_bytes=24 * GIB) for node in PAIR.nodes))
+    plan = plan_of(tmp_path, "oss120", cluster=small)
+    (problem,) = plan.problems
+    assert problem.message.startswith("does not fit: rank 0 (cuda:0): weights, activations and runtime need ")
+    assert problem.hint.startswith("would fit: --set ")
+    overrides = [word for word in problem.hint.removeprefix("would fit: ").split() if word != "--set"]
+    assert plan_of(tmp_path, "oss120", *overrides, cluster=small).problems == ()
+
+
+def test_ports_of_head_and_worker(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, "tiny")
+    head = {port.name: port for port in plan.head.ports}
+    assert (head["api"].first, head["api"].reached_from) == (8000, "host")
+    assert str(head["ray-workers"]) == "10002-19999"
+    assert head["ray-dashboard"].address == "127.0.0.1"
+    assert "api" not in {port.name for port in plan.workers[0].ports}
+    assert list(head) == sorted(head)
+    public = plan_of(tmp_path, "keyed", KEY="k")
+    assert next(port for port in public.head.ports if port.name == "api").reached_from == "clients"
+    clash = plan_of(tmp_path, "tiny", "port=10500")
+    assert "a: ports api 10500 and ray-workers 10002-19999 overlap" in [error.message for error in clash.problems]
+
+
+def test_the_environment_of_a_node_is_complete_and_its_own(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, "oss20", SECRET="x", PATH="/bin")
+    by_node = [{item.name: item for item in node.environment} for node in plan.nodes]
+    assert [variables["HLAUNCH_NODE_IP"].value for variables in by_node] == ["10.0.0.1", "10.0.0.2"]
+    assert by_node[0]["NCCL_SOCKET_IFNAME"].value != by_node[1]["NCCL_SOCKET_IFNAME"].value
+    assert by_node[0]["NCCL_DEBUG"].value == "WARN", "the cluster's word is above the entry's"
+    assert by_node[0]["OF_ENTRY"].value == "1"
+    assert by_node[0]["HF_HUB_OFFLINE"].value == "1"
+    assert not {"SECRET", "PATH"} & set(by_node[0])
+    assert list(by_node[0]) == sorted(by_node[0])
+
+
+def test_the_digest_names_what_nodes_see_and_nothing_else(tmp_path: Path) -> None:
+    base = plan_of(tmp_path, "keyed", KEY="one")
+    assert plan_of(tmp_path, "keyed", KEY="two").digest == base.digest, "keys are no part of it"
+    (tmp_path / "elsewhere").mkdir()
+    assert plan_of(tmp_path / "elsewhere", "keyed", KEY="one").digest == base.digest
+    assert plan_of(tmp_path, "keyed", "max-num-seqs=3", KEY="one").digest != base.digest
+    moved = replace(PAIR, nodes=(PAIR.nodes[0], replace(PAIR.nodes[1], ip="10.0.0.9")))
+    assert plan_of(tmp_path, "keyed", cluster=moved, KEY="one").digest != base.digest
+    assert plan_of(tmp_path, "keyed", "env.MY_TOKEN=canary-2", KEY="one").digest == base.digest
+
+
+def test_a_shape_that_nothing_tells_is_a_problem(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, "unknown")
+    assert plan.placement is None
+    assert plan.model is None
+    assert plan.problems
+    assert json.dumps([str(error.message) for error in plan.problems])
+
+
+def test_real_inventories_replace_the_declared(tmp_path: Path) -> None:
+    path = tmp_path / "model_registry.yml"
+    path.write_text(REGISTRY)
+    entry = resolve(load_registry(path), "tiny", {}, ())
+    declared = declared_inventories(PAIR)["a"]
+    one_gpu = replace(declared, gpus=declared.gpus[:1])
+    plan = make_cluster_plan(entry, PAIR, {}, inventories={"a": one_gpu})
+    assert len(plan.inventories[0].gpus) == 1
+    assert len(plan.inventories[1].gpus) == 8
