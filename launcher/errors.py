@@ -8,7 +8,8 @@ Knows: messages, hints, exit codes, how a located problem reads as text. Refuses
     ├── RegistryError                 exit 3
     │   ├── RegistryNotFound          exit 3
     │   └── RegistryInvalid           exit 3   carries every issue of the run
-    ├── UnknownModel                  exit 4   carries the available names
+    ├── UnknownName                   exit 4   profile, cluster, node; carries the available names
+    │   └── UnknownModel              exit 4
     ├── PreflightError                exit 5   port in use, weights missing
     ├── DoesNotFit                    exit 6
     ├── EngineFailed                  exit 1, or the child's own code
@@ -118,14 +119,18 @@ class RegistryInvalid(RegistryError):
     """The registry has errors; `issues` holds all of them, warnings included, in file order."""
 
 
-class UnknownModel(HlaunchError):
-    """No entry has this name or alias; `available` lists the names in file order."""
+class UnknownName(HlaunchError):
+    """Nothing of this kind has this name; `available` lists the names in file order."""
 
     exit_code = ExitCode.UNKNOWN_MODEL
 
     def __init__(self, message: str, *, available: Sequence[str], hint: str = "") -> None:
         super().__init__(message, hint=hint, details=(f"available: {', '.join(available) or 'none'}",))
         self.available = tuple(available)
+
+
+class UnknownModel(UnknownName):
+    """No entry has this name or alias."""
 
 
 class PreflightError(HlaunchError):

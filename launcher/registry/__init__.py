@@ -11,20 +11,32 @@ Pure functions of (text, environment, overrides); the only effect is reading the
     entry.secret("api-key")                              # SecretRef or None; .reveal(os.environ) reads it
     entry.env["NCCL_DEBUG"].value                        # variables for the child, each with its origin
     redacted("HF_TOKEN", value)                          # how a variable's value may be shown
+    resolve_cluster(registry, entry.cluster_name, os.environ, entry).head.ip    # where cluster_name is not None
 
 Values are bool, int (tokens, bytes), float (seconds, fractions), str, tuple of str, SecretRef, or None where the
 engine or the model decides. `entry.values` has every key of the schema (`launcher.registry.keys.KEYS`).
-Errors are those of `launcher.errors`: RegistryNotFound, RegistryInvalid, UnknownModel, OverrideError; BadValue
+Errors are those of `launcher.errors`: RegistryNotFound, RegistryInvalid, UnknownName, OverrideError; BadValue
 comes only from the `parse_*` functions and `SecretRef`.
 """
 
 from __future__ import annotations
 
-from launcher.errors import Issue, OverrideError, RegistryError, RegistryInvalid, RegistryNotFound, UnknownModel
+from launcher.errors import (
+    Issue,
+    OverrideError,
+    RegistryError,
+    RegistryInvalid,
+    RegistryNotFound,
+    UnknownModel,
+    UnknownName,
+)
+from launcher.registry.cluster import Cluster, Container, Fabric, Node, RaySettings
+from launcher.registry.clusters import resolve_cluster
 from launcher.registry.loading import check_registry, load_registry, parse_registry
 from launcher.registry.locate import find_registry
 from launcher.registry.resolving import find_model, resolve
 from launcher.registry.types import (
+    DeclaredCluster,
     Layer,
     ModelEntry,
     Options,
@@ -51,12 +63,18 @@ from launcher.registry.values import (
 __all__ = [
     "AUTO",
     "BadValue",
+    "Cluster",
+    "Container",
+    "DeclaredCluster",
+    "Fabric",
     "Issue",
     "Layer",
     "ModelEntry",
+    "Node",
     "Options",
     "Origin",
     "OverrideError",
+    "RaySettings",
     "Registry",
     "RegistryError",
     "RegistryInvalid",
@@ -66,6 +84,7 @@ __all__ = [
     "SecretRef",
     "Setting",
     "UnknownModel",
+    "UnknownName",
     "Value",
     "check_registry",
     "find_model",
@@ -80,4 +99,5 @@ __all__ = [
     "parse_size",
     "redacted",
     "resolve",
+    "resolve_cluster",
 ]

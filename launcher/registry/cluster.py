@@ -15,8 +15,8 @@ from types import MappingProxyType
 class Node:
     """One host. `ip` is its address on the fabric and drives Ray, Gloo and NCCL alike; units: bytes, counts.
 
-    `ssh` is a destination as plain `ssh` takes it, None for this host. `gpu_memory_bytes` and `memory_bytes` 0: ask the
-    host. `hcas` empty: as the cluster's fabric says.
+    `ssh` is a destination as plain `ssh` takes it, None for this host. `gpu_memory_bytes`, `cpus` and `memory_bytes` 0:
+    ask the host. `hcas` empty and `gid_index` None: as the cluster's fabric says.
     """
 
     name: str
@@ -29,12 +29,13 @@ class Node:
     memory_bytes: int = 0
     ifname: str | None = None
     hcas: tuple[str, ...] = ()
+    gid_index: int | None = None
     env: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
 
 
 @dataclass(frozen=True, slots=True)
 class Fabric:
-    """What carries data between nodes. `gid_index` and `hcas` may be "auto" (empty tuple for `hcas`).
+    """What carries data between nodes. `gid_index`: auto | auto-pin; `hcas` empty: auto.
 
     `rdma`: required | preferred | off. `mtu` bytes, `timeout` and `traffic_class` as NCCL counts them.
     """

@@ -1,32 +1,34 @@
 """A registry file -> `Registry`, or every error of it at once.
 
-Knows: which mappings hold keys, names or variables; duplicates, spellings and merge keys; how pydantic's errors become
-issues with positions. Refuses to know: layers above the file (`launcher.registry.resolving`), the terminal.
-The only effect is reading the file, in `load_registry`.
+Knows: the order of the steps, and how pydantic's errors become issues with positions. Refuses to know: layers above
+the file (`launcher.registry.resolving`), the terminal. The only effect is reading the file, in `load_registry`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping as MappingABC
+from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from launcher.errors import Issue, RegistryInvalid
+from launcher.registry.building import build
+from launcher.registry.cluster_rules import cluster_issues
 from launcher.registry.document import DocumentError, Mapping, Node, Scalar, decode, read_tree
 from launcher.registry.locate import display_path
 from launcher.registry.reading import describe
-from launcher.registry.resolving import file_layers, rule_issues
-from launcher.registry.schema import NAME_PATTERN, document_model
-from launcher.registry.types import Mark, ModelEntry, Options, Registry, Setting
+from launcher.registry.references import reference_issues
+from launcher.registry.resolving import entry_issues
+from launcher.registry.schema import document_model
+from launcher.registry.types import Registry
 from launcher.registry.values import is_secret_name, show_text
 from launcher.registry.walking import Path as KeyPath
 from launcher.registry.walking import Tree, dotted, walk
 
 _GLUED = re.compile(r"([A-Za-z][A-Za-z_-]{0,60}):\S.*", re.ASCII)
+_NAMED = frozenset({"models", "clusters", "profiles"})
 _EMPTY_HINT = "write at least: models: {tiny-oss: {model: tiny-oss}}"
 
 
@@ -108,20 +110,19 @@ class _Validation:
 
     def run(self) -> tuple[Registry | None, list[Issue]]:
         document, has_defaults = self._validate()
-        self._name_clashes()
+        self.issues += reference_issues(self.tree, self.source)
         registry = None
         if document is not None:
-            registry = self._build(document)
+            registry = build(document, self.tree, self.path, self.source)
+            for cluster in registry.clusters.values():
+                self.issues += cluster_issues(cluster, self.source)
             # Without its defaults an entry may look broken where it is not.
             if has_defaults:
-                for entry in registry.models.values():
-                    values, env = file_layers(registry, entry)
-                    self.issues += rule_issues(entry.name, values, env, self.source, _place(entry.mark))
+                self.issues += entry_issues(registry)
         self.issues = sorted(set(self.issues), key=lambda issue: (issue.line or 0, issue.column or 0, issue.path))
         if registry is None or any(issue.severity == "error" for issue in self.issues):
             return None, self.issues
-        frozen = Registry(registry.path, registry.source, registry.defaults, registry.models, tuple(self.issues))
-        return frozen, self.issues
+        return replace(registry, issues=tuple(self.issues)), self.issues
 
     def _validate(self) -> tuple[Any, bool]:
         """Validate all; on errors, validate again without the broken blocks, so that the rules can judge the rest."""
@@ -134,17 +135,13 @@ class _Validation:
         # Entries whose names were refused are gone by now: that is one mistake, not two.
         has_lost_entries = any(issue.path == "models" for issue in self.issues)
         self.issues += [self._issue(item) for item in found if not (item["type"] == "too_short" and has_lost_entries)]
-        broken = {item["loc"][:2] if item["loc"][0] == "models" else item["loc"][:1] for item in found}
-        models = data.get("models")
-        if not isinstance(models, dict):
-            return None, False
-        sound = {name: block for name, block in models.items() if ("models", name) not in broken}
-        rest = {"models": sound}
-        has_defaults = ("defaults",) not in broken
-        if has_defaults and "defaults" in data:
-            rest["defaults"] = data["defaults"]
+        broken = {item["loc"][:2] if item["loc"][0] in _NAMED else item["loc"][:1] for item in found}
+        rest = {key: value for key, value in data.items() if (key,) not in broken}
+        for group in _NAMED & rest.keys():
+            if isinstance(rest[group], dict):
+                rest[group] = {name: block for name, block in rest[group].items() if (group, name) not in broken}
         try:
-            return model.model_validate(rest), has_defaults
+            return model.model_validate(rest), ("defaults",) not in broken
         except ValidationError:
             return None, False
 
@@ -160,11 +157,10 @@ class _Validation:
         match item["type"]:
             case "hlaunch":
                 return context["code"], self._without_secret(path, context["message"]), context["hint"]
-            case "missing" if path[-1] == "model":
-                hint = "add model: org/name, a folder, or tiny-oss"
-                if path[-2].startswith("x-"):
-                    hint = "a template for '<<' stands outside models, at the top of the file"
-                return "missing-key", "every entry says what to serve", hint
+            case "missing" | "too_short" if path[-1] == "nodes":
+                return "missing-key", "a cluster has nodes", "add nodes: [{name: …, role: head, ip: …}]"
+            case "missing" if len(path) > 1:
+                return "missing-key", f"every node has its {path[-1]}", f"add {path[-1]}: …"
             case "missing":
                 return "missing-key", "the registry has no models", _EMPTY_HINT
             case "too_short":
@@ -189,72 +185,3 @@ class _Validation:
         if isinstance(raw, Scalar) and raw.text and "env" in path[:-1] and is_secret_name(path[-1]):
             return message.replace(show_text(raw.text), "the value").replace(raw.text, "the value")
         return message
-
-    def _name_clashes(self) -> None:
-        """Names and aliases are unique whatever their case: a file system or a client may fold it."""
-        seen: dict[str, tuple[str, Mark]] = {}
-        for path, name, mark in self._claimed_names():
-            folded = name.casefold()
-            if folded in seen:
-                other, first = seen[folded]
-                message = f"'{name}' is already the name or alias '{other}' at line {first.line}"
-                self.issues.append(
-                    Issue(
-                        "error", "name-clash", self.source, mark.line, mark.column, dotted(path), message, "rename one"
-                    )
-                )
-            seen.setdefault(folded, (name, mark))
-
-    def _claimed_names(self) -> list[tuple[KeyPath, str, Mark]]:
-        models = self.tree.data.get("models")
-        blocks = models if isinstance(models, dict) else {}
-        names: list[tuple[KeyPath, str, Mark]] = [
-            (("models", name), name, self.tree.find(("models", name), is_key=True)) for name in blocks
-        ]
-        for name, block in blocks.items():
-            written = block.get("aliases") if isinstance(block, dict) else None
-            for alias in written if isinstance(written, list) else [written]:
-                if isinstance(alias, Scalar) and re.fullmatch(NAME_PATTERN, alias.text):
-                    names.append((("models", name, "aliases"), alias.text, alias.mark))
-        return names
-
-    def _build(self, document: Any) -> Registry:
-        models = {
-            name: ModelEntry(
-                name, self.tree.find(("models", name), is_key=True), self._options(block, ("models", name))
-            )
-            for name, block in document.models_.items()
-        }
-        defaults = self._options(document.defaults_, ("defaults",))
-        return Registry(self.path, self.source, defaults, MappingProxyType(models))
-
-    def _options(self, block: BaseModel | None, path: KeyPath) -> Options:
-        if block is None:
-            return Options()
-        settings: dict[str, Setting] = {}
-        env: dict[str, Setting] = {}
-        for key, value in _fields(block):
-            if key == "env" and isinstance(value, dict):
-                env = {name: Setting(item, self.tree.find((*path, key, name))) for name, item in value.items()}
-            elif isinstance(value, BaseModel):
-                for inner, leaf in _fields(value):
-                    settings[f"{key}.{inner}"] = Setting(_frozen(leaf), self.tree.find((*path, key, inner)))
-            else:
-                settings[key] = Setting(_frozen(value), self.tree.find((*path, key)))
-        return Options(MappingProxyType(settings), MappingProxyType(env))
-
-
-def _fields(block: BaseModel) -> list[tuple[str, Any]]:
-    """The keys that were written, by their canonical names, in the table's order."""
-    fields: MappingABC[str, Any] = type(block).model_fields
-    return [
-        (info.alias or name, getattr(block, name)) for name, info in fields.items() if name in block.model_fields_set
-    ]
-
-
-def _frozen(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _place(mark: Mark) -> tuple[int, int]:
-    return mark.line, mark.column

@@ -6,9 +6,12 @@ Knows: what each `Kind` accepts, its range, and the message when it does not. Re
 
 from __future__ import annotations
 
+import ipaddress
 import math
 import re
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
 
 from launcher.registry.document import Scalar
 from launcher.registry.keys import KeySpec, Kind
@@ -36,6 +39,9 @@ _EXPECTED = {
     Kind.SECRET: "a secret reference such as ${NAME}",
     Kind.TEXTS: "one text per item",
     Kind.VARIABLES: "a mapping of variables",
+    Kind.ADDRESS: "an address such as 192.168.100.1",
+    Kind.SUBNET: "a network such as 192.168.100.0/24",
+    Kind.PORT_RANGE: "two ports such as [10002, 19999]",
 }
 
 
@@ -53,6 +59,24 @@ def read_scalar(spec: KeySpec, raw: object) -> object:
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         _check_range(spec, value, raw.text)
     return value
+
+
+def read_port_range(spec: KeySpec, raw: object) -> tuple[int, int]:
+    """Read `[first, last]` or `first-last`. Raises: BadValue."""
+    expected = _EXPECTED[Kind.PORT_RANGE]
+    parts: list[object] = []
+    if isinstance(raw, Scalar):
+        raw.check()
+        parts = [Scalar(text, raw.style, raw.mark) for text in raw.text.split("-")]
+    elif isinstance(raw, list):
+        parts = raw
+    if len(parts) != 2:
+        raise BadValue("wrong-type", f"expected {expected}, got {describe(raw)}", f"write {expected}")
+    port = replace(spec, kind=Kind.INTEGER)
+    first, last = (int(str(read_scalar(port, part))) for part in parts)
+    if first > last:
+        raise BadValue("out-of-range", f"the first port {first} is above the last, {last}", f"write [{last}, {first}]")
+    return first, last
 
 
 def read_variable(raw: object) -> str:
@@ -113,9 +137,8 @@ def _read_choice(spec: KeySpec, raw: Scalar) -> str:
     synonym = _SYNONYMS.get(raw.text.lower())
     guess = f"did you mean '{synonym}'?" if synonym in spec.choices else did_you_mean(raw.text, spec.choices)
     accepted = f"accepted: {', '.join(spec.choices)}"
-    raise BadValue(
-        "unknown-value", f"{show_text(raw.text)} is not accepted", f"{guess} ({accepted})" if guess else accepted
-    )
+    hint = f"{guess} ({accepted})" if guess else "; ".join(part for part in (accepted, spec.pattern_hint) if part)
+    raise BadValue("unknown-value", f"{show_text(raw.text)} is not accepted", hint)
 
 
 def _read_boolean(spec: KeySpec, raw: Scalar) -> bool:
@@ -173,6 +196,27 @@ def _read_size(spec: KeySpec, raw: Scalar) -> int:
     return parse_size(raw.text) if (value := _integer(raw.text)) is None else value
 
 
+def _read_address(spec: KeySpec, raw: Scalar) -> str:
+    try:
+        address = ipaddress.ip_address(raw.text)
+    except ValueError:
+        raise BadValue(
+            "bad-address", f"{show_text(raw.text)} is not an IP address", "write numbers: 192.168.100.1, not a name"
+        ) from None
+    return str(address)
+
+
+def _read_subnet(spec: KeySpec, raw: Scalar) -> str:
+    hint = "write network/bits, such as 192.168.100.0/24"
+    if "/" not in raw.text:
+        raise BadValue("bad-address", f"{show_text(raw.text)} is not a network", hint)
+    with suppress(ValueError):
+        return str(ipaddress.ip_network(raw.text))
+    with suppress(ValueError):
+        hint = f"write {ipaddress.ip_network(raw.text, strict=False)}"
+    raise BadValue("bad-address", f"{show_text(raw.text)} is not a network", hint)
+
+
 def _read_duration(spec: KeySpec, raw: Scalar) -> float:
     return parse_duration(raw.text)
 
@@ -199,4 +243,6 @@ _READERS: dict[Kind, Callable[[KeySpec, Scalar], object]] = {
     Kind.SIZE: _read_size,
     Kind.DURATION: _read_duration,
     Kind.SECRET: _read_secret,
+    Kind.ADDRESS: _read_address,
+    Kind.SUBNET: _read_subnet,
 }

@@ -3,35 +3,27 @@
 Knows: the order of precedence, names and aliases, how `--set` and `HLAUNCH_<KEY>` are typed. Refuses to know: files,
 hardware, the process environment (it is an argument).
 
-Low to high: built-in < defaults < model < `HLAUNCH_<KEY>` < `--set`. Mappings merge deeply, lists replace, an empty
-value leaves a layer silent. A layer is a `Contribution`; further layers (platform, profile, cluster) are further
-contributions between these.
+Low to high: built-in < platform preset < defaults < extends < model < overrides.<platform> < profile < cluster's env <
+node's env < `HLAUNCH_<KEY>` < `--set`. Mappings merge deeply, lists replace, an empty value leaves a layer silent.
+The cluster is decided first, by every layer but the overrides, since its platform picks those.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
+from typing import cast
 
-from launcher.errors import Issue, OverrideError, RegistryInvalid, UnknownModel
-from launcher.registry.document import Scalar
-from launcher.registry.keys import (
-    DASHED,
-    ENVIRONMENT,
-    GROUPS,
-    KEYS,
-    RESERVED_ENVIRONMENT,
-    KeySpec,
-    Kind,
-    canonical_key,
-)
-from launcher.registry.reading import read_scalar, read_variable
+from launcher.errors import Issue, OverrideError, RegistryInvalid, UnknownModel, UnknownName
+from launcher.registry.keys import KEYS, Kind
+from launcher.registry.overriding import Contribution, environment_layer, flag_layer
+from launcher.registry.presets import PRESETS
 from launcher.registry.rules import check_rules
 from launcher.registry.suggest import did_you_mean
 from launcher.registry.types import (
     BUILT_IN,
+    NO_CLUSTER,
+    DeclaredCluster,
     Layer,
     Mark,
     ModelEntry,
@@ -42,20 +34,24 @@ from launcher.registry.types import (
     ResolvedValue,
     Value,
 )
-from launcher.registry.values import BadValue, show_text
+from launcher.registry.values import show_text
 
-_VARIABLE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
-_NO_MARK = Mark(0, 0)
+NOT_INHERITED = frozenset({"aliases", "description", "extends", "served-model-name", "tags"})
+"""What an entry says about itself alone: `extends` leaves it behind."""
 
 Resolved = dict[str, ResolvedValue]
 
 
-@dataclass(frozen=True, slots=True)
-class Contribution:
-    """What one layer sets: settings and environment variables, each with its origin."""
+def quoted(name: str) -> str:
+    """A name as a message shows it: plain where it can be, escaped and cut where it must."""
+    return f"'{name}'" if name.isprintable() and len(name) <= 80 else show_text(name)
 
-    settings: Mapping[str, tuple[Value, Origin]] = field(default_factory=dict)
-    env: Mapping[str, tuple[Value, Origin]] = field(default_factory=dict)
+
+def unknown_name(noun: str, name: str, known: Iterable[str], where: str) -> UnknownName:
+    """Make the error for a profile, cluster or node that nobody declared."""
+    names = tuple(known)
+    hint = did_you_mean(name, names) or f"declared: {', '.join(names) or 'none'}"
+    return UnknownName(f"{noun} {quoted(name)} is not in {where}", available=names, hint=hint)
 
 
 def find_model(registry: Registry, name: str) -> ModelEntry:
@@ -68,8 +64,7 @@ def find_model(registry: Registry, name: str) -> ModelEntry:
     available = tuple(registry.models)
     known = [*available, *(alias for item in registry.models.values() for alias in item.aliases)]
     hint = did_you_mean(name, known) or "run: hlaunch list"
-    shown = f"'{name}'" if name.isprintable() and len(name) <= 80 else show_text(name)
-    raise UnknownModel(f"model {shown} is not in {registry.source}", available=available, hint=hint)
+    raise UnknownModel(f"model {quoted(name)} is not in {registry.source}", available=available, hint=hint)
 
 
 def resolve(
@@ -77,44 +72,168 @@ def resolve(
     name: str,
     environ: Mapping[str, str] | None = None,
     overrides: Sequence[str] = (),
+    *,
+    profiles: Sequence[str] = (),
+    platform: str | None = None,
+    node: str | None = None,
 ) -> ResolvedEntry:
-    """Merge all layers of one entry. `overrides` are `key=value` texts as `--set` takes them. Pure.
+    """Merge all layers of one entry. Pure.
 
-    Raises: UnknownModel; OverrideError for a bad variable or flag (all of them); RegistryInvalid when values that are
-    fine alone break a rule together and the file is to blame.
+    `overrides` are `key=value` texts as `--set` takes them. `profiles` go over each other, left to right; without any,
+    $HLAUNCH_PROFILE names them, with commas. `platform` says what this machine is, for an entry without a cluster or
+    one whose platform is auto. `node` adds that node's variables.
+    Raises: UnknownModel; UnknownName for a profile, cluster or node; OverrideError for a bad variable or flag (all of
+    them); RegistryInvalid when values that are fine alone break a rule together and the file is to blame.
     """
     entry = find_model(registry, name)
-    outside, issues = _environment_layer(environ or {})
-    flags, flag_issues = _flag_layer(overrides)
+    environ = environ or {}
+    outside, issues = environment_layer(environ)
+    flags, flag_issues = flag_layer(overrides)
     issues += flag_issues
     errors = [issue for issue in issues if issue.severity == "error"]
     if errors:
         raise OverrideError(_count(errors), issues=errors)
-    values, env = _merge([_defaults(registry), _options(entry.options, Layer.MODEL, registry.source), outside, flags])
-    place = (entry.mark.line, entry.mark.column)
-    issues += rule_issues(entry.name, values, env, registry.source, place)
+    asked = tuple(profiles) or tuple(part.strip() for part in environ.get("HLAUNCH_PROFILE", "").split(",") if part)
+    stack = _Stack(registry, entry, _profile_layers(registry, entry, asked), (outside, flags), platform)
+    values, env = stack.merged(node)
+    issues += _rule_issues(registry, entry, values, env, stack.cluster)
     errors = [issue for issue in issues if issue.severity == "error"]
     if errors:
         is_outside = all(issue.line is None for issue in errors)
         raise (OverrideError if is_outside else RegistryInvalid)(_count(errors), issues=errors)
-    return ResolvedEntry(entry.name, registry.path, MappingProxyType(values), MappingProxyType(env), tuple(issues))
+    return ResolvedEntry(
+        entry.name,
+        registry.path,
+        MappingProxyType(values),
+        MappingProxyType(env),
+        tuple(issues),
+        asked,
+        stack.platform,
+    )
 
 
-def file_layers(registry: Registry, entry: ModelEntry) -> tuple[Resolved, Resolved]:
-    """Merge the layers that the file itself holds; returns values and variables."""
-    return _merge([_defaults(registry), _options(entry.options, Layer.MODEL, registry.source)])
+def find_cluster(registry: Registry, name: str) -> DeclaredCluster:
+    """Return the declared cluster of this name. Raises: UnknownName."""
+    declared = registry.clusters.get(name)
+    if declared is None:
+        raise unknown_name("cluster", name, registry.clusters, registry.source)
+    return declared
 
 
-def rule_issues(name: str, values: Resolved, env: Resolved, source: str, place: tuple[int, int]) -> list[Issue]:
-    """Judge resolved values by the rules between keys; `place` is the entry's position, for a built-in to blame."""
+def entry_issues(registry: Registry) -> list[Issue]:
+    """Judge every entry by the layers that the file itself holds; its own profiles and overrides one at a time."""
+    issues: list[Issue] = []
+    for entry in registry.models.values():
+        variants: list[tuple[list[Contribution], str | None]] = [([], None)]
+        variants += [
+            ([_options(options, Layer.PROFILE, registry.source, name)], None)
+            for name, options in entry.profiles.items()
+        ]
+        variants += [([], platform) for platform in entry.overrides]
+        for layers, platform in variants:
+            stack = _Stack(registry, entry, layers, (), platform, is_lenient=True)
+            values, env = stack.merged()
+            issues += _rule_issues(registry, entry, values, env, stack.cluster)
+    return issues
+
+
+class _Stack:
+    """The layers of one entry, the cluster they choose, and the platform that follows."""
+
+    def __init__(
+        self,
+        registry: Registry,
+        entry: ModelEntry,
+        profiles: list[Contribution],
+        outside: tuple[Contribution, ...],
+        platform: str | None,
+        *,
+        is_lenient: bool = False,
+    ) -> None:
+        source = registry.source
+        self._below = [_options(registry.defaults, Layer.DEFAULTS, source)]
+        self._below += [
+            _options(base.options, Layer.EXTENDS, source, base.name, without=NOT_INHERITED) for base in entry.bases
+        ]
+        self._below.append(_options(entry.options, Layer.MODEL, source))
+        self._above = [*profiles, *outside]
+        self._outside = outside
+        self._entry = entry
+        self._source = source
+        self.cluster: DeclaredCluster | None = None
+        chosen = [layer.settings["cluster"][0] for layer in (*self._below, *self._above) if "cluster" in layer.settings]
+        name = str(chosen[-1]) if chosen else NO_CLUSTER
+        if name != NO_CLUSTER:
+            # At loading a wrong name is a mistake of the file, found by `references`.
+            self.cluster = registry.clusters.get(name) if is_lenient else find_cluster(registry, name)
+        declared = self.cluster.cluster.platform if self.cluster is not None else "auto"
+        self.platform = platform if declared == "auto" or (is_lenient and platform) else declared
+
+    def merged(self, node: str | None = None) -> tuple[Resolved, Resolved]:
+        """Merge all layers into values and variables. Raises: UnknownName for the node."""
+        count = len(self._above) - len(self._outside)
+        layers = [
+            *_preset(self.platform),
+            *self._below,
+            *self._overrides(),
+            *self._above[:count],
+            *self._cluster_layers(node),
+            *self._outside,
+        ]
+        return _merge(layers)
+
+    def _overrides(self) -> Iterator[Contribution]:
+        for owner in (*self._entry.bases, self._entry):
+            options = owner.overrides.get(self.platform or "")
+            if options is not None:
+                yield _options(options, Layer.OVERRIDES, self._source, self.platform or "")
+
+    def _cluster_layers(self, node: str | None) -> Iterator[Contribution]:
+        if self.cluster is not None:
+            name = self.cluster.name
+            yield _options(Options(env=self.cluster.env), Layer.CLUSTER, self._source, name)
+            if node is not None:
+                env = self.cluster.node_env.get(node)
+                if env is None:
+                    raise unknown_name("node", node, self.cluster.node_env, f"cluster {name}")
+                yield _options(Options(env=env), Layer.NODE, self._source, node)
+
+
+def _preset(platform: str | None) -> Iterator[Contribution]:
+    settings = PRESETS.get(platform or "", {})
+    if settings:
+        origin = Origin(Layer.PLATFORM, name=platform or "")
+        yield Contribution({key: (value, origin) for key, value in settings.items()})
+
+
+def _profile_layers(registry: Registry, entry: ModelEntry, asked: Sequence[str]) -> list[Contribution]:
+    """For each profile: the shared one, then those of the bases, then the entry's own. Raises: UnknownName."""
+    layers = []
+    owners = [registry.profiles, *(base.profiles for base in entry.bases), entry.profiles]
+    for name in asked:
+        found = [profiles[name] for profiles in owners if name in profiles]
+        if not found:
+            known = dict.fromkeys(key for profiles in owners for key in profiles)
+            raise unknown_name("profile", name, known, f"{registry.source} for {entry.name}")
+        layers += [_options(options, Layer.PROFILE, registry.source, name) for options in found]
+    return layers
+
+
+def _rule_issues(
+    registry: Registry, entry: ModelEntry, values: Resolved, env: Resolved, cluster: DeclaredCluster | None
+) -> list[Issue]:
+    """Judge resolved values by the rules between keys; the entry itself is to blame for a built-in."""
     issues = []
-    for finding in check_rules(values, env):
+    for finding in check_rules(values, env, cluster):
         variable = finding.key.removeprefix("env.")
         origin = (env[variable] if variable != finding.key else values[finding.key]).origin
         where, line, column = origin.source, origin.line, origin.column
         if where is None:
-            where, (line, column) = source, place
-        path = f"models.{name}.{finding.key}"
+            where, line, column = registry.source, entry.mark.line, entry.mark.column
+        if origin.layer in (Layer.CLUSTER, Layer.NODE):
+            # The cluster's own rules say it once.
+            continue
+        path = f"models.{entry.name}.{finding.key}"
         if origin.layer is Layer.DEFAULTS:
             path = f"defaults.{finding.key}"
         issues.append(Issue(finding.severity, finding.code, where, line, column, path, finding.message, finding.hint))
@@ -127,7 +246,7 @@ def _count(errors: list[Issue]) -> str:
 
 def _merge(layers: Iterable[Contribution]) -> tuple[Resolved, Resolved]:
     values = {
-        spec.key: ResolvedValue(spec.key, spec.default, BUILT_IN)
+        spec.key: ResolvedValue(spec.key, cast(Value, spec.default), BUILT_IN)
         for spec in KEYS.values()
         if spec.kind is not Kind.VARIABLES
     }
@@ -145,107 +264,13 @@ def _over(below: ResolvedValue | None, key: str, value: Value, origin: Origin) -
     return ResolvedValue(key, value, origin, shadowed)
 
 
-def _defaults(registry: Registry) -> Contribution:
-    return _options(registry.defaults, Layer.DEFAULTS, registry.source)
-
-
-def _options(options: Options, layer: Layer, source: str) -> Contribution:
+def _options(
+    options: Options, layer: Layer, source: str, name: str = "", *, without: frozenset[str] = frozenset()
+) -> Contribution:
     def placed(mark: Mark) -> Origin:
-        return Origin(layer, source, mark.line, mark.column)
+        return Origin(layer, source, mark.line, mark.column, name)
 
     return Contribution(
-        {key: (item.value, placed(item.mark)) for key, item in options.settings.items()},
+        {key: (item.value, placed(item.mark)) for key, item in options.settings.items() if key not in without},
         {key: (item.value, placed(item.mark)) for key, item in options.env.items()},
     )
-
-
-def _environment_layer(environ: Mapping[str, str]) -> tuple[Contribution, list[Issue]]:
-    settings: dict[str, tuple[Value, Origin]] = {}
-    issues: list[Issue] = []
-    for name in sorted(key for key in environ if key.startswith("HLAUNCH_")):
-        if name in RESERVED_ENVIRONMENT:
-            continue
-        source = f"${name}"
-        key = ENVIRONMENT.get(name)
-        if key is None:
-            hint = did_you_mean(name, ENVIRONMENT) or "unset it"
-            message = "no option has this name; the variable has no effect"
-            issues.append(Issue("warning", "unknown-variable", source, None, None, "", message, hint))
-            continue
-        try:
-            value = _read(KEYS[key], environ[name])
-        except BadValue as error:
-            issues.append(Issue("error", error.code, source, None, None, key, error.message, error.hint))
-            continue
-        if value is not None:
-            settings[key] = (value, Origin(Layer.ENVIRONMENT, source))
-    return Contribution(settings), issues
-
-
-def _flag_layer(overrides: Sequence[str]) -> tuple[Contribution, list[Issue]]:
-    """Type `key=value` texts. The last of several for one key wins, as with any flag."""
-    settings: dict[str, tuple[Value, Origin]] = {}
-    env: dict[str, tuple[Value, Origin]] = {}
-    issues: list[Issue] = []
-    for text in overrides:
-        written, equals, value = text.partition("=")
-        written = written.strip()
-        # What follows '=' may be a secret: the source names the key only. Without '=' all of it may be one.
-        is_shown = written.isprintable() and len(written) <= 60 and (equals or canonical_key(written) is not None)
-        source = f"--set {written}".rstrip() if is_shown else "--set"
-        origin = Origin(Layer.FLAG, source)
-        try:
-            if not equals or not written:
-                problem = "there is no key before '='" if equals else "there is no '=' in it"
-                raise BadValue("bad-override", problem, "write --set key=value")
-            variable = written.removeprefix("env.")
-            if variable != written:
-                env[variable] = (_read_override_variable(variable, value), origin)
-                continue
-            spec = _overridable(written)
-            typed = _read(spec, value)
-            if typed is None:
-                settings.pop(spec.key, None)
-            else:
-                settings[spec.key] = (typed, origin)
-        except BadValue as error:
-            issues.append(Issue("error", error.code, source, None, None, "", error.message, error.hint))
-    return Contribution(settings, env), issues
-
-
-def _overridable(written: str) -> KeySpec:
-    key = canonical_key(written)
-    if written in GROUPS:
-        inner = " or ".join(f"--set {name}=value" for name in KEYS if name.startswith(f"{written}."))
-        raise BadValue("wrong-type", f"{written} is a mapping", f"write {inner}")
-    if key is None:
-        known = [name for name, item in DASHED.items() if not KEYS[item].is_fixed]
-        raise BadValue(
-            "unknown-key",
-            f"{show_text(written)} is not a known option",
-            did_you_mean(written, known) or "`hlaunch schema --keys` lists the known keys",
-        )
-    spec = KEYS[key]
-    if spec.is_fixed:
-        raise BadValue("fixed-key", f"{key} can only be set in the registry", "edit the entry")
-    if spec.kind is Kind.VARIABLES:
-        raise BadValue("wrong-type", f"{key} is a mapping", f"write --set {key}.NAME=value")
-    return spec
-
-
-def _read_override_variable(name: str, value: str) -> str | None:
-    if _VARIABLE_NAME.fullmatch(name) is None:
-        raise BadValue("bad-name", f"{show_text(name)} cannot name a variable", "write --set env.NAME=value")
-    return read_variable(Scalar(value, "argument", _NO_MARK)) if value else None
-
-
-def _read(spec: KeySpec, text: str) -> Value:
-    """Type the text of a flag or a variable; empty or `null` leaves the layer silent."""
-    scalar = Scalar(text, "argument", _NO_MARK)
-    if scalar.is_null:
-        return None
-    if spec.kind is Kind.TEXTS:
-        items = [part.strip() for part in text.removeprefix("[").removesuffix("]").split(",")]
-        return tuple(str(read_scalar(spec, Scalar(item, "argument", _NO_MARK))) for item in items)
-    value: Value = read_scalar(spec, scalar)  # type: ignore[assignment]
-    return value

@@ -1,58 +1,34 @@
 """Rules between keys: what each value alone cannot tell. Pure functions of resolved values.
 
-Knows: which combinations cannot work, or are unsafe. Refuses to know: the model's shape and the hardware (the
-planner's rules), layers and files.
+Knows: which combinations cannot work, or are unsafe. Refuses to know: ranks and clusters
+(`launcher.registry.placement_rules`), the hardware (the planner's rules), layers and files.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 
-from launcher.errors import Severity
-from launcher.registry.types import Layer, ResolvedValue
+from launcher.registry.findings import Finding, Rule, Values, highest, whole
+from launcher.registry.placement_rules import placement_findings
+from launcher.registry.types import DeclaredCluster, Layer, ResolvedValue
 from launcher.registry.values import SecretRef, is_secret_name
 
 _LOOPBACK = re.compile(r"127(\.[0-9]+){3}|localhost|::1|\[::1\]", re.ASCII)
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One broken rule. `key` is the value to blame: its position is where the user looks."""
-
-    severity: Severity
-    code: str
-    key: str
-    message: str
-    hint: str
-
-
-Values = Mapping[str, ResolvedValue]
-Rule = Callable[[Values], Iterator[Finding]]
-
-
-def check_rules(values: Values, env: Mapping[str, ResolvedValue]) -> list[Finding]:
-    """Return every broken rule of one entry, errors and warnings, in the order of the rules."""
+def check_rules(
+    values: Values, env: Mapping[str, ResolvedValue], cluster: DeclaredCluster | None = None
+) -> list[Finding]:
+    """Return every broken rule of one entry on its cluster, errors and warnings, in the order of the rules."""
     found = [finding for rule in _RULES for finding in rule(values)]
-    return found + list(_secret_variables(env))
-
-
-def _higher(values: Values, *keys: str) -> str:
-    """Of several keys, the one set by the highest layer: the one the user touched last."""
-    order = list(Layer)
-    return max(keys, key=lambda key: order.index(values[key].origin.layer))
-
-
-def _whole(values: Values, key: str) -> int:
-    value = values[key].value
-    return value if isinstance(value, int) else 0
+    return [*found, *placement_findings(values, cluster), *_secret_variables(env)]
 
 
 def _step_budget(values: Values) -> Iterator[Finding]:
-    budget, rows = _whole(values, "max-num-batched-tokens"), _whole(values, "max-num-seqs")
+    budget, rows = whole(values, "max-num-batched-tokens"), whole(values, "max-num-seqs")
     if budget < rows:
-        blamed = _higher(values, "max-num-seqs", "max-num-batched-tokens")
+        blamed = highest(values, "max-num-seqs", "max-num-batched-tokens")
         yield Finding(
             "error",
             "step-budget",
@@ -64,9 +40,9 @@ def _step_budget(values: Values) -> Iterator[Finding]:
 
 def _whole_prefill(values: Values) -> Iterator[Finding]:
     length = values["max-model-len"].value
-    budget = _whole(values, "max-num-batched-tokens")
+    budget = whole(values, "max-num-batched-tokens")
     if values["enable-chunked-prefill"].value is False and isinstance(length, int) and budget < length:
-        blamed = _higher(values, "max-num-batched-tokens", "max-model-len", "enable-chunked-prefill")
+        blamed = highest(values, "max-num-batched-tokens", "max-model-len", "enable-chunked-prefill")
         yield Finding(
             "error",
             "prefill-budget",
@@ -85,19 +61,6 @@ def _sizing(values: Values) -> Iterator[Finding]:
             "kv-cache-memory-bytes",
             "set together with gpu-memory-utilization, but only one can size the KV cache",
             "remove one of the two",
-        )
-
-
-def _backend(values: Values) -> Iterator[Finding]:
-    world = _whole(values, "tensor-parallel-size") * _whole(values, "pipeline-parallel-size")
-    ranks = world * _whole(values, "data-parallel-size")
-    if values["distributed-executor-backend"].value == "uni" and ranks > 1:
-        yield Finding(
-            "error",
-            "backend-ranks",
-            "distributed-executor-backend",
-            f"uni runs one rank, but tensor x pipeline x data parallel asks for {ranks}",
-            "use mp, ray or auto",
         )
 
 
@@ -155,7 +118,6 @@ _RULES: tuple[Rule, ...] = (
     _step_budget,
     _whole_prefill,
     _sizing,
-    _backend,
     _remote_code,
     _open_server,
     _secret_literal,

@@ -8,7 +8,7 @@ Validation takes `Scalar` leaves (see `launcher.registry.document`), so every me
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Annotated, Any
 
@@ -25,16 +25,12 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from launcher.registry.document import Scalar
-from launcher.registry.keys import KEYS, MODEL_ONLY, SPELLINGS, KeySpec, Kind
-from launcher.registry.reading import MAX_TEXT, read_scalar, read_variable
+from launcher.registry.keys import KeySpec, Kind
+from launcher.registry.reading import MAX_TEXT, read_port_range, read_scalar, read_variable
+from launcher.registry.shapes import DOCUMENT, MAX_NODES, NAME_PATTERN, VARIABLE_PATTERN, Items, Keys, Names
 from launcher.registry.values import BadValue, SecretRef
 
 SCHEMA_FILE = "model_registry.schema.json"
-VERSION = 1
-NAME_PATTERN = r"^[A-Za-z0-9_][A-Za-z0-9._:/+-]{0,127}$"
-VARIABLE_PATTERN = r"^[A-Za-z_][A-Za-z0-9_]*$"
-
-_VERSION_SPEC = KeySpec("version", Kind.INTEGER, "Format of this file", default=VERSION, values=(VERSION,))
 _SIZE_PATTERN = r"^[0-9]+(\.[0-9]+)? ?([kKmMgGtTpP][bB]|[kKmMgGtTpP][iI][bB]|[bB])?$"
 _TOKENS_PATTERN = r"^([0-9]+(\.[0-9]+)?[kKmM]?|auto|-1)$"
 _DURATION_PATTERN = r"^[0-9]+(\.[0-9]+)? ?(ms|s|m|min|h|d)?$"
@@ -116,6 +112,14 @@ def _annotation(spec: KeySpec) -> Any:
         case Kind.SECRET:
             schema = {"type": "string", "pattern": _SECRET_PATTERN}
             return Annotated[InstanceOf[SecretRef], _reader(spec), WithJsonSchema(schema)]
+        case Kind.ADDRESS | Kind.SUBNET:
+            return Annotated[str, _reader(spec), WithJsonSchema({"type": "string", "minLength": 2, "maxLength": 64})]
+        case Kind.PORT_RANGE:
+            item_schema = {"type": "integer", **_range_schema(spec)}
+            pair = {"type": "array", "items": item_schema, "minItems": 2, "maxItems": 2}
+            text_range = {"type": "string", "pattern": "^[0-9]{4,5}-[0-9]{4,5}$"}
+            read_range = _guarded(lambda raw: read_port_range(spec, raw))
+            return Annotated[tuple[int, int], read_range, WithJsonSchema({"anyOf": [pair, text_range]})]
         case Kind.VARIABLES:
             name = Annotated[str, StringConstraints(pattern=VARIABLE_PATTERN)]
             value = Annotated[
@@ -125,7 +129,7 @@ def _annotation(spec: KeySpec) -> Any:
             return Annotated[dict[name, value | None], Field(json_schema_extra={"additionalProperties": False})]
 
 
-def _field(spec: KeySpec, alias: str) -> tuple[Any, Any]:
+def _field(spec: KeySpec, *, is_required: bool) -> tuple[Any, Any]:
     facts = [spec.summary + ".", f"Default: {spec.describe_default()}."]
     if spec.unit:
         facts.append(f"Unit: {spec.unit}.")
@@ -133,9 +137,9 @@ def _field(spec: KeySpec, alias: str) -> tuple[Any, Any]:
         facts.append(f"Range: {accepted}.")
     annotation = _annotation(spec)
     description = " ".join(facts)
-    if spec.is_required:
-        return annotation, Field(alias=alias, description=description)
-    return annotation | None, Field(default=None, alias=alias, description=description)
+    if is_required:
+        return annotation, Field(alias=spec.key, description=description)
+    return annotation | None, Field(default=None, alias=spec.key, description=description)
 
 
 def python_name(key: str) -> str:
@@ -143,42 +147,44 @@ def python_name(key: str) -> str:
     return key.replace("-", "_") + "_"
 
 
-def _block(title: str, doc: str, specs: Iterable[KeySpec]) -> type[Block]:
-    """Build the model of a mapping; dotted keys become nested blocks."""
+def _block(shape: Keys, made: dict[str, Any]) -> Any:
+    """Build the pydantic model of a mapping and of all below it; `made` holds those that exist, by title."""
+    if shape.title in made:
+        return made[shape.title]
     members: dict[str, Any] = {}
-    groups: dict[str, list[KeySpec]] = {}
-    for spec in specs:
-        group, dot, _ = spec.key.partition(".")
-        if dot:
-            groups.setdefault(group, []).append(spec)
-        else:
-            members[python_name(spec.key)] = _field(spec, spec.key)
-    for group, inner in groups.items():
-        leaves: dict[str, Any] = {}
-        for spec in inner:
-            leaf = spec.key.partition(".")[2]
-            leaves[python_name(leaf)] = _field(spec, leaf)
-        nested: Any = create_model(f"{title}{group.title()}", __base__=Block, **leaves)
-        members[python_name(group)] = (nested | None, Field(default=None, alias=group))
-    return create_model(title, __base__=Block, __doc__=doc, **members)
+    for spec in shape.table.specs.values():
+        if "." not in spec.key:
+            is_required = spec.is_required and spec.key not in shape.optional
+            members[python_name(spec.key)] = _field(spec, is_required=is_required)
+    for key, below in shape.below.items():
+        if isinstance(below, Keys):
+            members[python_name(key)] = (_block(below, made) | None, Field(default=None, alias=key))
+        elif isinstance(below, Items):
+            members[python_name(key)] = (
+                list[_block(below.item, made)],  # type: ignore[misc]
+                Field(alias=key, min_length=1, max_length=MAX_NODES),
+            )
+        elif isinstance(below, Names):
+            members[python_name(key)] = _names(key, below, made)
+    made[shape.title] = create_model(shape.title, __base__=Block, __doc__=shape.summary or None, **members)
+    return made[shape.title]
+
+
+def _names(key: str, shape: Names, made: dict[str, Any]) -> tuple[Any, Any]:
+    pattern = f"^({'|'.join(shape.choices)})$" if shape.choices else NAME_PATTERN
+    name = Annotated[str, StringConstraints(pattern=pattern)]
+    mapping: Any = dict[name, _block(shape.item, made)]  # type: ignore[misc]
+    description = f"Name of a {shape.noun} -> {shape.item.summary}"
+    if shape.is_required:
+        return mapping, Field(alias=key, min_length=1, description=description)
+    return mapping | None, Field(default=None, alias=key, description=description)
 
 
 @cache
 def document_model() -> type[Block]:
     """The model of a whole registry file. Built on first use: the table has no cost for `--help`."""
-    entry: Any = _block("Model", "One model: what to serve and how.", KEYS.values())
-    shared = [spec for spec in KEYS.values() if spec.key not in MODEL_ONLY]
-    defaults: Any = _block("Defaults", "Settings of every model, unless the model sets them itself.", shared)
-    name = Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
-    version = _annotation(_VERSION_SPEC)
-    return create_model(
-        "Registry",
-        __base__=Block,
-        __doc__="hlaunch's model registry.",
-        version_=(version | None, Field(default=None, alias="version", description="Format of this file: 1.")),
-        defaults_=(defaults | None, Field(default=None, alias="defaults")),
-        models_=(dict[name, entry], Field(alias="models", min_length=1, description="Name -> what to serve.")),
-    )
+    model: type[Block] = _block(DOCUMENT, {})
+    return model
 
 
 def json_schema() -> dict[str, Any]:
@@ -187,27 +193,38 @@ def json_schema() -> dict[str, Any]:
     Aliases and underscored spellings validate; `x-…` keys are free.
     """
     schema = document_model().model_json_schema(by_alias=True)
-    schema.pop("title", None)
-    for name, definition in (("", schema), *schema["$defs"].items()):
-        where = f"#/$defs/{name}" if name else "#"
+    title = schema.pop("title")
+    shapes = {shape.title: shape for shape in _all_keys(DOCUMENT)}
+    for name, definition in ((title, schema), *schema["$defs"].items()):
+        where = "#" if name == title else f"#/$defs/{name}"
         definition["properties"] = dict(definition["properties"])
         for inner in definition["properties"].values():
             inner.pop("title", None)
             inner.pop("default", None)
+            _close_names(inner)
         patterns: dict[str, Any] = {"^x-": {}}
-        for spelling, key in SPELLINGS.items():
-            if key in definition["properties"] and spelling != key and "." not in key:
+        for spelling, key in shapes[name].table.spellings.items():
+            if spelling != key and "." not in key:
                 patterns[f"^{spelling}$"] = {"$ref": f"{where}/properties/{key}"}
         definition["patternProperties"] = patterns
-    models = schema["properties"]["models"]
-    models["patternProperties"] = {NAME_PATTERN: models.pop("additionalProperties", None) or _entry_of(models)}
-    models["additionalProperties"] = False
+    schema["$defs"]["Model"]["anyOf"] = [{"required": ["model"]}, {"required": ["extends"]}]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "hlaunch model registry", **schema}
 
 
-def _entry_of(models: dict[str, Any]) -> dict[str, Any]:
-    (entry,) = models.pop("patternProperties").values()
-    return dict(entry)
+def _all_keys(shape: Keys) -> Iterator[Keys]:
+    yield shape
+    for below in shape.below.values():
+        if isinstance(below, Keys):
+            yield from _all_keys(below)
+        elif isinstance(below, (Names, Items)):
+            yield from _all_keys(below.item)
+
+
+def _close_names(schema: dict[str, Any]) -> None:
+    """Let a mapping of names take no name that its pattern refuses: pydantic leaves that open."""
+    for option in (schema, *schema.get("anyOf", ())):
+        if "patternProperties" in option and option.get("type") == "object":
+            option["additionalProperties"] = False
 
 
 def json_schema_text() -> str:

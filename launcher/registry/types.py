@@ -10,23 +10,33 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from types import MappingProxyType
-from typing import TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from launcher.errors import Issue
+from launcher.registry.cluster import Cluster
 from launcher.registry.values import AUTO, SecretRef
 
 _T = TypeVar("_T")
+
+NO_CLUSTER = "none"
+"""As the value of `cluster`: this host alone, whatever a lower layer says."""
 
 Value: TypeAlias = bool | int | float | str | tuple[str, ...] | SecretRef | None
 """A validated value. None: nobody set it, the engine or the model decides."""
 
 
 class Layer(StrEnum):
-    """Where a value can come from, lowest first. Layers to come keep their place in this order."""
+    """Where a value can come from, lowest first."""
 
     BUILT_IN = "built-in"
+    PLATFORM = "platform"
     DEFAULTS = "defaults"
+    EXTENDS = "extends"
     MODEL = "model"
+    OVERRIDES = "overrides"
+    PROFILE = "profile"
+    CLUSTER = "cluster"
+    NODE = "node"
     ENVIRONMENT = "environment"
     FLAG = "flag"
 
@@ -41,18 +51,23 @@ class Mark:
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where one value came from. `source` is the file, `$HLAUNCH_<KEY>` or `--set`; None for a built-in."""
+    """Where one value came from. `source` is the file, `$HLAUNCH_<KEY>` or `--set`; None for a built-in.
+
+    `name` says which one of several: the base of `extends`, the profile, the platform, the cluster, the node.
+    """
 
     layer: Layer
     source: str | None = None
     line: int | None = None
     column: int | None = None
+    name: str = ""
 
     def __str__(self) -> str:
+        layer = f"{self.layer} {self.name}".rstrip()
         if self.source is None:
-            return str(self.layer)
+            return layer
         where = self.source if self.line is None else f"{self.source}:{self.line}:{self.column}"
-        return f"{self.layer} ({where})"
+        return f"{layer} ({where})"
 
 
 BUILT_IN = Origin(Layer.BUILT_IN)
@@ -77,17 +92,32 @@ class Options:
     env: Mapping[str, Setting] = field(default_factory=lambda: MappingProxyType({}))
 
 
+def _nothing() -> Mapping[str, Any]:
+    return MappingProxyType({})
+
+
 @dataclass(frozen=True, slots=True)
 class ModelEntry:
-    """One model of the registry, validated, not yet resolved."""
+    """One model of the registry, validated, not yet resolved.
+
+    `bases` are the entries it extends, all generations, lowest first. `profiles` are its own, by name; `overrides` are
+    by platform.
+    """
 
     name: str
     mark: Mark
     options: Options
+    profiles: Mapping[str, Options] = field(default_factory=_nothing)
+    overrides: Mapping[str, Options] = field(default_factory=_nothing)
+    bases: tuple[ModelEntry, ...] = ()
 
     @property
     def model(self) -> str:
-        return str(self.options.settings["model"].value)
+        """What to serve, its own or its nearest base's; empty only in a registry that is refused for it."""
+        for entry in (self, *reversed(self.bases)):
+            if (setting := entry.options.settings.get("model")) is not None:
+                return str(setting.value)
+        return ""
 
     @property
     def description(self) -> str:
@@ -96,26 +126,53 @@ class ModelEntry:
 
     @property
     def aliases(self) -> tuple[str, ...]:
-        return self._names("aliases")
+        return self.names("aliases")
 
     @property
     def tags(self) -> tuple[str, ...]:
-        return self._names("tags")
+        return self.names("tags")
 
-    def _names(self, key: str) -> tuple[str, ...]:
+    def names(self, key: str) -> tuple[str, ...]:
+        """The entry's own list under `key`, empty when it has none."""
         setting = self.options.settings.get(key)
         return setting.value if setting is not None and isinstance(setting.value, tuple) else ()
 
 
 @dataclass(frozen=True, slots=True)
+class DeclaredCluster:
+    """One cluster as the file has it: the values, and where each stands.
+
+    `marks` maps a path below the cluster (`("nodes", "0", "ip")`) to the marks of its key and its value. `env` and
+    `node_env` keep empty values as None.
+    """
+
+    name: str
+    mark: Mark
+    cluster: Cluster
+    env: Mapping[str, Setting] = field(default_factory=_nothing)
+    node_env: Mapping[str, Mapping[str, Setting]] = field(default_factory=_nothing)
+    marks: Mapping[tuple[str, ...], tuple[Mark, Mark]] = field(default_factory=lambda: MappingProxyType({}))
+
+    def find(self, *path: str, is_key: bool = False) -> Mark:
+        """Return the position of a value (or of its key), or of what is nearest above it."""
+        for length in range(len(path), 0, -1):
+            if path[:length] in self.marks:
+                key, value = self.marks[path[:length]]
+                return key if is_key or length < len(path) else value
+        return self.mark
+
+
+@dataclass(frozen=True, slots=True)
 class Registry:
-    """A registry file without errors. `issues` are its warnings; `source` is its path as the user named it."""
+    """A registry file without errors. `issues` are its warnings and notes; `source` is its path as one typed it."""
 
     path: Path
     source: str
     defaults: Options
     models: Mapping[str, ModelEntry]
     issues: tuple[Issue, ...] = ()
+    profiles: Mapping[str, Options] = field(default_factory=_nothing)
+    clusters: Mapping[str, DeclaredCluster] = field(default_factory=_nothing)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +190,7 @@ class ResolvedEntry:
     """One model, every key of the schema present with its origin. Frozen.
 
     `values` maps canonical dashed keys (`max-num-seqs`, `ready.timeout`) to values; `env` maps variable names, to None
-    for one that the engine must not see.
+    for one that the engine must not see. `platform` is None when nobody said what the nodes are.
     The typed getters raise KeyError for a key that the schema lacks and TypeError for the wrong type: both our bugs.
     """
 
@@ -142,6 +199,14 @@ class ResolvedEntry:
     values: Mapping[str, ResolvedValue]
     env: Mapping[str, ResolvedValue]
     issues: tuple[Issue, ...] = ()
+    profiles: tuple[str, ...] = ()
+    platform: str | None = None
+
+    @property
+    def cluster_name(self) -> str | None:
+        """The cluster to run on; None for this host alone."""
+        name = self.text_or_none("cluster")
+        return None if name == NO_CLUSTER else name
 
     def __getitem__(self, key: str) -> Value:
         return self.values[key].value

@@ -1,38 +1,23 @@
 """Nodes -> plain mappings of canonical keys, with a mark for every path.
 
-Knows: where a registry holds keys, names or variables; duplicate keys, two spellings of one key, merge keys,
-unknown keys. Refuses to know: the type of any value; leaves stay `Scalar`.
+Knows: where a registry holds keys, names or variables (`launcher.registry.shapes`); duplicate keys, two spellings of
+one key, merge keys, unknown keys, options of vLLM. Refuses to know: the type of any value; leaves stay `Scalar`.
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from enum import Enum, auto
 from typing import Any, TypeAlias
 
-from launcher.errors import Issue
+from launcher.errors import Issue, Severity
 from launcher.registry.document import Mapping, Node, Scalar, Sequence
-from launcher.registry.keys import DASHED, GROUPS, KEYS, MODEL_ONLY, canonical_key
-from launcher.registry.schema import NAME_PATTERN
+from launcher.registry.shapes import DOCUMENT, MODEL, NAME_PATTERN, Items, Keys, Names, Shape
 from launcher.registry.suggest import did_you_mean
 from launcher.registry.types import Mark
 from launcher.registry.values import BadValue, show_text
 
 Path: TypeAlias = tuple[str, ...]
-
-_ROOT_KEYS = ("version", "defaults", "models")
-
-
-class _Level(Enum):
-    """What the keys of a mapping are."""
-
-    ROOT = auto()
-    MODELS = auto()
-    MODEL = auto()
-    DEFAULTS = auto()
-    GROUP = auto()
-    FREE = auto()
 
 
 @dataclass(slots=True)
@@ -69,10 +54,9 @@ def dotted(path: Path) -> str:
 
 
 def walk(root: Mapping, source: str) -> Tree:
-    """Walk a document's root mapping. Pure; what is wrong is in the tree's issues."""
+    """Resolve spellings and merge keys of a document, and mark every path. Pure; problems go to `Tree.issues`."""
     walker = _Walker(source)
-    walker.tree.marks[()] = (root.mark, root.mark)
-    walker.tree.data = walker.mapping(root, (), _Level.ROOT)
+    walker.tree.data = walker.mapping(root, (), DOCUMENT)
     return walker.tree
 
 
@@ -81,33 +65,34 @@ class _Walker:
         self.source = source
         self.tree = Tree()
 
-    def mapping(self, node: Mapping, path: Path, level: _Level) -> dict[str, Any]:
+    def mapping(self, node: Mapping, path: Path, shape: Shape | None) -> dict[str, Any]:
+        """Walk one mapping. Without a shape, or with one of another form, its keys are anything: the schema objects."""
         built: dict[str, Any] = {}
-        for key, scalar, value in self._own_and_merged(node, path, level):
+        for key, scalar, value in self._own_and_merged(node, path, shape):
             here = (*path, key)
             self.tree.marks[here] = (scalar.mark, value.mark)
             is_empty = isinstance(value, Scalar) and value.is_null
-            if is_empty and level is _Level.MODELS:
+            if not is_empty:
+                built[key] = self._value(value, here, _below(shape, key))
+            elif isinstance(shape, Names):
                 built[key] = {}
-            elif is_empty and level is _Level.FREE:
+            elif not isinstance(shape, Keys):
                 built[key] = None
-            elif not is_empty:
-                built[key] = self._value(value, here, _below(level, key))
         return built
 
-    def _value(self, node: Node, path: Path, level: _Level) -> Any:
+    def _value(self, node: Node, path: Path, shape: Shape | None) -> Any:
         if isinstance(node, Mapping):
-            return self.mapping(node, path, level)
+            return self.mapping(node, path, shape)
         if isinstance(node, Sequence):
             items = []
             for index, item in enumerate(node.items):
                 here = (*path, str(index))
                 self.tree.marks[here] = (item.mark, item.mark)
-                items.append(self._value(item, here, _Level.FREE))
+                items.append(self._value(item, here, shape.item if isinstance(shape, Items) else None))
             return items
         return node
 
-    def _own_and_merged(self, node: Mapping, path: Path, level: _Level) -> list[tuple[str, Scalar, Node]]:
+    def _own_and_merged(self, node: Mapping, path: Path, shape: Shape | None) -> list[tuple[str, Scalar, Node]]:
         """The mapping's pairs, checked; then what `<<` adds, where the mapping itself is silent."""
         pairs: dict[str, tuple[str, Scalar, Node]] = {}
         merges: list[Node] = []
@@ -115,7 +100,7 @@ class _Walker:
             if isinstance(key_node, Scalar) and key_node.text == "<<" and key_node.style == "plain":
                 merges.append(value)
                 continue
-            key = self._key(key_node, path, level)
+            key = self._key(key_node, path, shape, value)
             if key is None or not isinstance(key_node, Scalar):
                 continue
             if key in pairs:
@@ -129,7 +114,7 @@ class _Walker:
                         "bad-merge", item.mark, path, "'<<' takes a mapping or a list of mappings", "use *anchor"
                     )
                     continue
-                for key, scalar, value in self._own_and_merged(item, path, level):
+                for key, scalar, value in self._own_and_merged(item, path, shape):
                     pairs.setdefault(key, (key, scalar, value))
         return list(pairs.values())
 
@@ -141,82 +126,72 @@ class _Walker:
             message = f"'{first.text}' (line {first.mark.line}) and '{node.text}' are the same key"
             self._report("two-spellings", node.mark, (*path, key), message, f"keep only '{key}'")
 
-    def _key(self, node: Node, path: Path, level: _Level) -> str | None:
+    def _key(self, node: Node, path: Path, shape: Shape | None, value: Node) -> str | None:
         """Return the canonical key, or report it and return None. `x-…` keys are the user's own: skipped."""
         if not isinstance(node, Scalar):
             self._report("bad-key", node.mark, path, "a key must be text", "quote it, or write key: value")
             return None
         text = node.text
-        if level is not _Level.FREE and level is not _Level.MODELS and text.startswith("x-"):
+        if isinstance(shape, Keys) and text.startswith("x-"):
             return None
         try:
             node.check()
         except BadValue as error:
             self._report(error.code, node.mark, path, f"key {error.message}", error.hint)
             return None
-        match level:
-            case _Level.FREE:
-                return text
-            case _Level.MODELS:
-                if re.fullmatch(NAME_PATTERN, text):
-                    return text
-                self._report(
-                    "bad-name",
-                    node.mark,
-                    path,
-                    f"{show_text(text)} cannot name a model",
-                    "use up to 128 letters, digits, '.', '_', '-', '/', ':'; start with a letter or digit",
-                )
-                return None
-            case _Level.ROOT:
-                return self._known(text, text in _ROOT_KEYS, _ROOT_KEYS, node, path, "; a model stands under models:")
-            case _Level.GROUP:
-                group = path[-1]
-                inner = tuple(key.split(".")[1] for key in KEYS if key.startswith(f"{group}."))
-                key = text.replace("_", "-")
-                return self._known(key, key in inner, inner, node, path)
-        return self._option(text, node, path, level)
+        if isinstance(shape, Names):
+            return self._name(text, shape, node, path)
+        return self._known(text, shape, node, path, value) if isinstance(shape, Keys) else text
 
-    def _option(self, text: str, node: Scalar, path: Path, level: _Level) -> str | None:
-        key = text if text in GROUPS else canonical_key(text)
-        if key is not None and level is _Level.DEFAULTS and key in MODEL_ONLY:
-            self._report(
-                "model-only", node.mark, (*path, key), "belongs to one model", "move it into an entry of models"
-            )
+    def _name(self, text: str, shape: Names, node: Scalar, path: Path) -> str | None:
+        if shape.choices and text not in shape.choices:
+            hint = did_you_mean(text, shape.choices) or f"known names: {', '.join(shape.choices)}"
+            self._report("unknown-key", node.mark, (*path, _shown(text)), f"not a known {shape.noun}", hint)
             return None
-        known = [name for name in DASHED if "." not in name] + sorted(GROUPS)
-        if level is _Level.DEFAULTS:
-            known = [name for name in known if name not in MODEL_ONLY]
-        is_known = key is not None and "." not in key
-        return self._known(key if key is not None and is_known else text, is_known, known, node, path)
-
-    def _known(
-        self, key: str, is_known: bool, known: tuple[str, ...] | list[str], node: Scalar, path: Path, advice: str = ""
-    ) -> str | None:
-        if is_known:
-            return key
-        group, dot, inner = key.partition(".")
-        if dot and group in GROUPS:
-            hint = f"nest it: {group}: {{{inner}: …}}"
-        else:
-            hint = did_you_mean(key, known) or (
-                f"known keys: {', '.join(known)}{advice}"
-                if len(known) < 10
-                else "`hlaunch schema --keys` lists the known keys"
-            )
-        shown = key if len(key) <= 60 and key.isprintable() else show_text(key)
-        self._report("unknown-key", node.mark, (*path, shown), "not a known option", hint)
+        if re.fullmatch(NAME_PATTERN, text):
+            return text
+        self._report(
+            "bad-name",
+            node.mark,
+            path,
+            f"{show_text(text)} cannot name a {shape.noun}",
+            "use up to 128 letters, digits, '.', '_', '-', '/', ':'; start with a letter or digit",
+        )
         return None
 
-    def _report(self, code: str, mark: Mark, path: Path, message: str, hint: str) -> None:
-        self.tree.issues.append(Issue("error", code, self.source, mark.line, mark.column, dotted(path), message, hint))
+    def _known(self, text: str, shape: Keys, node: Scalar, path: Path, value: Node) -> str | None:
+        key = shape.canonical(text)
+        if key is not None:
+            return key
+        belongs = MODEL.canonical(text)
+        if belongs is not None and belongs in shape.elsewhere:
+            message = "cannot stand here" if belongs == "cluster" else "belongs to one model"
+            self._report("model-only", node.mark, (*path, belongs), message, shape.elsewhere[belongs])
+            return None
+        known = shape.proposals
+        group, dot, inner = text.replace("_", "-").partition(".")
+        if dot and group in shape.below:
+            hint = f"nest it: {group}: {{{inner}: …}}"
+        else:
+            advice = "; a model stands under models:" if shape is DOCUMENT else ""
+            hint = did_you_mean(text, known) or (
+                f"known keys: {', '.join(known)}{advice}"
+                if len(known) < 12
+                else "`hlaunch schema --keys` lists the known keys"
+            )
+        self._report("unknown-key", node.mark, (*path, _shown(text)), "not a known option", hint)
+        return None
+
+    def _report(self, code: str, mark: Mark, path: Path, message: str, hint: str, severity: Severity = "error") -> None:
+        self.tree.issues.append(Issue(severity, code, self.source, mark.line, mark.column, dotted(path), message, hint))
 
 
-def _below(level: _Level, key: str) -> _Level:
-    """What the mapping under `key` holds."""
-    if level is _Level.ROOT:
-        return {"models": _Level.MODELS, "defaults": _Level.DEFAULTS}.get(key, _Level.FREE)
-    if level is _Level.MODELS:
-        return _Level.MODEL
-    is_options = level is _Level.MODEL or level is _Level.DEFAULTS
-    return _Level.GROUP if is_options and key in GROUPS else _Level.FREE
+def _below(shape: Shape | None, key: str) -> Shape | None:
+    """What the value of `key` holds."""
+    if isinstance(shape, Names):
+        return shape.item
+    return shape.below.get(key) if isinstance(shape, Keys) else None
+
+
+def _shown(key: str) -> str:
+    return key if len(key) <= 60 and key.isprintable() else show_text(key)

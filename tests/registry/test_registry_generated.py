@@ -98,7 +98,7 @@ def values_of(spec: KeySpec) -> st.SearchStrategy[str]:
 
 # Rules between keys have their own tests; here each key must stand for itself.
 RULED = {"trust-remote-code", "max-num-seqs", "max-num-batched-tokens", "enable-chunked-prefill", "host",
-         "kv-cache-memory-bytes", "distributed-executor-backend"}  # fmt: skip
+         "kv-cache-memory-bytes", "distributed-executor-backend", "cluster", "ready.path"}  # fmt: skip
 SINGLE = [spec for spec in KEYS.values() if spec.key not in RULED and spec.kind not in (Kind.VARIABLES,)]
 
 

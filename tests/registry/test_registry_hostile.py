@@ -81,7 +81,10 @@ def test_memory_stays_small_whatever_the_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "hint"),
     [
-        ("tiny-oss:\n  model: tiny-oss\n", "known keys: version, defaults, models; a model stands under models:"),
+        (
+            "tiny-oss:\n  model: tiny-oss\n",
+            "profiles, clusters, models; a model stands under models:",
+        ),
         ("models:\n  - name: a\n    model: x\n", "models: {tiny-oss: {model: tiny-oss}}"),
         ("models:\n  m:\n    model:tiny-oss\n", "put a space after the colon: model: …"),
         ("models:\n  x-base: {dtype: auto}\n  m: {model: x}\n", "stands outside models"),

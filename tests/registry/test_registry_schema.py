@@ -69,9 +69,12 @@ def test_names_are_unambiguous() -> None:
 
 def test_the_schema_knows_exactly_the_tables_keys() -> None:
     schema = json_schema()
-    assert set(schema["$defs"]["Model"]["properties"]) == {key.split(".")[0] for key in KEYS}
+    assert set(schema["$defs"]["Model"]["properties"]) == {key.split(".")[0] for key in KEYS} | {
+        "profiles",
+        "overrides",
+    }
     assert schema["$defs"]["Model"]["additionalProperties"] is False
-    assert schema["$defs"]["Model"]["required"] == ["model"]
+    assert schema["$defs"]["Model"]["anyOf"] == [{"required": ["model"]}, {"required": ["extends"]}]
     assert document_model().model_config["extra"] == "forbid"
 
 

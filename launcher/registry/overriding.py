@@ -1,0 +1,131 @@
+"""Values from outside the file: `HLAUNCH_<KEY>` variables and `--set key=value` texts, typed by the schema.
+
+Knows: how both are written and what they may set. Refuses to know: the file, the order of layers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from launcher.errors import Issue
+from launcher.registry.document import Scalar
+from launcher.registry.keys import (
+    DASHED,
+    ENVIRONMENT,
+    GROUPS,
+    KEYS,
+    RESERVED_ENVIRONMENT,
+    KeySpec,
+    Kind,
+    canonical_key,
+)
+from launcher.registry.reading import read_scalar, read_variable
+from launcher.registry.suggest import did_you_mean
+from launcher.registry.types import Layer, Mark, Origin, Value
+from launcher.registry.values import BadValue, show_text
+
+_VARIABLE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
+_NO_MARK = Mark(0, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Contribution:
+    """What one layer sets: settings and environment variables, each with its origin."""
+
+    settings: Mapping[str, tuple[Value, Origin]] = field(default_factory=dict)
+    env: Mapping[str, tuple[Value, Origin]] = field(default_factory=dict)
+
+
+def environment_layer(environ: Mapping[str, str]) -> tuple[Contribution, list[Issue]]:
+    """Type the variables `HLAUNCH_<KEY>`; an unknown name warns."""
+    settings: dict[str, tuple[Value, Origin]] = {}
+    issues: list[Issue] = []
+    for name in sorted(key for key in environ if key.startswith("HLAUNCH_")):
+        if name in RESERVED_ENVIRONMENT:
+            continue
+        source = f"${name}"
+        key = ENVIRONMENT.get(name)
+        if key is None:
+            hint = did_you_mean(name, ENVIRONMENT) or "unset it"
+            message = "no option has this name; the variable has no effect"
+            issues.append(Issue("warning", "unknown-variable", source, None, None, "", message, hint))
+            continue
+        try:
+            value = _read(KEYS[key], environ[name])
+        except BadValue as error:
+            issues.append(Issue("error", error.code, source, None, None, key, error.message, error.hint))
+            continue
+        if value is not None:
+            settings[key] = (value, Origin(Layer.ENVIRONMENT, source))
+    return Contribution(settings), issues
+
+
+def flag_layer(overrides: Sequence[str]) -> tuple[Contribution, list[Issue]]:
+    """Type `key=value` texts. The last of several for one key wins, as with any flag."""
+    settings: dict[str, tuple[Value, Origin]] = {}
+    env: dict[str, tuple[Value, Origin]] = {}
+    issues: list[Issue] = []
+    for text in overrides:
+        written, equals, value = text.partition("=")
+        written = written.strip()
+        # What follows '=' may be a secret: the source names the key only. Without '=' all of it may be one.
+        is_shown = written.isprintable() and len(written) <= 60 and (equals or canonical_key(written) is not None)
+        source = f"--set {written}".rstrip() if is_shown else "--set"
+        origin = Origin(Layer.FLAG, source)
+        try:
+            if not equals or not written:
+                problem = "there is no key before '='" if equals else "there is no '=' in it"
+                raise BadValue("bad-override", problem, "write --set key=value")
+            variable = written.removeprefix("env.")
+            if variable != written:
+                env[variable] = (_read_override_variable(variable, value), origin)
+                continue
+            spec = _overridable(written)
+            typed = _read(spec, value)
+            if typed is None:
+                settings.pop(spec.key, None)
+            else:
+                settings[spec.key] = (typed, origin)
+        except BadValue as error:
+            issues.append(Issue("error", error.code, source, None, None, "", error.message, error.hint))
+    return Contribution(settings, env), issues
+
+
+def _overridable(written: str) -> KeySpec:
+    key = canonical_key(written)
+    if written in GROUPS:
+        inner = " or ".join(f"--set {name}=value" for name in KEYS if name.startswith(f"{written}."))
+        raise BadValue("wrong-type", f"{written} is a mapping", f"write {inner}")
+    if key is None:
+        known = [name for name, item in DASHED.items() if not KEYS[item].is_fixed]
+        raise BadValue(
+            "unknown-key",
+            f"{show_text(written)} is not a known option",
+            did_you_mean(written, known) or "`hlaunch schema --keys` lists the known keys",
+        )
+    spec = KEYS[key]
+    if spec.is_fixed:
+        raise BadValue("fixed-key", f"{key} can only be set in the registry", "edit the entry")
+    if spec.kind is Kind.VARIABLES:
+        raise BadValue("wrong-type", f"{key} is a mapping", f"write --set {key}.NAME=value")
+    return spec
+
+
+def _read_override_variable(name: str, value: str) -> str | None:
+    if _VARIABLE_NAME.fullmatch(name) is None:
+        raise BadValue("bad-name", f"{show_text(name)} cannot name a variable", "write --set env.NAME=value")
+    return read_variable(Scalar(value, "argument", _NO_MARK)) if value else None
+
+
+def _read(spec: KeySpec, text: str) -> Value:
+    """Type the text of a flag or a variable; empty or `null` leaves the layer silent."""
+    scalar = Scalar(text, "argument", _NO_MARK)
+    if scalar.is_null:
+        return None
+    if spec.kind is Kind.TEXTS:
+        items = [part.strip() for part in text.removeprefix("[").removesuffix("]").split(",")]
+        return tuple(str(read_scalar(spec, Scalar(item, "argument", _NO_MARK))) for item in items)
+    value: Value = read_scalar(spec, scalar)  # type: ignore[assignment]
+    return value
