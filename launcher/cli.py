@@ -100,6 +100,10 @@ def _build() -> Any:
     def root(
         ctx: typer.Context,
         file: Annotated[Path | None, typer.Option("--file", "-f", metavar="PATH", help="The registry to use.")] = None,
+        profile: Annotated[
+            list[str] | None,
+            typer.Option("--profile", metavar="NAME", help="Put a profile over the model's settings; may repeat."),
+        ] = None,
         plain: Annotated[bool, typer.Option("--plain", help="No colour, no redrawing.")] = False,
         no_color: Annotated[bool, typer.Option("--no-color", help="The same; NO_COLOR=1 also works.")] = False,
         debug: Annotated[bool, typer.Option("--debug", help="Show a traceback when something breaks.")] = False,
@@ -110,7 +114,7 @@ def _build() -> Any:
     ) -> None:
         environ = dict(os.environ)
         console = Console(is_plain=plain or no_color, environ=environ)
-        ctx.obj = Invocation(console, environ, _current_folder(), file, debug)
+        ctx.obj = Invocation(console, environ, _current_folder(), file, debug, tuple(profile or ()))
         if version:
             console.data(f"hlaunch {__version__}")
             raise typer.Exit
@@ -141,9 +145,9 @@ def arrange(args: Sequence[str], environ: Mapping[str, str]) -> list[str]:
     for arg in waiting:
         if arg == "--":
             rest += [arg, *waiting]
-        elif arg in _FLAGS or arg.startswith("--file="):
+        elif arg in _FLAGS or arg.startswith(("--file=", "--profile=")):
             front.append(arg)
-        elif arg == "--file" or (arg == "-f" and not rest):
+        elif arg in ("--file", "--profile") or (arg == "-f" and not rest):
             front += [arg, *([value] if (value := next(waiting, None)) is not None else [])]
         else:
             rest.append(arg)

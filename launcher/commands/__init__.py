@@ -41,6 +41,7 @@ class Invocation:
     cwd: Path
     registry_file: Path | None = None
     is_debug: bool = False
+    profiles: tuple[str, ...] = ()
 
     def find_registry(self) -> Path:
         """Return the registry file that this run means. Raises: RegistryNotFound."""
@@ -54,11 +55,24 @@ class Invocation:
 
         return load_registry(self.find_registry(), self.cwd)
 
-    def resolve(self, name: str, overrides: Sequence[str] = ()) -> ResolvedEntry:
-        """Resolve one entry with this run's environment; warnings go to stderr. Raises: as `registry.resolve`."""
+    def resolve(
+        self, name: str, overrides: Sequence[str] = (), *, node: str | None = None, platform: str | None = None
+    ) -> ResolvedEntry:
+        """Resolve one entry with this run's environment and profiles; warnings go to stderr.
+
+        Raises: as `registry.resolve`.
+        """
         from launcher.registry import resolve
 
-        entry = resolve(self.load_registry(), name, self.environ, overrides)
+        entry = resolve(
+            self.load_registry(),
+            name,
+            self.environ,
+            overrides,
+            profiles=self.profiles,
+            platform=platform,
+            node=node,
+        )
         self.console.issues(entry.issues)
         return entry
 

@@ -26,7 +26,7 @@ def register(app: typer.Typer) -> None:
         if as_json:
             invocation.console.json({"registry": str(registry.path), "models": [_facts(registry, e) for e in entries]})
             return
-        invocation.console.issues(registry.issues)
+        invocation.console.issues([issue for issue in registry.issues if issue.severity != "info"])
         rows = [(entry.name, entry.model, entry.description) for entry in entries]
         invocation.console.table(("NAME", "MODEL", "DESCRIPTION"), rows)
         if not rows:

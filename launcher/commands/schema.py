@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -10,6 +11,10 @@ from launcher.commands import invocation_of
 
 if TYPE_CHECKING:
     from launcher.registry.keys import KeySpec
+
+
+_CLUSTER = "clusters.NAME."
+_NODE = "clusters.NAME.nodes[]."
 
 
 def register(app: typer.Typer) -> None:
@@ -22,19 +27,27 @@ def register(app: typer.Typer) -> None:
         ] = False,
     ) -> None:
         """Print the JSON schema of the registry, or its keys."""
-        from launcher.registry.keys import KEYS
         from launcher.registry.schema import json_schema_text
 
         console = invocation_of(ctx).console
         if not keys:
             console.raw(json_schema_text())
         elif as_json:
-            console.json([_facts(spec) for spec in KEYS.values()])
+            console.json([_facts(where, spec) for where, spec in _rows()])
         else:
-            for spec in KEYS.values():
-                console.heading(", ".join((spec.key, *spec.aliases)))
+            for where, spec in _rows():
+                console.heading(", ".join((where + spec.key, *spec.aliases)))
                 console.data(f"    {spec.summary}")
                 console.data(f"    {_terms(spec)}")
+
+
+def _rows() -> Iterator[tuple[str, KeySpec]]:
+    """Every key with what stands before it: nothing for a model's, `clusters.NAME.` for a cluster's."""
+    from launcher.registry.keys import CLUSTER, KEYS, NODE
+
+    for where, specs in (("", KEYS), (_CLUSTER, CLUSTER.specs), (_NODE, NODE.specs)):
+        for spec in specs.values():
+            yield where, spec
 
 
 def _terms(spec: KeySpec) -> str:
@@ -46,15 +59,15 @@ def _terms(spec: KeySpec) -> str:
     return "; ".join(facts)
 
 
-def _facts(spec: KeySpec) -> dict[str, object]:
+def _facts(where: str, spec: KeySpec) -> dict[str, object]:
     return {
-        "key": spec.key,
+        "key": where + spec.key,
         "aliases": list(spec.aliases),
         "kind": spec.kind.name.lower(),
         "summary": spec.summary,
         "default": spec.describe_default(),
         "unit": spec.unit or None,
         "range": spec.describe_range() or None,
-        "variable": None if spec.is_fixed else spec.environment,
+        "variable": None if spec.is_fixed or where else spec.environment,
         "launcher_only": spec.is_launcher_only,
     }

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from launcher.commands import invocation_of
+from launcher.errors import UsageError
 
 if TYPE_CHECKING:
     from launcher.registry import Origin, ResolvedEntry, ResolvedValue
@@ -24,11 +25,15 @@ def register(app: typer.Typer) -> None:
         explain: Annotated[
             bool, typer.Option("--explain", help="Show every key, its origin and what it hides.")
         ] = False,
+        node: Annotated[str | None, typer.Option("--node", metavar="NODE", help="With this node's variables.")] = None,
+        platform: Annotated[
+            str | None, typer.Option("--platform", metavar="NAME", help="As on this platform, where no cluster says.")
+        ] = None,
         as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     ) -> None:
         """Show one model, resolved."""
         invocation = invocation_of(ctx)
-        entry = invocation.resolve(name, overrides or [])
+        entry = invocation.resolve(name, overrides or [], node=node, platform=_known_platform(platform))
         if as_json:
             invocation.console.json(facts(entry))
             return
@@ -45,10 +50,23 @@ def facts(entry: ResolvedEntry) -> dict[str, object]:
     return {
         "name": entry.name,
         "registry": str(entry.registry),
+        "cluster": entry.cluster_name,
+        "platform": entry.platform,
+        "profiles": list(entry.profiles),
         "values": {item.key: _fact(item) for item in entry.values.values()},
         "env": {item.key: _fact(item) for item in entry.env.values()},
         "warnings": [issue.as_dict() for issue in entry.issues],
     }
+
+
+def _known_platform(name: str | None) -> str | None:
+    from launcher.registry.keys import PLATFORMS
+    from launcher.registry.suggest import did_you_mean
+
+    if name is None or name in PLATFORMS:
+        return name
+    hint = did_you_mean(name, PLATFORMS) or f"platforms: {', '.join(PLATFORMS)}"
+    raise UsageError(f"no such platform: {name}", hint=hint)
 
 
 def _items(entry: ResolvedEntry) -> list[ResolvedValue]:
@@ -64,7 +82,13 @@ def _fact(item: ResolvedValue) -> dict[str, object]:
 
 
 def _origin(origin: Origin) -> dict[str, object]:
-    return {"layer": str(origin.layer), "source": origin.source, "line": origin.line, "column": origin.column}
+    return {
+        "layer": str(origin.layer),
+        "name": origin.name or None,
+        "source": origin.source,
+        "line": origin.line,
+        "column": origin.column,
+    }
 
 
 def _plain(item: ResolvedValue) -> object:

@@ -112,7 +112,8 @@ class _Validation:
         document, has_defaults = self._validate()
         self.issues += reference_issues(self.tree, self.source)
         registry = None
-        if document is not None:
+        # A circle of bases, or a crowd of them, says nothing about values.
+        if document is not None and not any(issue.code.startswith("extends-") for issue in self.issues):
             registry = build(document, self.tree, self.path, self.source)
             for cluster in registry.clusters.values():
                 self.issues += cluster_issues(cluster, self.source)

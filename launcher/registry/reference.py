@@ -5,9 +5,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
-from launcher.registry.keys import GROUPS, KEYS, MODEL_ONLY, KeySpec, Kind, show_value
+from launcher.registry.keys import CLUSTER, ENTRY, MODEL_ONLY, NODE, KeySpec, KeyTable, Kind, show_value
 from launcher.registry.locate import packaged_registry
 from launcher.registry.schema import SCHEMA_FILE, json_schema_text
 
@@ -18,29 +18,66 @@ _INTRODUCTION = """\
 # Every key, with its default. Copy a line into an entry, or into `defaults:` where it is not marked [entry only],
 # and remove the '#'. A key without a value is unset: the engine or the model decides, as its comment says.
 # Underscores work like dashes. Sizes: KiB MiB GiB are 1024^n bytes, kB MB GB are 1000^n. Tokens: 128k is 131072.
-# Durations: 500ms, 30s, 15m, 1h; a bare number is seconds. Precedence, low to high: built-in, defaults, entry,
+# Durations: 500ms, 30s, 15m, 1h; a bare number is seconds. Precedence, low to high: built-in, platform preset,
+# defaults, extends (left to right), entry, overrides.<platform>, --profile, the cluster's env, the node's env,
 # HLAUNCH_<KEY> (HLAUNCH_MAX_NUM_SEQS=8), --set key=value. `hlaunch show NAME --explain` tells which one won.
+"""
+
+_STRUCTURE = """\
+#
+# Beside these keys an entry may hold, with any of them that is not [entry only]:
+#   profiles: {NAME: {KEY: value}}             chosen by --profile NAME or HLAUNCH_PROFILE; may stand at the top, too
+#   overrides: {PLATFORM: {KEY: value}}        PLATFORM: generic, hopper, gb10, blackwell, cpu; as the cluster says
+#
+# Every key of a cluster, which stands at the top of the file; examples/two-nodes.yml is a whole one.
 """
 
 
 def reference() -> str:
     """The reference block, from its marker line to the end of the file."""
-    return BEGIN + "\n" + _INTRODUCTION + "".join(f"# {line}".rstrip() + "\n" for line in reference_lines())
+    entry, cluster = _commented(reference_lines()), _commented(cluster_reference_lines())
+    return BEGIN + "\n" + _INTRODUCTION + entry + _STRUCTURE + cluster
 
 
 def reference_lines() -> Iterator[str]:
-    """The block without its comment signs: a mapping that validates inside an entry."""
+    """The keys of an entry without comment signs: a mapping that validates inside an entry."""
+    yield from _table_lines(ENTRY)
+
+
+def cluster_reference_lines() -> Iterator[str]:
+    """The keys of a cluster and its nodes without comment signs: a mapping that validates at the top of a file."""
+    yield "clusters:"
+    yield "  pair:"
+    yield from _indented("    ", _table_lines(CLUSTER))
+    yield "    nodes:"
+    lines = list(_indented("        ", _table_lines(NODE, {"name": "spark-01", "role": "head", "ip": "192.168.100.1"})))
+    first = next(index for index, line in enumerate(lines) if line.strip() and not line.lstrip().startswith("#"))
+    yield from lines[:first]
+    yield "      - " + lines[first].lstrip()
+    yield from lines[first + 1 :]
+
+
+def _commented(lines: Iterable[str]) -> str:
+    return "".join(f"# {line}".rstrip() + "\n" for line in lines)
+
+
+def _indented(indent: str, lines: Iterable[str]) -> Iterator[str]:
+    return (f"{indent}{line}" if line else "" for line in lines)
+
+
+def _table_lines(table: KeyTable, examples: Mapping[str, str] | None = None) -> Iterator[str]:
     opened = ""
-    for spec in KEYS.values():
+    for spec in table.specs.values():
         group, _, leaf = spec.key.rpartition(".")
-        if group and group in GROUPS and group != opened:
+        if group and group != opened:
             opened = group
+            yield ""
             yield f"{group}:"
         indent = "  " if group else ""
         yield ""
         yield f"{indent}# {spec.summary}."
         yield f"{indent}# {_terms(spec)}"
-        yield f"{indent}{leaf}: {_example(spec)}".rstrip()
+        yield f"{indent}{leaf}: {(examples or {}).get(spec.key) or _example(spec)}".rstrip()
 
 
 def replace_reference(text: str) -> str:

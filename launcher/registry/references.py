@@ -37,6 +37,10 @@ class _References:
         self.clusters = list(clusters) if isinstance(clusters, dict) else []
         self.owners: dict[str, str] = {}
         """Name or alias -> the entry that has it."""
+        self.bare: set[str] = set()
+        """Entries that get a model from nowhere; in doubt (a base is unknown, or a circle) an entry is not here."""
+        self.doubtful: set[str] = set()
+        """Entries with an unknown base."""
 
     def issues(self) -> Iterator[Issue]:
         yield from self._name_clashes()
@@ -76,43 +80,58 @@ class _References:
                 if owner is None:
                     hint = did_you_mean(base.text, self.owners) or "name an entry of models"
                     message = f"no model is called {show_text(base.text)}"
+                    self.doubtful.add(name)
                     yield self._error("unknown-ref", base.mark, where, message, hint)
                 else:
                     bases[name].append((owner, base.mark))
-        done: set[str] = set()
+        done: dict[str, frozenset[str]] = {}
         for name in bases:
             yield from self._cycles_from(name, bases, done)
 
-    def _cycles_from(self, start: str, bases: Mapping[str, list[tuple[str, Mark]]], done: set[str]) -> Iterator[Issue]:
-        """Follow all bases of one entry, depth first and without recursion; report a way back."""
-        way: list[str] = [start] if start not in done else []
-        waiting = [iter(bases[start])] if way else []
+    def _cycles_from(
+        self, start: str, bases: Mapping[str, list[tuple[str, Mark]]], done: dict[str, frozenset[str]]
+    ) -> Iterator[Issue]:
+        """Follow all bases of one entry, depth first and without recursion; report a way back, or too many.
+
+        `done` gets all generations of each entry that was left.
+        """
+        if start in done:
+            return
+        way, here = [start], {start}
+        waiting = [iter(bases[start])]
         while way:
             step = next(waiting[-1], None)
             if step is None:
-                done.add(way.pop())
                 waiting.pop()
+                name = way.pop()
+                here.remove(name)
+                direct = [base for base, _ in bases[name]]
+                everyone = frozenset(direct).union(*(done.get(base, frozenset()) for base in direct))
+                if len(everyone) > MAX_BASES:
+                    message = f"{len(everyone)} entries stand below this one, at most {MAX_BASES} are allowed"
+                    mark, everyone = bases[name][0][1], frozenset()
+                    yield self._error("extends-too-many", mark, ("models", name, "extends"), message, "extend fewer")
+                done[name] = everyone
+                block = self.models[name]
+                is_silent = isinstance(block, dict) and "model" not in block and ("extends" not in block or direct)
+                if is_silent and name not in self.doubtful and all(base in self.bare for base in direct):
+                    self.bare.add(name)
                 continue
             base, mark = step
             path: Path = ("models", way[-1], "extends")
-            if base in way:
+            if base in here:
                 chain = " -> ".join([*way[way.index(base) :], base])
                 yield self._error(
                     "extends-cycle", mark, path, f"the entries extend each other: {_cut(chain)}", "break the circle"
                 )
-            elif len(way) > MAX_BASES:
-                yield self._error(
-                    "extends-cycle", mark, path, f"more than {MAX_BASES} entries extend each other", "extend fewer"
-                )
-                done.update(bases)
-                return
             elif base not in done:
                 way.append(base)
+                here.add(base)
                 waiting.append(iter(bases[base]))
 
     def _missing_models(self) -> Iterator[Issue]:
         for name, block in self.models.items():
-            if isinstance(block, dict) and not self._has_model(name):
+            if isinstance(block, dict) and name in self.bare:
                 hint = "add model: org/name, a folder, or tiny-oss"
                 if name.startswith("x-"):
                     hint = "a template for '<<' stands outside models, at the top of the file"
@@ -121,20 +140,6 @@ class _References:
                 path: Path = ("models", name, "model")
                 mark = self.tree.find(path, is_key=True)
                 yield self._error("missing-key", mark, path, "every entry says what to serve", hint)
-
-    def _has_model(self, name: str) -> bool:
-        """Whether an entry or any base has a model; in doubt (a base is unknown, or a circle) yes."""
-        waiting, seen = [name], {name}
-        while waiting:
-            block = self.models.get(waiting.pop())
-            if not isinstance(block, dict) or "model" in block or len(seen) > MAX_BASES:
-                return True
-            bases = [self.owners.get(base.text) for _, base in _texts(block, "extends")]
-            if any(base is None or base in seen for base in bases) or ("extends" in block and not bases):
-                return True
-            seen.update(base for base in bases if base is not None)
-            waiting += [base for base in bases if base is not None]
-        return False
 
     def _cluster_names(self) -> Iterator[Issue]:
         if NO_CLUSTER in self.clusters:

@@ -41,6 +41,12 @@ NOT_INHERITED = frozenset({"aliases", "description", "extends", "served-model-na
 
 Resolved = dict[str, ResolvedValue]
 
+_BUILT_INS: Mapping[str, ResolvedValue] = {
+    spec.key: ResolvedValue(spec.key, cast(Value, spec.default), BUILT_IN)
+    for spec in KEYS.values()
+    if spec.kind is not Kind.VARIABLES
+}
+
 
 def quoted(name: str) -> str:
     """A name as a message shows it: plain where it can be, escaped and cut where it must."""
@@ -245,11 +251,7 @@ def _count(errors: list[Issue]) -> str:
 
 
 def _merge(layers: Iterable[Contribution]) -> tuple[Resolved, Resolved]:
-    values = {
-        spec.key: ResolvedValue(spec.key, cast(Value, spec.default), BUILT_IN)
-        for spec in KEYS.values()
-        if spec.kind is not Kind.VARIABLES
-    }
+    values = dict(_BUILT_INS)
     env: Resolved = {}
     for layer in layers:
         for key, (value, origin) in layer.settings.items():

@@ -9,7 +9,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from launcher.errors import Issue, OverrideError, RegistryInvalid
+from launcher.errors import Issue, OverrideError, RegistryInvalid, UnknownName
 from launcher.registry import Registry, parse_registry, resolve
 from launcher.registry.keys import ENVIRONMENT, KEYS, SPELLINGS, KeySpec, Kind, show_value
 
@@ -127,5 +127,5 @@ def test_a_valid_value_is_the_same_from_file_variable_and_flag(data: st.DataObje
 @given(st.one_of(st.text(max_size=30), st.builds("{}={}".format, KEY_NAMES, SCALARS)))
 def test_any_flag_is_typed_or_refused(override: str) -> None:
     bare = parse_registry("models: {m: {model: x}}\n")
-    with suppress(OverrideError, RegistryInvalid):
+    with suppress(OverrideError, RegistryInvalid, UnknownName):
         resolve(bare, "m", {}, [override])

@@ -330,7 +330,7 @@ def test_every_read_only_command_answers_in_json_too(here: Here) -> None:
     assert schema == here("schema").out
     assert json.loads(schema)["$schema"].endswith("/draft/2020-12/schema")
     keys = json.loads(here("schema", "--keys", "--json").out)
-    assert {item["key"] for item in keys} == set(SPELLINGS.values())
+    assert {item["key"] for item in keys if not item["key"].startswith("clusters.")} == set(SPELLINGS.values())
     for args in (["list", "--json"], ["show", "first", "--json"], ["schema", "--json"], ["schema", "--keys"]):
         assert here(*args).err == ""
     assert here("show", "first").err.endswith("more keys are built-in; see --explain\n")

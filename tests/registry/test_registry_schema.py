@@ -11,9 +11,9 @@ import pytest
 import yaml
 
 from engine.config import CacheConfig, EngineConfig, SchedulerConfig, ServerConfig
-from launcher.registry import RegistryInvalid, parse_registry, resolve
-from launcher.registry.keys import ENVIRONMENT, KEYS, SPELLINGS, Kind
-from launcher.registry.reference import reference_lines, replace_reference
+from launcher.registry import Cluster, Node, RaySettings, RegistryInvalid, parse_registry, resolve
+from launcher.registry.keys import CLUSTER, ENVIRONMENT, KEYS, NODE, SPELLINGS, Kind
+from launcher.registry.reference import cluster_reference_lines, reference_lines, replace_reference
 from launcher.registry.schema import document_model, json_schema, json_schema_text
 
 ROOT = Path(__file__).parents[2]
@@ -49,8 +49,17 @@ def test_the_reference_uncommented_is_an_entry_with_every_key() -> None:
     assert {part for key in KEYS for part in key.split(".")} <= written
 
 
+def test_the_cluster_reference_uncommented_is_a_cluster_with_every_default() -> None:
+    lines = list(cluster_reference_lines())
+    registry = parse_registry("\n".join(lines) + "\nmodels: {m: {model: x}}\n")
+    nodes = (Node("spark-01", "head", "192.168.100.1"),)
+    assert registry.clusters["pair"].cluster == Cluster("pair", nodes, ray=RaySettings())
+    written = {line.strip().removeprefix("- ").split(":")[0] for line in lines if not line.strip().startswith("#")}
+    assert {part for key in (*CLUSTER.specs, *NODE.specs) for part in key.split(".")} <= written
+
+
 def test_every_key_says_default_and_meaning() -> None:
-    for spec in KEYS.values():
+    for spec in (*KEYS.values(), *CLUSTER.specs.values(), *NODE.specs.values()):
         assert spec.summary
         assert spec.describe_default()
         if spec.kind in (Kind.INTEGER, Kind.NUMBER, Kind.SIZE, Kind.DURATION, Kind.TOKENS):
@@ -105,6 +114,10 @@ GOOD = [
     "models: {m: {model: x, kv-cache-memory-bytes: 4GiB, ready: {timeout: 5m}, aliases: a}}",
     "x-a: 1\nmodels: {m: {model: x, x-b: 2, max-model-len: -1, dtype: }}",
     "defaults: {max-num-seqs: 3}\nmodels: {m: {model: x, tags: [a, b], api-key: '${K}'}}",
+    "profiles: {p: {tp: 2}}\n"
+    "models: {m: {model: x, profiles: {q: {port: 1}}}, n: {extends: m, overrides: {cpu: {tp: 2}}}}",
+    "clusters: {c: {ray: {worker-ports: 10002-19999}, nodes: [{name: n, role: head, ip: 1.0.0.1, gpu_memory: 1GiB}]}}\n"
+    "models: {m: {model: x, cluster: c, placement: {nodes: n}}}",
 ]
 BAD = [
     "models: {}",
@@ -123,6 +136,15 @@ BAD = [
     "models: {-m: {model: x}}",
     "version: 2\nmodels: {m: {model: x}}",
     "defaults: {model: x}\nmodels: {m: {model: x}}",
+    "profiles: {p: {model: x}}\nmodels: {m: {model: x}}",
+    "profiles: [p]\nmodels: {m: {model: x}}",
+    "models: {m: {model: x, overrides: {h100: {tp: 2}}}}",
+    "models: {m: {model: x, overrides: {cpu: {cluster: c}}}}",
+    "clusters: {c: {}}\nmodels: {m: {model: x}}",
+    "clusters: {c: {nodes: [{name: n, role: head}]}}\nmodels: {m: {model: x}}",
+    "clusters: {c: {nodes: [{name: n, role: boss, ip: 10.0.0.1}]}}\nmodels: {m: {model: x}}",
+    "clusters: {c: {rays: {}, nodes: [{name: n, role: head, ip: 10.0.0.1}]}}\nmodels: {m: {model: x}}",
+    "clusters: {c: {ray: {port: 22}, nodes: [{name: n, role: head, ip: 1.0.0.1}]}}\nmodels: {m: {model: x}}",
 ]
 
 
@@ -141,5 +163,5 @@ def test_editor_and_loader_refuse_the_same(text: str, validator: jsonschema.Draf
 
 def test_our_registry_and_the_seed_satisfy_the_committed_schema() -> None:
     schema = json.loads((ROOT / "model_registry.schema.json").read_text(encoding="utf-8"))
-    for path in (REGISTRY, Path(__file__).parent / "seed.yml"):
+    for path in (REGISTRY, Path(__file__).parent / "seed.yml", ROOT / "examples" / "two-nodes.yml"):
         jsonschema.Draft202012Validator(schema).validate(yaml.safe_load(path.read_text(encoding="utf-8")))
