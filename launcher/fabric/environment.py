@@ -130,9 +130,10 @@ def _rdma(cluster: Cluster, node: Node, facts: NodeFacts | None) -> list[tuple[s
     if hcas:
         origin = "hcas" if node.hcas or fabric.hcas else "hcas, measured"
         found.append(("NCCL_IB_HCA", "=" + ",".join(hcas), origin))
-    if isinstance(fabric.gid_index, int):
-        found.append(("NCCL_IB_GID_INDEX", str(fabric.gid_index), "gid-index"))
-    elif fabric.gid_index == "auto-pin" and facts is not None:
+    pinned = fabric.gid_index if node.gid_index is None else node.gid_index
+    if isinstance(pinned, int):
+        found.append(("NCCL_IB_GID_INDEX", str(pinned), "gid-index"))
+    elif pinned == "auto-pin" and facts is not None:
         index = selection.pinned_gid(cluster, node, facts)
         if index is not None:
             found.append(("NCCL_IB_GID_INDEX", str(index), "gid-index, measured"))

@@ -147,13 +147,14 @@ class Driver:
 
 @dataclass(frozen=True, slots=True)
 class NodeFacts:
-    """One host as read. Sizes in bytes, -1 where nobody could say. `skew_seconds` is measured by the reader."""
+    """One host as read. Sizes in bytes, -1 where nobody could say. `skew_seconds`: see `node_facts`."""
 
     hostname: str
     hostname_addresses: tuple[str, ...]
     kernel: str
     python: str
     user_id: int
+    is_container: bool
     limits: Mapping[str, tuple[int, int]]
     memory_total_bytes: int
     memory_available_bytes: int
@@ -178,7 +179,6 @@ class NodeFacts:
     oom_kills: int
     paths: tuple[PathProbe, ...]
     skew_seconds: float | None = None
-    skew_error_seconds: float = 0.0
 
     def netdev(self, name: str) -> Netdev | None:
         return next((netdev for netdev in self.netdevs if netdev.name == name), None)
@@ -221,8 +221,8 @@ def parse_facts(text: str | bytes) -> dict[str, Any]:
     raise BadFacts(lines[-1][:200] if lines else "no output")
 
 
-def node_facts(raw: Mapping[str, Any], *, skew: tuple[float, float] | None = None) -> NodeFacts:
-    """Type the collector's object. `skew` is the far clock minus ours, and how far that may be wrong, in seconds."""
+def node_facts(raw: Mapping[str, Any], *, skew_seconds: float | None = None) -> NodeFacts:
+    """Type the collector's object. `skew_seconds` is the least by which the far clock differs from ours."""
     read = _Reader(raw)
     limits = {name: _pair(value) for name, value in read.mapping("limits").items()}
     ephemeral = raw.get("ephemeral_ports")
@@ -234,6 +234,7 @@ def node_facts(raw: Mapping[str, Any], *, skew: tuple[float, float] | None = Non
         kernel=read.text("kernel"),
         python=read.text("python"),
         user_id=read.whole("user_id"),
+        is_container=bool(raw.get("is_container")),
         limits=MappingProxyType({name: pair for name, pair in limits.items() if pair is not None}),
         memory_total_bytes=read.whole("memory_total_bytes", 0),
         memory_available_bytes=read.whole("memory_available_bytes", 0),
@@ -271,8 +272,7 @@ def node_facts(raw: Mapping[str, Any], *, skew: tuple[float, float] | None = Non
             PathProbe(item.text("peer"), item.whole("bytes"), item.text("verdict"), item.text("detail"))
             for item in read.items("paths")
         ),
-        skew_seconds=None if skew is None else skew[0],
-        skew_error_seconds=0.0 if skew is None else skew[1],
+        skew_seconds=skew_seconds,
     )
 
 

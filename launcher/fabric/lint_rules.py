@@ -49,6 +49,11 @@ def _say(view: NodeView, code: str, name: str, cause: str = "", fix: str = "") -
     return said(code, name, setting.value, setting.source, cause, fix)
 
 
+def _is_rendered(view: NodeView, name: str) -> bool:
+    """Say whether the value comes from a field of the fabric; doctor judges the field itself."""
+    return view.settings[name].source.place == "fabric"
+
+
 def _net_conflict(view: NodeView) -> Iterator[Finding]:
     net = (view.value("NCCL_NET") or "").lower()
     is_required = view.cluster is not None and view.cluster.fabric.rdma == "required"
@@ -141,7 +146,14 @@ def _service_level(view: NodeView) -> Iterator[Finding]:
 
 def _gid_pinned(view: NodeView) -> Iterator[Finding]:
     index = _number(view, "NCCL_IB_GID_INDEX")
-    if index is not None and index >= 0:
+    if index is None or index < 0:
+        return
+    # `gid-index: auto-pin` reads the node's own table at each start, which is what a fixed number lacks.
+    if (
+        not _is_rendered(view, "NCCL_IB_GID_INDEX")
+        or view.cluster is None
+        or view.cluster.fabric.gid_index != "auto-pin"
+    ):
         cause = "index 0 is by habit the link-local RoCE v1 GID; " if index == 0 else ""
         cause += "NCCL uses it for all HCAs of the node and checks nothing"
         yield _say(view, "gid-pinned", "NCCL_IB_GID_INDEX", cause)
@@ -153,7 +165,7 @@ def _interfaces(view: NodeView) -> Iterator[Finding]:
     for name in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"):
         value = view.value(name)
         kind = getattr(catalogue.find(name), "kind", None)
-        if value is None or not isinstance(kind, Names | GlooNames):
+        if value is None or not isinstance(kind, Names | GlooNames) or _is_rendered(view, name):
             continue
         is_exact = isinstance(kind, GlooNames) or value.startswith("=")
         for token in kind.names(value):
@@ -191,14 +203,14 @@ def _hcas(view: NodeView) -> Iterator[Finding]:
             active = ", ".join(hca.name for hca in facts.hcas if hca.is_active) or "none is"
             yield _say(view, "hca-absent", "NCCL_IB_HCA", f"'{name}' {state}", f"ACTIVE on this node: {active}")
     taken = {hca.name for hca in chosen}
-    for hca in chosen:
+    for hca in () if _is_rendered(view, "NCCL_IB_HCA") else chosen:
         for twin in facts.twins(hca):
             if twin.name not in taken:
                 both = ",".join(sorted({*taken, twin.name}))
                 cause = f"'{twin.name}' is the other half of the same cable"
                 yield _say(view, "twin-idle", "NCCL_IB_HCA", cause, f"NCCL_IB_HCA=={both}")
     subnet = view.value("NCCL_IB_ADDR_RANGE")
-    missed = [hca.name for hca in chosen if subnet is not None and selection.gid_of(hca, subnet) is None]
+    missed = [hca.name for hca in chosen if subnet is not None and selection.gid_in(hca, subnet) is None]
     if missed:
         cause = f"{', '.join(missed)} has no RoCE v2 GID in {subnet}: GID 0 stays, which cannot connect"
         yield _say(view, "addr-range-misses-hca", "NCCL_IB_ADDR_RANGE", cause)
@@ -292,13 +304,22 @@ def _is_right_everywhere(name: str, value: str, views: Sequence[NodeView]) -> bo
 
 
 def _differing(views: Sequence[NodeView]) -> Iterator[Finding]:
-    """Find values that must be equal everywhere and are not; a node without the name has its default."""
+    """Find values that must be equal everywhere and are not; a node without the name has its default.
+
+    A node that was not read says nothing while others were, and a node without GPUs lacks most names by right.
+    """
+    is_measured = any(view.facts is not None for view in views)
+    views = [view for view in views if view.facts is not None or not is_measured]
     names = sorted({name for view in views for name in view.settings})
     for name in names:
         row = catalogue.find(name)
         if row is None or row.scope is not Scope.CLUSTER:
             continue
-        values = {view.node.name: view.value(name) for view in views if view.node is not None}
+        values = {
+            view.node.name: view.value(name)
+            for view in views
+            if view.node is not None and (name in view.settings or not _lacks_gpus(view))
+        }
         if len(set(values.values())) > 1:
             evidence = ", ".join(f"{node}: {'unset' if value is None else value}" for node, value in values.items())
             holder = next(view for view in views if name in view.settings)
@@ -309,3 +330,9 @@ def _differing(views: Sequence[NodeView]) -> Iterator[Finding]:
                 evidence=evidence,
                 fix=f"move {name} into the cluster's env block",
             )
+
+
+def _lacks_gpus(view: NodeView) -> bool:
+    if view.cluster is None or view.node is None:
+        return False
+    return selection.platform_of(view.cluster, view.node, view.facts) == "cpu"

@@ -76,13 +76,19 @@ def _carries(hca: Hca, node: Node, subnet: str | None, facts: NodeFacts) -> bool
     return node.ip in ips
 
 
-def gid_of(hca: Hca, subnet: str | None) -> int | None:
-    """Return the index of an HCA's RoCE v2 GID with an address of the fabric; None without one."""
+def gid_in(hca: Hca, subnet: str | None) -> int | None:
+    """Return the index of an HCA's RoCE v2 GID with an address inside `subnet`; None without one."""
     for port in hca.ports:
         for gid in port.gids:
             if gid.is_v2 and gid.ipv4 is not None and in_subnet(gid.ipv4, subnet):
                 return gid.index
     return None
+
+
+def gid_of(hca: Hca, subnet: str | None) -> int | None:
+    """Return the index of the GID to use: inside the fabric's subnet, else of a twin's own; None without RoCE v2."""
+    index = gid_in(hca, subnet)
+    return index if index is not None else gid_in(hca, None)
 
 
 def pinned_gid(cluster: Cluster, node: Node, facts: NodeFacts) -> int | None:
@@ -95,4 +101,4 @@ def range_covers(cluster: Cluster, node: Node, facts: NodeFacts) -> bool:
     """Say whether every chosen HCA has a RoCE v2 GID inside the fabric's subnet."""
     subnet = cluster.fabric.subnet
     chosen = hcas_of(cluster, node, facts)
-    return subnet is not None and bool(chosen) and all(gid_of(hca, subnet) is not None for hca in chosen)
+    return subnet is not None and bool(chosen) and all(gid_in(hca, subnet) is not None for hca in chosen)

@@ -15,10 +15,10 @@ from launcher.fabric.finding import Finding, finding
 from launcher.registry.cluster import Cluster, Node
 from launcher.registry.values import redacted
 
-Place = Literal["process", "image", "file", "model", "cluster", "node"]
+Place = Literal["process", "image", "file", "fabric", "model", "cluster", "node"]
 """Lowest precedence first."""
 
-PLACES: tuple[Place, ...] = ("process", "image", "file", "model", "cluster", "node")
+PLACES: tuple[Place, ...] = ("process", "image", "file", "fabric", "model", "cluster", "node")
 
 
 @dataclass(frozen=True, slots=True)

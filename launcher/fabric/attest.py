@@ -1,0 +1,194 @@
+"""What carried the bytes: NCCL's `via …` lines and RDMA counters, turned into one transport per pair of ranks.
+
+Pure. Knows: the two spellings of NCCL 2.28 and 2.30, and what the counters count. Refuses to know: where a log is, how
+counters are read (`facts`), what to do about it. A line that names a transport nobody here knows is kept as such,
+never dropped.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+from launcher.fabric.facts import NodeFacts
+
+WORD_BYTES = 4
+"""`port_xmit_data` counts words of four bytes."""
+
+_EDGE = re.compile(
+    r"(?:Channel (?P<channel>\d+)(?:/\d+)? : )?(?P<source>\d+)\[[0-9a-fx]+\] -> (?P<target>\d+)\[[0-9a-fx]+\]"
+    r"(?: \[(?P<side>send|receive)\])? via (?P<way>\S+)"
+)
+_NET = re.compile(r"NET/(?P<net>[^/]+?)/(?P<device>\d+)(?:\(\d+\))?(?P<gdr>/GDRDMA)?(?:\(PCI\))?(?:/Shared)?$")
+_USING = re.compile(r"Using network (?P<net>\S+)|Assigned NET plugin (?P<plugin>\S+) to comm")
+_DEVICE = re.compile(r"NET/IB : Using (?P<devices>.*?)(?:; OOB (?P<oob>\S+?):.*)?$")
+_HCA = re.compile(r"\[(?P<index>\d+)\](?P<name>[^:\s]+):(?P<port>\d+)/(?P<layer>RoCE|IB)")
+_FALLBACK = ("NET/IB : No device found", "Failed to initialize any NET plugin")
+
+
+class Transport(StrEnum):
+    """What an edge between two ranks is made of."""
+
+    P2P = "P2P"
+    SHM = "SHM"
+    RDMA = "RDMA"
+    RDMA_GDR = "RDMA with GPUDirect"
+    SOCKET = "TCP"
+    UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True, slots=True)
+class Edge:
+    """One connection of a channel. `way` is NCCL's own word for it; `device` the NIC's index, None within a host."""
+
+    source: int
+    target: int
+    transport: Transport
+    way: str
+    device: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Network:
+    """What NCCL said at start: the net it chose, the HCAs it found, the interface of its bootstrap."""
+
+    chosen: str | None
+    hcas: tuple[str, ...]
+    link_layers: frozenset[str]
+    out_of_band: str | None
+    complaints: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Attestation:
+    """The transport in use per pair of ranks, lower rank first; `unknown` lines are those that name a new way.
+
+    A pair that uses several transports has the slowest one here, because it decides.
+    """
+
+    pairs: Mapping[tuple[int, int], Transport]
+    edges: tuple[Edge, ...]
+    network: Network
+    unknown: tuple[str, ...]
+
+    def violations(self, rdma: str, *, may_use_gdr: bool = True) -> tuple[str, ...]:
+        """Say which pairs do not use what the fabric promises (`required`, `preferred`, `off`); one sentence each."""
+        found = []
+        for (low, high), transport in sorted(self.pairs.items()):
+            if rdma == "required" and transport in (Transport.SOCKET, Transport.UNKNOWN):
+                found.append(f"ranks {low} and {high} use {transport}, the fabric says rdma: required")
+            if not may_use_gdr and transport is Transport.RDMA_GDR:
+                found.append(f"ranks {low} and {high} use GPUDirect RDMA, which this platform must not")
+        return tuple(found)
+
+
+_SLOWNESS = (
+    Transport.P2P,
+    Transport.SHM,
+    Transport.RDMA_GDR,
+    Transport.RDMA,
+    Transport.SOCKET,
+    Transport.UNKNOWN,
+)
+
+
+def edges_of(lines: Iterable[str]) -> tuple[Edge, ...]:
+    """Return every edge that a log names, in order, each once."""
+    found: dict[Edge, None] = {}
+    for line in lines:
+        match = _EDGE.search(line)
+        if match is not None:
+            transport, device = _transport(match["way"])
+            found[Edge(int(match["source"]), int(match["target"]), transport, match["way"], device)] = None
+    return tuple(found)
+
+
+def _transport(way: str) -> tuple[Transport, int | None]:
+    if way.startswith("P2P/"):
+        return Transport.P2P, None
+    if way.startswith("SHM/"):
+        return Transport.SHM, None
+    net = _NET.match(way)
+    if net is None:
+        return Transport.UNKNOWN, None
+    device = int(net["device"])
+    name = net["net"].lower()
+    if name == "socket":
+        return Transport.SOCKET, device
+    # Plugins name themselves (IBext_v8, AWS Libfabric); only InfiniBand's own family is known to be RDMA.
+    if name.startswith("ib"):
+        return (Transport.RDMA_GDR if net["gdr"] else Transport.RDMA), device
+    return Transport.UNKNOWN, device
+
+
+def network_of(lines: Iterable[str]) -> Network:
+    """Return what the log says about the net, over all ranks of one node."""
+    chosen: str | None = None
+    hcas: dict[str, None] = {}
+    layers: set[str] = set()
+    out_of_band: str | None = None
+    complaints: dict[str, None] = {}
+    for line in lines:
+        using = _USING.search(line)
+        if using is not None:
+            chosen = using["net"] or using["plugin"]
+        device = _DEVICE.search(line)
+        if device is not None:
+            for hca in _HCA.finditer(device["devices"]):
+                hcas[hca["name"]] = None
+                layers.add(hca["layer"])
+            out_of_band = device["oob"] or out_of_band
+        for fragment in _FALLBACK:
+            if fragment in line:
+                complaints[fragment] = None
+    return Network(chosen, tuple(hcas), frozenset(layers), out_of_band, tuple(complaints))
+
+
+def attest(lines: Iterable[str]) -> Attestation:
+    """Judge the logs of all ranks of a launch, in any order."""
+    kept = list(lines)
+    edges = edges_of(kept)
+    pairs: dict[tuple[int, int], Transport] = {}
+    for edge in edges:
+        pair = (min(edge.source, edge.target), max(edge.source, edge.target))
+        pairs[pair] = max(pairs.get(pair, Transport.P2P), edge.transport, key=_SLOWNESS.index)
+    unknown = tuple(dict.fromkeys(edge.way for edge in edges if edge.transport is Transport.UNKNOWN))
+    return Attestation(dict(sorted(pairs.items())), edges, network_of(kept), unknown)
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """What one HCA carried between two looks, in bytes, and the errors of its transport in that time."""
+
+    hca: str
+    sent_bytes: int
+    received_bytes: int
+    errors: Mapping[str, int]
+
+
+def traffic_between(before: NodeFacts, after: NodeFacts) -> tuple[Traffic, ...]:
+    """Compare the RDMA counters of a node; HCAs that appeared or went are left out, a wrapped counter counts as 0."""
+    found = []
+    for hca in after.hcas:
+        earlier = before.hca(hca.name)
+        if earlier is None:
+            continue
+        old = {(port.port, name): value for port in earlier.ports for name, value in port.counters.items()}
+        delta: dict[str, int] = {}
+        for port in hca.ports:
+            for name, value in port.counters.items():
+                delta[name] = delta.get(name, 0) + max(0, value - old.get((port.port, name), value))
+        sent, received = delta.pop("port_xmit_data", 0), delta.pop("port_rcv_data", 0)
+        errors = {name: value for name, value in sorted(delta.items()) if value}
+        found.append(Traffic(hca.name, sent * WORD_BYTES, received * WORD_BYTES, errors))
+    return tuple(found)
+
+
+def carried_by_rdma(traffic: Iterable[Traffic], expected_bytes: int) -> bool:
+    """Say whether the counters prove that at least half of what was sent went through the HCAs.
+
+    Half, because both ranks' share of an all-reduce depends on the algorithm; TCP leaves these counters where they are.
+    """
+    return sum(item.sent_bytes for item in traffic) * 2 >= expected_bytes > 0

@@ -1,0 +1,159 @@
+"""What `env` and `doctor` look at: a cluster (declared, or this host alone), a model if one was named, its sources.
+
+Knows: how a command line names a cluster, and where variables of the registry stand in the file. Refuses to know:
+hosts.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from launcher.commands import Invocation
+from launcher.errors import UsageError
+from launcher.fabric import catalogue
+from launcher.fabric.doctor import NOTHING, Need
+from launcher.fabric.dotenv import read_dotenv
+from launcher.fabric.environment import Variable, node_environment
+from launcher.fabric.sources import Source
+from launcher.registry import DeclaredCluster, Registry, ResolvedEntry, Setting, resolve, resolve_cluster
+from launcher.registry.cluster import Cluster, Node
+from launcher.registry.resolving import find_cluster, unknown_name
+
+THIS_HOST = "this-host"
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """`nodes` are those asked for, all without `--node`. `declared` is None for this host alone."""
+
+    cluster: Cluster
+    nodes: tuple[Node, ...]
+    entry: ResolvedEntry | None = None
+    registry: Registry | None = None
+    declared: DeclaredCluster | None = None
+
+    @property
+    def need(self) -> Need:
+        """What the model asks of each node."""
+        if self.entry is None:
+            return NOTHING
+        return Need(self.entry.number_or_none("gpu-memory-utilization") or 0.0, self.entry.integer("port"))
+
+
+def find_target(invocation: Invocation, model: str | None, cluster: str | None, node: str | None) -> Target:
+    """Resolve names of the command line. Raises: RegistryError; UnknownName for a model, cluster or node.
+
+    The cluster is the named one, else `HLAUNCH_CLUSTER`, else the model's own, else this host alone. Without a model
+    and a cluster no registry is needed.
+    """
+    name = cluster or invocation.environ.get("HLAUNCH_CLUSTER") or None
+    if model is None and name is None:
+        return _chosen(this_host(), node)
+    registry = invocation.load_registry()
+    entry = None
+    if model is not None:
+        entry = resolve(registry, model, invocation.environ)
+        invocation.console.issues(entry.issues)
+        name = name or entry.cluster_name
+    if name is None:
+        return _chosen(this_host(), node, entry, registry)
+    found = resolve_cluster(registry, name, invocation.environ, entry)
+    return _chosen(found, node, entry, registry, find_cluster(registry, name))
+
+
+def this_host() -> Cluster:
+    """A cluster of one: this machine, reached without ssh."""
+    return Cluster(THIS_HOST, (Node(socket.gethostname(), "head", "127.0.0.1"),))
+
+
+def _chosen(
+    cluster: Cluster,
+    node: str | None,
+    entry: ResolvedEntry | None = None,
+    registry: Registry | None = None,
+    declared: DeclaredCluster | None = None,
+) -> Target:
+    nodes = cluster.nodes
+    if node is not None:
+        nodes = tuple(item for item in cluster.nodes if item.name == node)
+        if not nodes:
+            raise unknown_name("node", node, [item.name for item in cluster.nodes], f"cluster '{cluster.name}'")
+    return Target(cluster, nodes, entry, registry, declared)
+
+
+def sources_of(target: Target, environ: Mapping[str, str], env_files: Sequence[Path] = ()) -> list[Source]:
+    """List where variables stand, with lines: this process, `.env` files, the env of model, cluster and nodes."""
+    found = [Source("process environment", "process", _judged(environ))]
+    for path in env_files:
+        dotenv = read_dotenv(path)
+        found.append(Source(str(path), "file", dotenv.values, lines=dotenv.lines))
+    if target.entry is not None:
+        values = {name: str(item.value) for name, item in target.entry.env.items() if item.value is not None}
+        found.append(Source(f"env of '{target.entry.name}'", "model", values))
+    found += declared_sources(target)
+    return [source for source in found if source.values]
+
+
+def declared_sources(target: Target) -> list[Source]:
+    """List what the registry's cluster says, each block with its lines in the file."""
+    if target.declared is None or target.registry is None:
+        return []
+    file = target.registry.source
+    found = [_declared(file, target.declared.env)]
+    found += [_declared(file, settings, node) for node, settings in target.declared.node_env.items()]
+    return [source for source in found if source.values]
+
+
+def _judged(environ: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in environ.items() if catalogue.is_ours_to_judge(name)}
+
+
+def _declared(file: str, settings: Mapping[str, Setting], node: str | None = None) -> Source:
+    kept = {name: setting for name, setting in settings.items() if setting.value is not None}
+    return Source(
+        file,
+        "cluster" if node is None else "node",
+        {name: str(setting.value) for name, setting in kept.items()},
+        node,
+        {name: setting.mark.line for name, setting in kept.items()},
+    )
+
+
+def node_variables(target: Target, node: Node, environ: Mapping[str, str]) -> tuple[Variable, ...]:
+    """List a node's variables of the fabric, the model's env among them where the cluster says nothing."""
+    found = {item.name: item for item in node_environment(target.cluster, node, environ)}
+    declared = {*target.cluster.env, *node.env}
+    for name, setting in (target.entry.env if target.entry is not None else {}).items():
+        if name in declared or setting.value is None or not catalogue.is_ours_to_judge(name):
+            continue
+        below = found.get(name)
+        shadowed = () if below is None else (replace(below, shadowed=()), *below.shadowed)
+        found[name] = Variable(name, str(setting.value), str(setting.origin), shadowed)
+    return tuple(found[name] for name in sorted(found))
+
+
+def explanation(name: str) -> dict[str, str]:
+    """Say what a name is, as label and text. Raises: UsageError for a name of no family, with the nearest ones."""
+    row = catalogue.find(name)
+    if row is not None:
+        return {
+            "effect": row.effect,
+            "read by": row.owner,
+            "legal": row.kind.describe(),
+            "default": row.default,
+            "scope": catalogue.SCOPE_WORDS[row.scope],
+            "since": row.since,
+            "gone after": row.until,
+            "source": row.source,
+        }
+    if name in catalogue.TORCH_ALIASES:
+        return {"effect": "an old name that PyTorch still reads", "instead": catalogue.TORCH_ALIASES[name]}
+    dead = catalogue.find_dead(name)
+    if dead is not None:
+        return {"effect": f"none: {name} {dead.truth}", "instead": dead.instead}
+    near = catalogue.suggestions(name)
+    hint = f"did you mean {' or '.join(near)}?" if near else "hlaunch env lists what is set"
+    raise UsageError(f"no release known here reads '{name}'", hint=hint)
