@@ -40,6 +40,8 @@ COMMANDS: Mapping[str, str] = {
     "list": "List the models of the registry.",
     "show": "Show one model, resolved; --explain says where each value comes from.",
     "validate": "Check a registry and report every problem.",
+    "env": "Show the fabric's variables of each node; --lint checks them.",
+    "doctor": "Examine the hosts of a cluster, and the fabric between them.",
     "schema": "Print the JSON schema of the registry, or its keys.",
 }
 

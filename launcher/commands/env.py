@@ -1,0 +1,139 @@
+"""`hlaunch env`: the fabric's variables of each node, with origin and effect, and what is wrong with them.
+
+Knows: how values, explanations and findings are shown. Refuses to know: how they are made (`launcher.fabric`).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from launcher.commands import invocation_of
+from launcher.exit_codes import ExitCode
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from launcher.console import Console
+    from launcher.fabric.environment import Variable
+    from launcher.fabric.target import Target
+
+
+def register(app: typer.Typer) -> None:
+    @app.command("env")
+    def env(
+        ctx: typer.Context,
+        model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="A model's name or alias.")] = None,
+        cluster: Annotated[str | None, typer.Option("--cluster", metavar="NAME", help="A declared cluster.")] = None,
+        node: Annotated[str | None, typer.Option("--node", metavar="NAME", help="One node of the cluster.")] = None,
+        explain: Annotated[
+            str | None, typer.Option("--explain", metavar="VARIABLE", help="Say what one variable is and does.")
+        ] = None,
+        do_lint: Annotated[bool, typer.Option("--lint", help="Check every variable; exit 5 on an error.")] = False,
+        env_files: Annotated[
+            list[Path] | None, typer.Option("--env-file", metavar="PATH", help="A .env file to check; may repeat.")
+        ] = None,
+        as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    ) -> None:
+        """Show the fabric's variables of each node, where each comes from, and what is wrong with them."""
+        from launcher.fabric.target import find_target
+
+        invocation = invocation_of(ctx)
+        target = find_target(invocation, model, cluster, node)
+        if explain is not None:
+            _explain(invocation.console, target, invocation.environ, explain, as_json)
+        elif do_lint or env_files:
+            _lint(invocation.console, target, invocation.environ, env_files or [], as_json)
+        else:
+            _show(invocation.console, target, invocation.environ, as_json)
+
+
+def _variables(target: Target, environ: Mapping[str, str]) -> dict[str, tuple[Variable, ...]]:
+    from launcher.fabric.target import node_variables
+
+    return {node.name: node_variables(target, node, environ) for node in target.nodes}
+
+
+def _show(console: Console, target: Target, environ: Mapping[str, str], as_json: bool) -> None:
+    from launcher.fabric import catalogue
+
+    variables = _variables(target, environ)
+    if as_json:
+        nodes = {name: [_fact(item) for item in items] for name, items in variables.items()}
+        console.json({"cluster": target.cluster.name, "catalogue": catalogue.CATALOGUE_VERSION, "nodes": nodes})
+        return
+    console.table(("NAME", "NODE", "VALUE", "ORIGIN"), _rows(variables))
+    console.note("see also: hlaunch env --explain NAME, hlaunch env --lint")
+
+
+def _rows(variables: dict[str, tuple[Variable, ...]]) -> list[tuple[str, str, str, str]]:
+    """One row per name where all nodes agree, else one per node."""
+    by_name: dict[str, dict[str, Variable]] = {}
+    for node, items in variables.items():
+        for item in items:
+            by_name.setdefault(item.name, {})[node] = item
+    rows = []
+    for name in sorted(by_name):
+        found = by_name[name]
+        first = next(iter(found.values()))
+        if len(found) == len(variables) and all(
+            (item.value, item.origin) == (first.value, first.origin) for item in found.values()
+        ):
+            rows.append((name, "all" if len(variables) > 1 else next(iter(found)), first.shown, first.origin))
+        else:
+            rows += [(name, node, item.shown, item.origin) for node, item in found.items()]
+    return rows
+
+
+def _fact(item: Variable) -> dict[str, object]:
+    from launcher.fabric import catalogue
+
+    row = catalogue.find(item.name)
+    return {
+        "name": item.name,
+        "value": item.shown,
+        "origin": item.origin,
+        "effect": row.effect if row is not None else None,
+        "scope": str(row.scope) if row is not None else None,
+        "shadowed": [{"value": below.shown, "origin": below.origin} for below in item.shadowed],
+    }
+
+
+def _explain(console: Console, target: Target, environ: Mapping[str, str], name: str, as_json: bool) -> None:
+    from launcher.fabric.target import explanation
+
+    facts = explanation(name)
+    values = {
+        node: next((item for item in items if item.name == name), None)
+        for node, items in _variables(target, environ).items()
+    }
+    if as_json:
+        shown = {node: None if item is None else _fact(item) for node, item in values.items()}
+        console.json({"name": name, **facts, "nodes": shown})
+        return
+    rows = [(key, value) for key, value in facts.items() if value]
+    for node, item in values.items():
+        rows.append((node, f"{item.shown}, from {item.origin}" if item is not None else "unset"))
+        rows += [("", f"over {below.shown}, from {below.origin}") for below in (item.shadowed if item else ())]
+    console.table((name, ""), rows)
+
+
+def _lint(console: Console, target: Target, environ: Mapping[str, str], files: list[Path], as_json: bool) -> None:
+    from launcher.fabric.finding import has_errors
+    from launcher.fabric.lint import lint
+    from launcher.fabric.printing import print_findings, summary
+    from launcher.fabric.target import sources_of
+
+    found = lint(
+        sources_of(target, environ, files),
+        cluster=target.cluster if target.declared is not None else None,
+    )
+    if as_json:
+        console.json({"findings": [item.as_dict() for item in found]})
+    else:
+        print_findings(console, found)
+        console.note(summary(found))
+    if has_errors(found):
+        raise typer.Exit(ExitCode.PREFLIGHT)
