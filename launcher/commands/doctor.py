@@ -37,8 +37,9 @@ def register(app: typer.Typer) -> None:
             str | None, typer.Option("--container", metavar="NAME", help="Look inside this container of each node.")
         ] = None,
         deadline: Annotated[
-            float, typer.Option("--deadline", metavar="SECONDS", min=1, max=600, help="For each node.")
-        ] = 20.0,
+            float | None,
+            typer.Option("--deadline", metavar="SECONDS", min=1, max=600, help="For each node (20) and pair (30)."),
+        ] = None,
         root: Annotated[
             Path | None, typer.Option("--root", metavar="FOLDER", help="Read FOLDER/<node> instead of the hosts.")
         ] = None,
@@ -63,7 +64,7 @@ def register(app: typer.Typer) -> None:
         read = _read(target, reach, deadline, root)
         found = _judge(target, read)
         if active:
-            found = _with_active(target, read, found, reach)
+            found = _with_active(target, read, found, reach, deadline)
         seconds = time.monotonic() - began
         if as_json:
             nodes = {item.name: _node_fact(read[item.name]) for item in target.nodes}
@@ -86,12 +87,14 @@ def _firewall(console: Console, target: Target, tool: str) -> None:
             console.data(line)
 
 
-def _read(target: Target, reach: Reach, deadline: float, root: Path | None) -> dict[str, NodeFacts | Unreachable]:
-    from launcher.fabric.remote import read_cluster, read_tree
+def _read(
+    target: Target, reach: Reach, deadline: float | None, root: Path | None
+) -> dict[str, NodeFacts | Unreachable]:
+    from launcher.fabric.remote import NODE_SECONDS, read_cluster, read_tree
 
     if root is not None:
         return {node.name: read_tree(root / node.name) for node in target.nodes}
-    return read_cluster(target.cluster, target.nodes, reach, seconds=deadline)
+    return read_cluster(target.cluster, target.nodes, reach, seconds=deadline or NODE_SECONDS)
 
 
 def _judge(target: Target, read: dict[str, NodeFacts | Unreachable]) -> list[Finding]:
@@ -103,15 +106,15 @@ def _judge(target: Target, read: dict[str, NodeFacts | Unreachable]) -> list[Fin
 
 
 def _with_active(
-    target: Target, read: dict[str, NodeFacts | Unreachable], found: list[Finding], reach: Reach
+    target: Target, read: dict[str, NodeFacts | Unreachable], found: list[Finding], reach: Reach, deadline: float | None
 ) -> list[Finding]:
     """Add the two-rank check of every pair whose both ends were read."""
-    from launcher.fabric.active import all_reduce_check
+    from launcher.fabric.active import SECONDS, all_reduce_check
     from launcher.fabric.facts import NodeFacts
     from launcher.fabric.finding import ordered
 
     facts = {name: answer for name, answer in read.items() if isinstance(answer, NodeFacts)}
-    return ordered([*found, *all_reduce_check(target.cluster, facts, reach)])
+    return ordered([*found, *all_reduce_check(target.cluster, facts, reach, seconds=deadline or SECONDS)])
 
 
 def _node_fact(answer: NodeFacts | Unreachable) -> dict[str, object]:

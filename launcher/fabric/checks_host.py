@@ -11,7 +11,7 @@ from itertools import combinations
 
 from launcher.fabric import catalogue, selection
 from launcher.fabric.context import NodeContext
-from launcher.fabric.facts import Listener
+from launcher.fabric.facts import Listener, Netdev
 from launcher.fabric.finding import Finding, Severity, finding
 
 _GIB = 1 << 30
@@ -60,14 +60,21 @@ def _address(context: NodeContext) -> Iterator[Finding]:
     if interface is None:
         return
     if not interface.is_running:
-        evidence = f"{interface.name} is {interface.operstate or 'in no state'}"
-        fix = f"sudo ip link set {interface.name} up"
-        yield finding("link-down", subject=interface.name, where=node.name, evidence=evidence, fix=fix)
+        yield _link_down(context, interface)
     mtu = context.cluster.fabric.mtu
     if mtu is not None and interface.name != "lo" and interface.mtu < mtu:
         evidence = f"mtu {interface.mtu}, the fabric says {mtu}"
         fix = f"sudo ip link set {interface.name} mtu {mtu}"
         yield finding("mtu-small", subject=interface.name, where=node.name, evidence=evidence, fix=fix)
+
+
+def _link_down(context: NodeContext, interface: Netdev) -> Finding:
+    evidence = f"{interface.name} is {interface.operstate or 'in no state'}"
+    fix = f"sudo ip link set {interface.name} up"
+    if interface.carrier == 0:
+        evidence += ": no carrier, so the cable or the other end is down"
+        fix = f"ethtool {interface.name}; look at the cable and at the other end"
+    return finding("link-down", subject=interface.name, where=context.name, evidence=evidence, fix=fix)
 
 
 def _rails(context: NodeContext) -> Iterator[Finding]:

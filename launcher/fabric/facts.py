@@ -98,6 +98,7 @@ class Netdev:
     name: str
     mtu: int
     operstate: str
+    carrier: int
     speed_mbps: int
     addresses: tuple[str, ...]
     bdf: str
@@ -109,8 +110,8 @@ class Netdev:
 
     @property
     def is_running(self) -> bool:
-        # Loopback and tunnels have no state of their own.
-        return self.operstate in ("up", "unknown")
+        # Loopback and tunnels have no state of their own; the state of others lags behind the carrier by a second.
+        return self.operstate in ("up", "unknown") or self.carrier == 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -326,6 +327,7 @@ def _netdev(item: _Reader) -> Netdev:
         item.text("name"),
         item.whole("mtu", 0),
         item.text("operstate"),
+        item.whole("carrier"),
         item.whole("speed_mbps"),
         item.texts("addresses"),
         item.text("bdf"),

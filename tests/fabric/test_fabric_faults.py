@@ -124,6 +124,8 @@ def _program(name: str, text: str) -> Callable[[Tree], None]:
 
 def _link_down(tree: Tree) -> None:
     tree.set("sys/class/net/enP2p1s0f0np0/operstate", "down\n")
+    # The kernel answers EINVAL for the carrier of an interface that nobody switched on.
+    tree.remove("sys/class/net/enP2p1s0f0np0/carrier")
 
 
 def _infiniband(tree: Tree) -> None:
