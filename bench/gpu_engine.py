@@ -47,10 +47,9 @@ class Bench:
         vocab = self.core.model.vocab_size
         return [[self._random.randrange(vocab) for _ in range(length)] for _ in range(count)]
 
-    def seconds(self, prompts: list[list[int]], num_tokens: int) -> float:
-        """Run all prompts at once for exactly `num_tokens` tokens each."""
+    def add(self, prompts: list[list[int]], num_tokens: int) -> None:
+        """Queue prompts for exactly `num_tokens` tokens each."""
         params = SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True)
-        begin = time.perf_counter()
         for prompt in prompts:
             self._count += 1
             refusal = self.core.add(
@@ -58,6 +57,11 @@ class Bench:
             )
             if refusal is not None:
                 raise SystemExit(f"refused: {refusal.error}")
+
+    def seconds(self, prompts: list[list[int]], num_tokens: int) -> float:
+        """Run all prompts at once for exactly `num_tokens` tokens each."""
+        begin = time.perf_counter()
+        self.add(prompts, num_tokens)
         made = 0
         while self.core.has_work:
             for output in self.core.step():
@@ -68,6 +72,45 @@ class Bench:
             raise SystemExit(f"{made} tokens instead of {num_tokens * len(prompts)}")
         return time.perf_counter() - begin
 
+    def distinct_experts(self, count: int) -> float:
+        """Count the experts that a decode step of `count` requests touches, mean over the layers."""
+        self.add(self.prompts(count, PROMPT), 60 + 2 * count)
+        started: set[str] = set()
+        while len(started) < count:
+            started |= {output.request_id for output in self.core.step()}
+        for _ in range(20):
+            self.core.step()
+        executor: Any = self.core.executor
+        mean = statistics.mean(executor.count_experts(count))
+        while self.core.has_work:
+            self.core.step()
+        return mean
+
+    def profile(self, count: int, num_steps: int = 10) -> list[dict[str, object]]:
+        """Time every kernel of a decode step of `count` requests: name, launches and microseconds per step."""
+        from torch.profiler import ProfilerActivity, profile
+
+        self.add(self.prompts(count, PROMPT), 60 + 2 * count)
+        started: set[str] = set()
+        while len(started) < count:
+            started |= {output.request_id for output in self.core.step()}
+        for _ in range(5):
+            self.core.step()
+        with profile(activities=[ProfilerActivity.CUDA]) as record:
+            for _ in range(num_steps):
+                self.core.step()
+        while self.core.has_work:
+            self.core.step()
+        kernels = [
+            {
+                "kernel": event.key,
+                "launches": event.count / num_steps,
+                "microseconds": round(event.self_device_time_total / num_steps, 2),
+            }
+            for event in record.key_averages()
+        ]
+        return sorted(kernels, key=lambda kernel: -float(str(kernel["microseconds"])))
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -77,6 +120,7 @@ def main() -> None:
     )
     parser.add_argument("--requests", type=int, nargs="*", default=[1, 8, 32, 128, 256])
     parser.add_argument("--prefill", nargs="*", default=["16x8192"], help="requests x prompt tokens")
+    parser.add_argument("--profile", type=int, nargs="*", default=[], help="requests of steps to time by kernel")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--max-tokens-per-step", type=int, default=16384)
     parser.add_argument("--block-size", type=int, default=64)
@@ -153,6 +197,7 @@ def main() -> None:
             "step_milliseconds": round(1e3 * count / rate, 4),
             "first_token_seconds": round(statistics.median(once), 4),
             "all": [round(rate, 1) for rate in rates],
+            "distinct_experts_per_layer": round(bench.distinct_experts(count), 2),
         }
         report["points"].append(point)
         print(point, flush=True)
@@ -168,6 +213,13 @@ def main() -> None:
         point = {"prefill": text, "tokens_per_second": round(rate, 1), "seconds": [round(t, 4) for t in times]}
         report["points"].append(point)
         print(point, flush=True)
+    for count in options.profile:
+        kernels = bench.profile(count)
+        report.setdefault("profiles", {})[count] = kernels
+        total = sum(float(str(kernel["microseconds"])) for kernel in kernels)
+        print(f"{count} rows, {total:.0f} us of kernels a step:", flush=True)
+        for kernel in kernels[:18]:
+            print(f"  {kernel['microseconds']:9} us {kernel['launches']:6.1f} x  {str(kernel['kernel'])[:90]}")
     report["peak_after"] = torch.cuda.max_memory_allocated()
     save()
     core.stop()

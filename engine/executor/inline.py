@@ -123,5 +123,9 @@ class InlineGpuExecutor:
             # An asynchronous fault of the device comes to light here: nothing on it can be trusted afterwards.
             raise ExecutorError(f"the GPU failed: {str(error).splitlines()[0]}") from error
 
+    def count_experts(self, num_rows: int) -> list[int]:
+        """Count the experts that each layer touches in a decode step of the rows last run; for benchmarks."""
+        return self._worker.runner.decode.count_experts(num_rows)
+
     def stop(self) -> None:
         self._pending.clear()

@@ -204,6 +204,7 @@ class DecodeGraphs:
         tokens, logits = self._outputs(size)
         self._graphs[size, has_filters] = DecodeGraph(graph or body, tokens, logits)
 
+    @torch.inference_mode()
     def count_experts(self, num_rows: int) -> list[int]:
         """Count the experts that each layer touches for the inputs as they stand, by a step outside the graphs."""
         size = self.size_for(num_rows)
