@@ -31,12 +31,16 @@ from launcher.exit_codes import ExitCode
 
 COMMANDS: Mapping[str, str] = {
     "up": "Start a model and serve it until Ctrl-C; -d detaches.",
+    "plan": "Show what a start would do: placement, topology, memory, ports.",
     "down": "Stop what `up` started.",
     "ps": "Show what runs.",
     "logs": "Show the log of a running or past model.",
     "chat": "Talk to a model in the terminal.",
     "bench": "Measure latency and throughput of a model.",
     "synth": "Write a checkpoint of a model's true shape with random weights.",
+    "fit": "Show whether a model fits, and what would make it fit.",
+    "topo": "Rank the ways to split a model over a cluster.",
+    "inventory": "Show cores, memory, GPUs and NICs; --json saves it.",
     "list": "List the models of the registry.",
     "show": "Show one model, resolved; --explain says where each value comes from.",
     "validate": "Check a registry and report every problem.",

@@ -16,32 +16,21 @@ def dry_run(console: Console, plan: LaunchPlan, *, as_json: bool) -> int:
     Returns: 0, or the exit code of the first problem, whose cause is then the last line on stderr. What `up` would
     still miss (files, a key) is a warning here.
     """
+    from launcher.commands.plan import conclude
     from launcher.plan.drawing import plan_data
 
     if as_json:
         console.json(plan_data(plan))
     else:
         _print(console, plan)
-    for blocker in plan.blockers:
-        console.warning(f"up would stop here: {blocker.message}", hint=blocker.hint)
-    # The first problem decides the exit code, so its cause is the last line.
-    for problem in reversed(plan.problems):
-        for line in problem.details:
-            console.note(f"  {line}")
-        if problem.hint:
-            console.note(f"hint: {problem.hint}")
-        console.error(problem.message)
-    return int(plan.problems[0].exit_code) if plan.problems else 0
+    return conclude(console, plan)
 
 
 def _print(console: Console, plan: LaunchPlan) -> None:
-    from launcher.plan.drawing import base_url, fit_lines, placement_lines
-    from launcher.registry.keys import KEYS, show_value
+    from launcher.commands.plan import entry_rows, picture_of_any, placement_table, show_remarks, show_topology
+    from launcher.plan.drawing import base_url, fit_lines
 
-    rows = []
-    for key, item in plan.entry.values.items():
-        spec = KEYS.get(key)
-        rows.append((key, str(item.value) if spec is None else show_value(spec, item.value), str(item.origin)))
+    rows = entry_rows(plan.entry, with_defaults=True)
     console.table(("KEY", "VALUE", "ORIGIN"), rows, title=f"{plan.name}: resolved entry")
     console.data()
     console.heading("memory")
@@ -51,9 +40,13 @@ def _print(console: Console, plan: LaunchPlan) -> None:
         for line in fit_lines(plan.fit):
             console.data(line)
     console.data()
-    console.heading("placement")
-    for line in placement_lines(plan):
-        console.data(line)
+    picture = picture_of_any(plan)
+    if picture is not None:
+        placement_table(console, picture)
+        console.data()
+        console.heading("topology")
+        show_topology(console, picture)
+        show_remarks(console, picture)
     console.data()
     console.table(
         ("VARIABLE", "VALUE", "ORIGIN"),
@@ -69,5 +62,3 @@ def _print(console: Console, plan: LaunchPlan) -> None:
     console.data(shlex.join(plan.argv))
     console.data()
     console.data(f"address: {base_url(plan)}")
-    for note in plan.notes:
-        console.note(f"note: {note}")

@@ -127,6 +127,11 @@ class ClusterPlan:
     def ready_timeout_seconds(self) -> float:
         return self.entry.number("ready.timeout")
 
+    def check_problems(self) -> None:
+        """Raise the first problem of the plan itself, if there is one."""
+        for error in self.problems:
+            raise error
+
     def check(self) -> None:
         """Raise the first reason why the cluster must not start, if there is one."""
         for error in (*self.problems, *self.blockers):

@@ -9,9 +9,11 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+from launcher.errors import HlaunchError
 from launcher.plan.fit import FitReport
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.settings import is_loopback
+from launcher.registry.types import ResolvedEntry
 
 BAR_WIDTH = 60
 GIB = 1 << 30
@@ -110,9 +112,7 @@ def plan_data(plan: LaunchPlan) -> dict[str, Any]:
         "name": plan.name,
         "model": plan.entry.model,
         "folder": None if plan.files.folder is None else str(plan.files.folder),
-        "values": {
-            key: {"value": _plain(item.value), "origin": str(item.origin)} for key, item in plan.entry.values.items()
-        },
+        "values": entry_values(plan.entry),
         "fit": None if report is None else _fit_data(report),
         "placement": [
             {"rank": rank.rank, "node": rank.node, "device": rank.device, "layers": list(rank.layers)}
@@ -124,13 +124,19 @@ def plan_data(plan: LaunchPlan) -> dict[str, Any]:
         "working_folder": str(plan.working_folder),
         "argv": list(plan.argv),
         "notes": list(plan.notes),
-        "problems": [
-            {"exit_code": int(error.exit_code), "message": error.message, "hint": error.hint} for error in plan.problems
-        ],
-        "blockers": [
-            {"exit_code": int(error.exit_code), "message": error.message, "hint": error.hint} for error in plan.blockers
-        ],
+        "problems": [error_data(error) for error in plan.problems],
+        "blockers": [error_data(error) for error in plan.blockers],
     }
+
+
+def entry_values(entry: ResolvedEntry) -> dict[str, Any]:
+    """Every key of an entry with its value and origin, as plain values."""
+    return {key: {"value": plain_value(item.value), "origin": str(item.origin)} for key, item in entry.values.items()}
+
+
+def error_data(error: HlaunchError) -> dict[str, Any]:
+    """An error as plain values."""
+    return {"exit_code": int(error.exit_code), "message": error.message, "hint": error.hint}
 
 
 def _fit_data(report: FitReport) -> dict[str, Any]:
@@ -152,7 +158,8 @@ def _fit_data(report: FitReport) -> dict[str, Any]:
     }
 
 
-def _plain(value: object) -> object:
+def plain_value(value: object) -> object:
+    """A registry value as JSON has it."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     return list(value) if isinstance(value, tuple) else str(value)

@@ -1,14 +1,18 @@
 """`config.json` of models that people plan for before they have the files: numbers only.
 
 Source: the `config.json` files of openai/gpt-oss-20b and openai/gpt-oss-120b on Hugging Face (Apache-2.0).
-Refuses to know: anything of a model whose files are on disk; those are read instead.
+Refuses to know: anything more of a model whose files are on disk; those are read instead.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from engine.config import ModelConfig, parse_model_config
+from engine.config import ConfigError, ModelConfig, load_model_config, parse_model_config
+from launcher.errors import PreflightError
+from launcher.plan.weights import find_model_files
+from launcher.registry.types import ResolvedEntry
 
 
 def _gpt_oss(num_layers: int, num_experts: int) -> dict[str, Any]:
@@ -65,3 +69,17 @@ def known_model(model: str) -> ModelConfig | None:
     """Return the shape of a known Hugging Face id, or None."""
     config = KNOWN_CONFIGS.get(model)
     return None if config is None else parse_model_config(config, f"{model} (built-in table)")
+
+
+def shape_of(entry: ResolvedEntry, environ: Mapping[str, str]) -> ModelConfig | None:
+    """Return the shape of an entry's model: of its files if they are here, else as known; None when nothing tells.
+
+    Raises: PreflightError when the files cannot be read.
+    """
+    files = find_model_files(entry.model, entry.text_or_none("revision"), environ, entry.registry.parent)
+    if files.folder is None:
+        return known_model(entry.model)
+    try:
+        return load_model_config(files.folder)
+    except ConfigError as error:
+        raise PreflightError(str(error), hint=error.hint) from error

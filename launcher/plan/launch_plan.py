@@ -64,6 +64,11 @@ class LaunchPlan:
     def environment_mapping(self) -> dict[str, str]:
         return as_mapping(self.environment)
 
+    def check_problems(self) -> None:
+        """Raise the first problem of the plan itself, if there is one."""
+        for error in self.problems:
+            raise error
+
     def check(self) -> None:
         """Raise the first reason why `up` must not start, if there is one."""
         for error in (*self.problems, *self.blockers):

@@ -19,7 +19,7 @@ def test_the_sections_and_nothing_started(hlaunch: Launcher) -> None:
     lines = [" ".join(line.split()) for line in result.stdout.splitlines()]
     assert any(line.startswith("max-num-seqs 4 flag (--set") for line in lines)
     assert any(line.startswith("model tiny-oss model (model_registry.yml:2:") for line in lines)
-    for heading in ("memory", "placement", "environment of the engine", "fits"):
+    for heading in ("memory", "placement: tp 1 pp 1 dp 1, 1 rank", "topology", "environment of the engine", "fits"):
         assert heading in lines
     assert "HF_HUB_OFFLINE 1 built-in" in lines
     begin = result.stdout.index("{\n")

@@ -10,7 +10,7 @@ from launcher.registry.cluster import Cluster, Node
 GIB = 1 << 30
 # (name, memory, capability) of one GPU, where the declaration gives a platform and no size.
 PLATFORM_GPUS: Mapping[str, tuple[str, int, tuple[int, int]]] = {
-    "hopper": ("NVIDIA H100 80GB", 80 * GIB, (9, 0)),
+    "hopper": ("NVIDIA H100 80GB HBM3", 80 * GIB, (9, 0)),
     "blackwell": ("NVIDIA B200", 180 * GIB, (10, 0)),
     "gb10": ("NVIDIA GB10", int(119.7 * GIB), (12, 1)),
     "generic": ("NVIDIA GPU", 24 * GIB, (8, 0)),

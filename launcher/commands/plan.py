@@ -1,0 +1,281 @@
+"""`hlaunch plan`: what a start would do, before anything starts. Knows the order of its sections, nothing else."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from launcher.commands import Invocation, invocation_of
+
+if TYPE_CHECKING:
+    from launcher.console import Console
+    from launcher.plan import LaunchPlan
+    from launcher.plan.cluster_plan import ClusterPlan
+    from launcher.plan.diff import Change
+    from launcher.plan.picture import Picture
+    from launcher.registry import ResolvedEntry
+
+
+def register(app: typer.Typer) -> None:
+    @app.command("plan")
+    def plan(
+        ctx: typer.Context,
+        name: Annotated[str, typer.Argument(metavar="NAME", help="A model's name or alias.")],
+        overrides: Annotated[
+            list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key; may repeat.")
+        ] = None,
+        cluster: Annotated[str | None, typer.Option("--cluster", metavar="NAME", help="Plan for this cluster.")] = None,
+        inventory: Annotated[
+            list[Path] | None,
+            typer.Option("--inventory", metavar="FILE", help="A saved inventory in place of this host; may repeat."),
+        ] = None,
+        svg: Annotated[Path | None, typer.Option("--svg", metavar="FILE", help="Write the drawing as SVG.")] = None,
+        as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+        diff: Annotated[bool, typer.Option("--diff", help="Show what would change, against what runs.")] = False,
+        against: Annotated[
+            Path | None, typer.Option("--against", metavar="DIR", help="With --diff: against rendered files.")
+        ] = None,
+        detailed: Annotated[
+            bool, typer.Option("--detailed-exitcode", help="With --diff: exit 10 when something would change.")
+        ] = False,
+    ) -> int:
+        """Show what a start would do: placement, topology, memory, ports, command. Starts nothing."""
+        from launcher.errors import UsageError
+        from launcher.plan.gather import plan_for
+
+        if (against or detailed) and not diff:
+            raise UsageError("--against and --detailed-exitcode go with --diff", hint="add --diff")
+        invocation = invocation_of(ctx)
+        made = plan_for(invocation, name, list(overrides or []), cluster, list(inventory or []))
+        console, picture = invocation.console, picture_of_any(made)
+        if svg is not None:
+            write_svg(console, picture, svg)
+        if diff:
+            return _diff(invocation, made, against, as_json=as_json, detailed=detailed)
+        if as_json:
+            console.json(data_of(made))
+        else:
+            _print(console, made, picture)
+        return conclude(console, made)
+
+
+def picture_of_any(plan: LaunchPlan | ClusterPlan) -> Picture | None:
+    """Gather the drawing of either kind of plan."""
+    from launcher.plan.cluster_plan import ClusterPlan
+    from launcher.plan.picture import picture_of_cluster, picture_of_launch
+
+    return picture_of_cluster(plan) if isinstance(plan, ClusterPlan) else picture_of_launch(plan)
+
+
+def data_of(plan: LaunchPlan | ClusterPlan) -> dict[str, Any]:
+    """Either kind of plan as plain values."""
+    from launcher.plan.cluster_data import cluster_plan_data
+    from launcher.plan.cluster_plan import ClusterPlan
+    from launcher.plan.drawing import plan_data
+
+    return cluster_plan_data(plan) if isinstance(plan, ClusterPlan) else plan_data(plan)
+
+
+def conclude(console: Console, plan: LaunchPlan | ClusterPlan) -> int:
+    """Print notes, what `up` would miss, and the problems; return the exit code of the first problem, or 0."""
+    for note in plan.notes:
+        console.note(f"note: {note}")
+    for blocker in plan.blockers:
+        console.warning(f"up would stop here: {blocker.message}", hint=blocker.hint)
+    # The first problem decides the exit code, so its cause is the last line.
+    for problem in reversed(plan.problems):
+        for line in problem.details:
+            console.note(f"  {line}")
+        if problem.hint:
+            console.note(f"hint: {problem.hint}")
+        console.error(problem.message)
+    return int(plan.problems[0].exit_code) if plan.problems else 0
+
+
+def show_picture(console: Console, picture: Picture) -> None:
+    """Print placement, topology, memory and remarks."""
+    placement_table(console, picture)
+    console.data()
+    console.heading("topology")
+    show_topology(console, picture)
+    console.data()
+    console.heading("memory")
+    show_memory(console, picture)
+    show_remarks(console, picture)
+
+
+def placement_table(console: Console, picture: Picture) -> None:
+    from launcher.plan.picture import rank_span
+
+    placement = picture.placement
+    rows = []
+    for rank in placement.ranks:
+        place = f"{rank.dp_rank}/{rank.pp_rank}/{rank.tp_rank}"
+        experts = rank_span(range(*rank.experts)) if placement.expert_parallel else f"units {_span(rank.mlp_units)}"
+        if rank.copied_experts:
+            experts += f" + {rank_span(rank.copied_experts)}"
+        rows.append((str(rank.rank), rank.node, rank.device, place, _span(rank.layers), _span(rank.kv_heads), experts))
+    columns = (">RANK", "NODE", "DEVICE", "DP/PP/TP", "LAYERS", "KV HEADS", "EXPERTS")
+    console.table(columns, rows, title=f"placement: {placement.sizes}, {_ranks(placement.world_size)}")
+
+
+def _span(span: tuple[int, int]) -> str:
+    begin, end = span
+    return "-" if begin == end else str(begin) if end == begin + 1 else f"{begin}-{end - 1}"
+
+
+def _ranks(count: int) -> str:
+    return "1 rank" if count == 1 else f"{count} ranks"
+
+
+def show_topology(console: Console, picture: Picture) -> None:
+    from launcher.plan.topology import plain, topology_lines
+
+    for line in topology_lines(picture):
+        console.data(line if can_draw() else plain(line))
+
+
+def show_memory(console: Console, picture: Picture) -> None:
+    from launcher.plan.topology import memory_lines, plain
+
+    for line in memory_lines(picture):
+        console.data(line if can_draw() else plain(line))
+
+
+def show_remarks(console: Console, picture: Picture) -> None:
+    for remark in picture.remarks:
+        if remark.severity == "warning":
+            console.warning(f"{remark.message} [{remark.code}]", hint=remark.hint)
+        else:
+            console.note(f"info: {remark.message} [{remark.code}]" + (f"; {remark.hint}" if remark.hint else ""))
+
+
+def can_draw() -> bool:
+    """Whether stdout's encoding has box characters."""
+    try:
+        "╭█═".encode(getattr(sys.stdout, "encoding", None) or "ascii")
+    except (UnicodeError, LookupError):
+        return False
+    return True
+
+
+def write_svg(console: Console, picture: Picture | None, path: Path) -> None:
+    """Write the drawing. Raises: PreflightError when there is none, or the file cannot be written."""
+    from launcher.errors import PreflightError
+    from launcher.plan.svg import svg_text
+
+    if picture is None:
+        raise PreflightError("there is no placement to draw", hint="see the plan without --svg for the reason")
+    try:
+        path.write_text(svg_text(picture), encoding="utf-8")
+    except OSError as error:
+        raise PreflightError(f"cannot write {path}: {error.strerror}") from error
+    console.note(f"drawing written to {path}")
+
+
+def _print(console: Console, plan: LaunchPlan | ClusterPlan, picture: Picture | None) -> None:
+    from launcher.plan.cluster_plan import ClusterPlan
+
+    entry = plan.entry
+    console.table(("KEY", "VALUE", "ORIGIN"), entry_rows(entry), title=f"{plan.name}: what is set")
+    console.data()
+    if picture is None:
+        console.data("no placement: the problem stands below")
+    else:
+        show_picture(console, picture)
+    console.data()
+    if isinstance(plan, ClusterPlan):
+        _print_cluster(console, plan)
+    else:
+        _print_launch(console, plan)
+
+
+def entry_rows(entry: ResolvedEntry, *, with_defaults: bool = False) -> list[tuple[str, str, str]]:
+    """One row for each key that something sets, or for all of them: key, value, origin."""
+    from launcher.registry.keys import KEYS, show_value
+
+    return [
+        (key, str(item.value) if key not in KEYS else show_value(KEYS[key], item.value), str(item.origin))
+        for key, item in entry.values.items()
+        if with_defaults or entry.is_set(key)
+    ]
+
+
+def _print_launch(console: Console, plan: LaunchPlan) -> None:
+    from launcher.plan.drawing import base_url
+
+    console.heading("ports")
+    console.data(f"api  {plan.config.server.port}/tcp on {plan.config.server.host}  {base_url(plan)}")
+    console.data()
+    console.heading(f"what would run (in {plan.working_folder})")
+    console.data(shlex.join(plan.argv))
+    console.note("the whole engine.json and environment: hlaunch up NAME --dry-run")
+
+
+def _print_cluster(console: Console, plan: ClusterPlan) -> None:
+    rows = [
+        (node.name, port.name, str(port), port.address, port.reached_from) for node in plan.nodes for port in node.ports
+    ]
+    console.table(("NODE", "PORT", "TCP", "LISTENS ON", "REACHED FROM"), rows, title="ports")
+    console.data()
+    console.heading(f"what would run ({plan.executor} executor, plan {plan.digest[:12]})")
+    for node in plan.nodes:
+        ranks = f"{len(node.ranks)} rank{'s' * (len(node.ranks) != 1)}" if node.ranks else "no ranks, joins only"
+        role = "head" if node.is_head else "worker"
+        where = f" over ssh {node.node.ssh}" if node.node.ssh else ""
+        console.data(f"{node.name}: python -m launcher.node {role}, {ranks}{where}")
+    console.note(f"variables of a node: hlaunch env {plan.name} --node {plan.nodes[0].name}")
+
+
+def _diff(
+    invocation: Invocation, plan: LaunchPlan | ClusterPlan, against: Path | None, *, as_json: bool, detailed: bool
+) -> int:
+    from launcher.exit_codes import ExitCode
+    from launcher.plan.diff import has_changes
+
+    plan.check_problems()
+    changes = _changes(invocation, plan, against)
+    if as_json:
+        invocation.console.json(
+            [{"path": item.path, "action": item.action, "reason": item.reason, "diff": item.lines} for item in changes]
+        )
+    else:
+        show_changes(invocation.console, changes)
+    return int(ExitCode.PLAN_CHANGED) if detailed and has_changes(changes) else int(ExitCode.OK)
+
+
+def show_changes(console: Console, changes: tuple[Change, ...]) -> None:
+    """Print each file's action with its reason, then the differing lines."""
+    rows = [(item.action, item.path, item.reason) for item in changes]
+    console.table(("ACTION", "FILE", "REASON"), rows)
+    for item in changes:
+        if item.lines:
+            console.data()
+        for line in item.lines:
+            console.data(line)
+
+
+def _changes(invocation: Invocation, plan: LaunchPlan | ClusterPlan, against: Path | None) -> tuple[Change, ...]:
+    from launcher.errors import UsageError
+    from launcher.plan.cluster_plan import ClusterPlan
+    from launcher.plan.diff import diff_files, diff_text
+
+    if isinstance(plan, ClusterPlan):
+        if against is None:
+            raise UsageError("--diff on a cluster compares with rendered files", hint="add --against DIR")
+        if not against.is_dir():
+            raise UsageError(f"{against} is no folder", hint=f"run: hlaunch render {plan.name} -o {against}")
+        from launcher.compose.render import render
+
+        return diff_files(render(plan), against)
+    from launcher.plan.launch_plan import CONFIG_FILE
+
+    if against is not None:
+        raise UsageError(f"{plan.name} runs on this host: nothing is rendered for it", hint="leave --against out")
+    running = plan.instance_folder / CONFIG_FILE
+    old = running.read_text(encoding="utf-8", errors="replace") if running.is_file() else None
+    return (diff_text(f"{plan.name}/{CONFIG_FILE}", old, plan.config.to_json()),)

@@ -1,0 +1,44 @@
+"""A cluster's plan as plain values, for `--json`. Apart from `drawing`, so that a start on one host never loads it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Any
+
+from launcher.plan.cluster_plan import ClusterPlan
+from launcher.plan.drawing import entry_values, error_data
+
+
+def cluster_plan_data(plan: ClusterPlan) -> dict[str, Any]:
+    """A cluster's plan as plain values, for `--json`. Variables named like secrets are hidden."""
+    return {
+        "name": plan.name,
+        "model": plan.entry.model,
+        "cluster": plan.cluster.name,
+        "executor": plan.executor,
+        "digest": plan.digest,
+        "values": entry_values(plan.entry),
+        "placement": None if plan.placement is None else json.loads(plan.placement.to_json()),
+        "memory": [
+            {**asdict(memory), "required_bytes": memory.required_bytes, "node": node.name}
+            for node in plan.nodes
+            for memory in node.memory
+        ],
+        "nodes": [
+            {
+                "name": node.name,
+                "role": node.node.role,
+                "ip": node.node.ip,
+                "ranks": [rank.rank for rank in node.ranks],
+                "ports": [asdict(port) for port in node.ports],
+                "environment": {item.name: {"value": item.shown, "origin": item.origin} for item in node.environment},
+                "engine_config": json.loads(node.config.to_json()),
+            }
+            for node in plan.nodes
+        ],
+        "remarks": [asdict(remark) for remark in plan.remarks],
+        "notes": list(plan.notes),
+        "problems": [error_data(error) for error in plan.problems],
+        "blockers": [error_data(error) for error in plan.blockers],
+    }
