@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -41,7 +42,10 @@ def build(document: Any, tree: Tree, path: Path, source: str) -> Registry:
         for name, block in document.models_.items()
     }
     known = {alias: entry for entry in models.values() for alias in entry.aliases} | models
-    linked = {name: replace(entry, bases=_bases(entry, known)) for name, entry in models.items()}
+    linked = {
+        name: replace(entry, bases=_bases(entry, known)) if entry.names("extends") else entry
+        for name, entry in models.items()
+    }
     marks = _marks_by_cluster(tree)
     clusters = {
         name: _declared(name, block, tree, marks.get(name, {})) for name, block in (document.clusters_ or {}).items()
@@ -165,10 +169,15 @@ def _texts(block: Mapping[str, str | None] | None) -> Mapping[str, str]:
 
 def _fields(block: BaseModel) -> Iterator[tuple[str, Any]]:
     """The keys that were written, by their canonical names, in the table's order."""
-    fields: Mapping[str, Any] = type(block).model_fields
-    for name, info in fields.items():
-        if name in block.model_fields_set:
-            yield info.alias or name, getattr(block, name)
+    order = _order(type(block))
+    for name in sorted(block.model_fields_set, key=order.__getitem__):
+        yield order[name][1], getattr(block, name)
+
+
+@cache
+def _order(model: type[BaseModel]) -> dict[str, tuple[int, str]]:
+    """Attribute -> its place in the table, and the key."""
+    return {name: (index, info.alias or name) for index, (name, info) in enumerate(model.model_fields.items())}
 
 
 def _frozen(value: Any) -> Any:

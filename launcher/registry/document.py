@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import yaml
 
@@ -21,6 +21,10 @@ MAX_BYTES = 1 << 20
 MAX_DEPTH = 64
 MAX_EVENTS = 200_000
 MAX_ALIASED_NODES = 10_000
+_EVENTS_PER_CHARACTER = 4
+"""No text has more: `[:,:,` gives four events for two characters, and a pair of brackets two."""
+_MAX_COUNTED_BRACKETS = 4000
+"""libyaml's time grows with the square of open brackets (200,000: 40 s); with more, reading checks depth on its way."""
 
 # A Linux system without libyaml gets the same result more slowly.
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -36,8 +40,7 @@ Style: TypeAlias = Literal["plain", "quoted", "argument"]
 """`argument`: text of a flag or a variable, which no YAML rule touches."""
 
 
-@dataclass(frozen=True, slots=True)
-class Scalar:
+class Scalar(NamedTuple):
     """A leaf: the source text, undecided as to its type."""
 
     text: str
@@ -111,13 +114,17 @@ def read_tree(text: str, source: str) -> Node | None:
     Raises: DocumentError with position for a syntax error or a broken guard.
     """
     builder = _Builder(source)
+    feed = builder.feed
     try:
+        if (
+            len(text) > MAX_EVENTS // _EVENTS_PER_CHARACTER
+            and text.count("[") + text.count("{") < _MAX_COUNTED_BRACKETS
+        ):
+            _count_events(text, source)
         for count, event in enumerate(yaml.parse(text, Loader=_LOADER)):
             if count >= MAX_EVENTS:
-                raise _refuse(
-                    source, "too-many-nodes", f"more than {MAX_EVENTS} YAML events", "split the registry", _mark(event)
-                )
-            builder.feed(event)
+                raise _too_many(source, _mark(event))
+            feed(event)
     except yaml.MarkedYAMLError as error:
         raise _syntax_error(error, text, source) from None
     except yaml.reader.ReaderError as error:
@@ -125,6 +132,26 @@ def read_tree(text: str, source: str) -> Node | None:
     except yaml.YAMLError as error:
         raise _refuse(source, "syntax", str(error).splitlines()[0], "check the YAML syntax") from None
     return builder.root
+
+
+def _count_events(text: str, source: str) -> None:
+    """Refuse a crowd of events before any of them becomes an object: libyaml counts ten times as fast as it tells.
+
+    Text with a syntax error passes: reading it finds the error, or a broken guard before it.
+    """
+    loader = _LOADER(text)
+    count = getattr(loader, "raw_parse", None)
+    try:
+        if count is not None and count() > MAX_EVENTS:
+            raise _too_many(source, None)
+    except yaml.YAMLError:
+        return
+    finally:
+        loader.dispose()
+
+
+def _too_many(source: str, mark: Mark | None) -> DocumentError:
+    return _refuse(source, "too-many-nodes", f"more than {MAX_EVENTS} YAML events", "split the registry", mark)
 
 
 @dataclass(slots=True)
@@ -150,14 +177,9 @@ class _Builder:
     aliased: int = 0
 
     def feed(self, event: yaml.Event) -> None:
-        if isinstance(event, yaml.DocumentStartEvent):
-            self.documents += 1
-            if self.documents > 1:
-                raise self._refuse(event, "several-documents", "a second document starts here", "remove this '---'")
-        elif isinstance(event, yaml.AliasEvent):
-            self._alias(event)
-        elif isinstance(event, yaml.ScalarEvent):
-            self._check_tag(event)
+        if isinstance(event, yaml.ScalarEvent):
+            if event.tag is not None:
+                self._check_tag(event)
             style: Style = "plain" if event.implicit[0] and not event.style else "quoted"
             self._add(Scalar(event.value, style, _mark(event)), 1, 0, event.anchor)
         elif isinstance(event, yaml.CollectionStartEvent):
@@ -173,6 +195,12 @@ class _Builder:
         elif isinstance(event, yaml.CollectionEndEvent):
             done = self.stack.pop()
             self._add(done.node, done.size, done.height, done.anchor)
+        elif isinstance(event, yaml.AliasEvent):
+            self._alias(event)
+        elif isinstance(event, yaml.DocumentStartEvent):
+            self.documents += 1
+            if self.documents > 1:
+                raise self._refuse(event, "several-documents", "a second document starts here", "remove this '---'")
 
     def _alias(self, event: yaml.AliasEvent) -> None:
         name = event.anchor
@@ -205,7 +233,8 @@ class _Builder:
             return
         parent = self.stack[-1]
         parent.size += size
-        parent.height = max(parent.height, height + 1)
+        if height >= parent.height:
+            parent.height = height + 1
         if isinstance(parent.node, Sequence):
             parent.node.items.append(node)
         elif parent.pending is None:

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 from launcher.errors import Issue
 from launcher.registry.document import Scalar
 from launcher.registry.shapes import NAME_PATTERN
-from launcher.registry.suggest import did_you_mean
+from launcher.registry.suggest import Suggester
 from launcher.registry.types import NO_CLUSTER, Mark
 from launcher.registry.values import show_text
-from launcher.registry.walking import Path, Tree, dotted
+from launcher.registry.walking import MAX_ISSUES, Path, Tree, dotted
 
 MAX_BASES = 64
 """Generations of `extends`, counted as entries: more is a mistake, and would make every lookup slow."""
@@ -24,13 +25,14 @@ MAX_BASES = 64
 
 def reference_issues(tree: Tree, source: str) -> list[Issue]:
     """Return every problem between names, in no particular order."""
-    return list(_References(tree, source).issues())
+    return list(islice(_References(tree, source).issues(), MAX_ISSUES))
 
 
 class _References:
     def __init__(self, tree: Tree, source: str) -> None:
         self.tree = tree
         self.source = source
+        self.did_you_mean = Suggester()
         models = tree.data.get("models")
         self.models: Mapping[str, Any] = models if isinstance(models, dict) else {}
         clusters = tree.data.get("clusters")
@@ -78,7 +80,7 @@ class _References:
                 owner = self.owners.get(base.text)
                 where: Path = ("models", name, *path)
                 if owner is None:
-                    hint = did_you_mean(base.text, self.owners) or "name an entry of models"
+                    hint = self.did_you_mean(base.text, self.owners) or "name an entry of models"
                     message = f"no model is called {show_text(base.text)}"
                     self.doubtful.add(name)
                     yield self._error("unknown-ref", base.mark, where, message, hint)
@@ -149,7 +151,7 @@ class _References:
         for path, block in self._option_blocks():
             name = block.get("cluster")
             if isinstance(name, Scalar) and name.text not in (NO_CLUSTER, *self.clusters):
-                hint = did_you_mean(name.text, self.clusters) or (
+                hint = self.did_you_mean(name.text, self.clusters) or (
                     f"clusters: {', '.join(self.clusters[:8])}" if self.clusters else "declare it under clusters:"
                 )
                 message = f"no cluster is called {show_text(name.text)}"

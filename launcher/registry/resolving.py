@@ -35,6 +35,7 @@ from launcher.registry.types import (
     Value,
 )
 from launcher.registry.values import show_text
+from launcher.registry.walking import MAX_ISSUES
 
 NOT_INHERITED = frozenset({"aliases", "description", "extends", "served-model-name", "tags"})
 """What an entry says about itself alone: `extends` leaves it behind."""
@@ -130,6 +131,8 @@ def entry_issues(registry: Registry) -> list[Issue]:
     """Judge every entry by the layers that the file itself holds; its own profiles and overrides one at a time."""
     issues: list[Issue] = []
     for entry in registry.models.values():
+        if len(issues) >= MAX_ISSUES:
+            break
         variants: list[tuple[list[Contribution], str | None]] = [([], None)]
         variants += [
             ([_options(options, Layer.PROFILE, registry.source, name)], None)

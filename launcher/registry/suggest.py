@@ -7,6 +7,7 @@ from difflib import get_close_matches
 
 # get_close_matches is quadratic in length: a hostile 1 MiB key must not stall the error message.
 _MAX_WORD = 100
+_MAX_COMPARED = 1000
 
 
 def close_names(word: str, known: Iterable[str]) -> list[str]:
@@ -16,13 +17,31 @@ def close_names(word: str, known: Iterable[str]) -> list[str]:
     by_form: dict[str, str] = {}
     for name in known:
         by_form.setdefault(_form(name), name)
-    return [by_form[form] for form in get_close_matches(_form(word), list(by_form), n=3, cutoff=0.6)]
+    written, forms = _form(word), list(by_form)
+    if len(forms) > _MAX_COMPARED:
+        # Of very many names only those are worth the time that begin alike.
+        forms = [form for form in forms if form[:2] == written[:2]][:_MAX_COMPARED]
+    return [by_form[form] for form in get_close_matches(written, forms, n=3, cutoff=0.6)]
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return `did you mean 'x' or 'y'?`, or nothing when no name is close."""
     names = close_names(word, known)
     return f"did you mean {' or '.join(repr(name) for name in names)}?" if names else ""
+
+
+class Suggester:
+    """`did_you_mean` for one file: after so many wrong words nobody reads further guesses, and each costs time."""
+
+    LIMIT = 50
+
+    def __init__(self) -> None:
+        self._left = self.LIMIT
+
+    def __call__(self, word: str, known: Iterable[str]) -> str:
+        """Return `did you mean …?`, or nothing when no name is close or the limit is reached."""
+        self._left -= 1
+        return did_you_mean(word, known) if self._left >= 0 else ""
 
 
 def _form(name: str) -> str:

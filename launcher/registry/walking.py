@@ -13,20 +13,32 @@ from typing import Any, TypeAlias
 from launcher.errors import Issue, Severity
 from launcher.registry.document import Mapping, Node, Scalar, Sequence
 from launcher.registry.shapes import DOCUMENT, MODEL, NAME_PATTERN, Items, Keys, Names, Shape
-from launcher.registry.suggest import did_you_mean
+from launcher.registry.suggest import Suggester
 from launcher.registry.types import Mark
 from launcher.registry.values import BadValue, show_text
 
 Path: TypeAlias = tuple[str, ...]
 
 
+MAX_ISSUES = 1000
+"""A file with more problems than this is reported up to here: it is no registry with mistakes, but something else."""
+
+
+class _Enough(Exception):
+    """The walk has found `MAX_ISSUES` problems."""
+
+
 @dataclass(slots=True)
 class Tree:
-    """The walked document: `data` for the schema, `marks` for its messages, `issues` found on the way."""
+    """The walked document: `data` for the schema, `marks` for its messages, `issues` found on the way.
+
+    `is_cut`: the walk stopped at `MAX_ISSUES`, and `data` is nothing.
+    """
 
     data: dict[str, Any] = field(default_factory=dict)
     marks: dict[Path, tuple[Mark, Mark]] = field(default_factory=dict)
     issues: list[Issue] = field(default_factory=list)
+    is_cut: bool = False
 
     def find(self, path: Path, *, is_key: bool = False) -> Mark:
         """Return the position of a path, or of the nearest one above it."""
@@ -56,13 +68,17 @@ def dotted(path: Path) -> str:
 def walk(root: Mapping, source: str) -> Tree:
     """Resolve spellings and merge keys of a document, and mark every path. Pure; problems go to `Tree.issues`."""
     walker = _Walker(source)
-    walker.tree.data = walker.mapping(root, (), DOCUMENT)
+    try:
+        walker.tree.data = walker.mapping(root, (), DOCUMENT)
+    except _Enough:
+        walker.tree.is_cut = True
     return walker.tree
 
 
 class _Walker:
     def __init__(self, source: str) -> None:
         self.source = source
+        self.did_you_mean = Suggester()
         self.tree = Tree()
 
     def mapping(self, node: Mapping, path: Path, shape: Shape | None) -> dict[str, Any]:
@@ -145,7 +161,7 @@ class _Walker:
 
     def _name(self, text: str, shape: Names, node: Scalar, path: Path) -> str | None:
         if shape.choices and text not in shape.choices:
-            hint = did_you_mean(text, shape.choices) or f"known names: {', '.join(shape.choices)}"
+            hint = self.did_you_mean(text, shape.choices) or f"known names: {', '.join(shape.choices)}"
             self._report("unknown-key", node.mark, (*path, _shown(text)), f"not a known {shape.noun}", hint)
             return None
         if re.fullmatch(NAME_PATTERN, text):
@@ -174,7 +190,7 @@ class _Walker:
             hint = f"nest it: {group}: {{{inner}: …}}"
         else:
             advice = "; a model stands under models:" if shape is DOCUMENT else ""
-            hint = did_you_mean(text, known) or (
+            hint = self.did_you_mean(text, known) or (
                 f"known keys: {', '.join(known)}{advice}"
                 if len(known) < 12
                 else "`hlaunch schema --keys` lists the known keys"
@@ -183,6 +199,8 @@ class _Walker:
         return None
 
     def _report(self, code: str, mark: Mark, path: Path, message: str, hint: str, severity: Severity = "error") -> None:
+        if len(self.tree.issues) >= MAX_ISSUES:
+            raise _Enough
         self.tree.issues.append(Issue(severity, code, self.source, mark.line, mark.column, dotted(path), message, hint))
 
 
