@@ -30,7 +30,7 @@ from launcher.registry.cluster import Cluster, Node
 SECONDS = 30.0
 SIZE_BYTES = 1 << 20
 IMPORT_SECONDS = 90.0
-GRACE_SECONDS = 5.0
+GRACE_SECONDS = 3.0
 LINES = 1000
 """A rank says ten; whoever says more than this is not our probe."""
 
@@ -42,7 +42,7 @@ class Rank:
     node: Node
     number: int
     process: subprocess.Popen[bytes]
-    messages: queue.Queue[dict[str, Any] | None] = field(default_factory=lambda: queue.Queue(LINES))
+    messages: queue.Queue[dict[str, Any] | None] = field(default_factory=queue.Queue)
     phase: str = "start"
     result: dict[str, Any] | None = None
     failure: str = ""
@@ -125,6 +125,9 @@ def check_pair(
         while any(not rank.is_over for rank in ranks) and time.monotonic() < until:
             for rank in ranks:
                 _hear(rank, 0.05)
+            if any(rank.is_over and rank.result is None for rank in ranks):
+                # One end is gone; the other has a moment to say what it saw.
+                until = min(until, time.monotonic() + GRACE_SECONDS)
     except OSError as error:
         evidence = f"cannot start a rank: {error.strerror}"
         return [finding("all-reduce-failed", subject=_names(pair), where=pair[0].name, evidence=evidence)]
@@ -158,16 +161,20 @@ def _start(node: Node, number: int, settings: Mapping[str, Any], reach: Reach) -
 
 def _listen(rank: Rank, errors: IO[bytes]) -> None:
     """Turn a rank's output into messages until it ends."""
-    try:
-        for line in rank.process.stdout or ():
+    stream = rank.process.stdout
+    if stream is None:
+        raise RuntimeError("a rank is started with a pipe")
+    with stream:
+        for number, line in enumerate(stream):
+            if number == LINES:
+                # It is not our probe; what it writes into a closed pipe ends it.
+                break
             try:
-                message = json.loads(line[:65536])
+                message = json.loads(line)
             except ValueError:
                 continue
             if isinstance(message, dict):
-                rank.messages.put_nowait(message)
-    except queue.Full:
-        pass
+                rank.messages.put(message)
     rank.process.wait()
     with errors:
         errors.seek(0)
@@ -193,7 +200,8 @@ def _port_of(rank: Rank, until: float) -> int:
             continue
         rank.take(message)
         if message is not None and message.get("event") == "listening":
-            return int(message.get("port", 0))
+            port = message.get("port")
+            return port if isinstance(port, int) else 0
     return 0
 
 
@@ -232,16 +240,15 @@ def _verdict(
         if "No module named" in rank.failure:
             return [finding("probe-missing", subject="torch", where=rank.node.name, evidence=rank.failure)]
     ends = "; ".join(_end(rank, facts) for rank in ranks)
-    is_hung = any(rank.is_hung for rank in ranks) or any(not rank.failure and rank.phase in _WAITING for rank in ranks)
-    if is_hung or any(_is_timeout(rank.failure) for rank in ranks):
+    # A reason of its own explains more than the wait of the other end.
+    reason = next((rank.failure for rank in ranks if rank.failure and not _is_echo(rank.failure)), "")
+    is_waiting = any(rank.is_hung or rank.phase in _WAITING for rank in ranks)
+    if not reason and is_waiting:
         evidence = f"no result within {seconds:.0f} s: {ends}"
         fix = "look at peer-unreachable and mtu-mismatch above, then at the firewall: hlaunch doctor --print-firewall"
         return [finding("all-reduce-hang", subject=names, where=where, evidence=evidence, fix=fix)]
-    words = next(
-        (rank.failure or rank.errors.strip().splitlines()[-1] for rank in ranks if rank.failure or rank.errors.strip()),
-        "",
-    )
-    evidence = f"{ends}: {words[:300] or 'it ended without a word'}"
+    words = next((word for rank in ranks if (word := _last_word(rank))), "it ended without a word")
+    evidence = f"{ends}: {(reason or words)[:300]}"
     return [finding("all-reduce-failed", subject=names, where=where, evidence=evidence)]
 
 
@@ -253,8 +260,10 @@ def _last_word(rank: Rank) -> str:
     return rank.failure or (lines[-1] if lines else "")
 
 
-def _is_timeout(message: str) -> bool:
-    return any(word in message.lower() for word in ("timed out", "timeout", "wait timeout"))
+def _is_echo(message: str) -> bool:
+    """Say whether a failure only tells that the other end was silent or went away."""
+    words = ("timed out", "timeout", "connection closed", "connection reset", "connection refused", "broken pipe")
+    return any(word in message.lower() for word in words)
 
 
 def _passed(

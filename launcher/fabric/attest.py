@@ -19,7 +19,7 @@ WORD_BYTES = 4
 
 _EDGE = re.compile(
     r"(?:Channel (?P<channel>\d+)(?:/\d+)? : )?(?P<source>\d+)\[[0-9a-fx]+\] -> (?P<target>\d+)\[[0-9a-fx]+\]"
-    r"(?: \[(?P<side>send|receive)\])? via (?P<way>\S+)"
+    r"(?: \[(?P<side>send|receive)\])? via (?P<way>\S.*?)(?: comm 0x.*)?\s*$"
 )
 _NET = re.compile(r"NET/(?P<net>[^/]+?)/(?P<device>\d+)(?:\(\d+\))?(?P<gdr>/GDRDMA)?(?:\(PCI\))?(?:/Shared)?$")
 _USING = re.compile(r"Using network (?P<net>\S+)|Assigned NET plugin (?P<plugin>\S+) to comm")

@@ -123,10 +123,10 @@ _LIST: tuple[Code, ...] = (
     Code("port-ours", "cluster", "info", "the port is held by Ray or hlaunch: a cluster runs here already", "hlaunch ps"),
 
     Code("all-reduce-hang", "active", "error", "two ranks found no way to each other within the deadline", "hlaunch doctor --print-firewall"),
-    Code("all-reduce-failed", "active", "error", "a rank of the two-rank check ended with an error", "read the rank's last line"),
+    Code("all-reduce-failed", "active", "error", "a rank of the two-rank check ended with an error", "correct what the message names; hlaunch env shows what the ranks were given"),
     Code("all-reduce-wrong", "active", "error", "the sum that came back is not the sum of what was sent", "take this node out; run a memory test"),
     Code("probe-missing", "active", "error", "the far Python has no torch, so no rank can run there", "run inside the image: hlaunch doctor --container <name> --active"),
-    Code("transport-fallback", "active", "error", "RDMA is required, and the data went over TCP", "read NET/IB in the rank's log"),
+    Code("transport-fallback", "active", "error", "RDMA is required, and the data went over TCP", "hlaunch doctor shows why RDMA was not found; then NCCL_NET=IB forbids the fallback"),
     Code("all-reduce-ok", "active", "info", "the two-rank check passed", "nothing to do"),
 )  # fmt: skip
 

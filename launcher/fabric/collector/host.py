@@ -125,11 +125,14 @@ def process_environ(root: Path) -> dict[str, str]:
 def versions(root: Path) -> dict[str, str]:
     """Return the versions of what must be equal on every node; absent packages are left out."""
     path = sys.path if str(root) == "/" else [str(p) for p in root.glob("usr/lib/python3*/*-packages")]
-    found = {}
+    found: dict[str, str] = {}
     for item in metadata.distributions(path=path):
-        name = (item.metadata["Name"] or "").lower()
-        if name in _PACKAGES and name not in found:
-            found[name] = item.version
+        try:
+            name, version = item.metadata["Name"] or "", item.metadata["Version"] or ""
+        except (OSError, ValueError):  # a package whose files are damaged
+            continue
+        if name.lower() in _PACKAGES and version:
+            found.setdefault(name.lower(), version)
     return found
 
 

@@ -1,0 +1,130 @@
+"""NCCL's own lines and RDMA counters, turned into the transport of each pair of ranks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import MappingProxyType
+
+import pytest
+from trees import healthy
+
+from launcher.fabric.attest import (
+    Transport,
+    attest,
+    carried_by_rdma,
+    edges_of,
+    network_of,
+    traffic_between,
+)
+from launcher.fabric.facts import NodeFacts
+from launcher.fabric.remote import read_tree
+
+P = "spark-01:4711:4790 [0] NCCL INFO "
+
+RDMA_228 = f"""\
+{P}NET/IB : Using [0]rocep1s0f0:1/RoCE [1]roceP2p1s0f0:1/RoCE [RO]; OOB enP2p1s0f0np0:192.168.100.1<0>
+{P}Using network IB
+{P}Channel 00/0 : 1[0] -> 0[0] [receive] via NET/IB/0
+{P}Channel 00/0 : 0[0] -> 1[0] [send] via NET/IB/0
+{P}Channel 01/0 : 0[0] -> 1[0] [send] via NET/IB/1(0)
+{P}Connected all rings, use ring PXN 0 GDR 0
+"""
+GDR_230 = f"""\
+{P}NET/IB : Using [0]mlx5_0:1/IB [1]mlx5_1:1/IB [RO]; OOB bond0:10.0.0.1<0>
+{P}Assigned NET plugin IB to comm
+{P}Channel 00/0 : 0[0] -> 1[1] via P2P/CUMEM/read
+{P}Channel 00/0 : 3[3] -> 8[0] [send] via NET/IB/0/GDRDMA
+{P}Channel 01/0 : 3[3] -> 8[0] [send] via NET/IB/1(8)/GDRDMA(PCI)/Shared
+{P}Channel 00 : 2[b3000] -> 3[c4000] via SHM/direct/direct
+"""
+SOCKET_228 = f"""\
+{P}NET/IB : No device found.
+{P}NET/Socket : Using [0]eth0:10.0.0.1<0>
+{P}Using network Socket
+{P}Channel 00/0 : 0[0] -> 1[0] [send] via NET/Socket/0
+"""
+PLUGIN = f"{P}Channel 00/0 : 0[0] -> 1[0] [send] via NET/AWS Libfabric/0\n{P}Channel 00/0 : 0[0] -> 1[0] via MNNVL/x\n"
+
+
+def test_rdma_without_gpudirect() -> None:
+    found = attest(RDMA_228.splitlines())
+    assert found.pairs == {(0, 1): Transport.RDMA}
+    assert found.network.chosen == "IB"
+    assert found.network.hcas == ("rocep1s0f0", "roceP2p1s0f0")
+    assert found.network.link_layers == {"RoCE"}
+    assert found.network.out_of_band == "enP2p1s0f0np0"
+    assert found.violations("required") == ()
+    assert found.violations("required", may_use_gdr=False) == ()
+
+
+def test_every_kind_of_edge_and_both_spellings() -> None:
+    found = attest(GDR_230.splitlines())
+    assert found.pairs == {(0, 1): Transport.P2P, (2, 3): Transport.SHM, (3, 8): Transport.RDMA_GDR}
+    assert found.network.chosen == "IB"
+    assert [edge.device for edge in found.edges] == [None, 0, 1, None]
+    assert found.violations("required") == ()
+    assert found.violations("required", may_use_gdr=False) == (
+        "ranks 3 and 8 use GPUDirect RDMA, which this platform must not",
+    )
+
+
+def test_a_silent_fallback_to_tcp_is_a_violation() -> None:
+    found = attest(SOCKET_228.splitlines())
+    assert found.pairs == {(0, 1): Transport.SOCKET}
+    assert found.network.complaints == ("NET/IB : No device found",)
+    assert found.violations("required") == ("ranks 0 and 1 use TCP, the fabric says rdma: required",)
+    assert found.violations("preferred") == ()
+
+
+def test_one_slow_channel_decides_the_pair() -> None:
+    found = attest([*RDMA_228.splitlines(), *SOCKET_228.splitlines()])
+    assert found.pairs == {(0, 1): Transport.SOCKET}
+
+
+def test_a_way_that_nobody_knows_is_kept() -> None:
+    found = attest(PLUGIN.splitlines())
+    assert found.pairs == {(0, 1): Transport.UNKNOWN}
+    assert found.unknown == ("NET/AWS Libfabric/0", "MNNVL/x")
+    assert found.violations("required") == ("ranks 0 and 1 use unknown, the fabric says rdma: required",)
+
+
+def test_lines_of_others_are_no_edges() -> None:
+    assert edges_of(["[2] INFO: GET /via NET/", "0 -> 1 via nothing", "", "\x00\xff"]) == ()
+    empty = network_of([])
+    assert (empty.chosen, empty.hcas, empty.complaints) == (None, (), ())
+
+
+@pytest.fixture
+def facts(tmp_path: Path) -> NodeFacts:
+    read = read_tree(healthy(tmp_path / "host", 1).root)
+    assert isinstance(read, NodeFacts)
+    return read
+
+
+def _sent(facts: NodeFacts, words: int, errors: int = 0) -> NodeFacts:
+    """The same host after `words` of four bytes left each HCA."""
+    hcas = []
+    for hca in facts.hcas:
+        port = hca.ports[0]
+        counters = dict(port.counters) | {
+            "port_xmit_data": port.counters["port_xmit_data"] + words,
+            "packet_seq_err": errors,
+        }
+        hcas.append(replace(hca, ports=(replace(port, counters=MappingProxyType(counters)),)))
+    return replace(facts, hcas=tuple(hcas))
+
+
+def test_counters_prove_that_rdma_carried_the_bytes(facts: NodeFacts) -> None:
+    traffic = traffic_between(facts, _sent(facts, 131072, errors=2))
+    assert [(item.sent_bytes, item.received_bytes) for item in traffic] == [(524288, 0), (524288, 0)]
+    assert traffic[0].errors == {"packet_seq_err": 2}
+    assert carried_by_rdma(traffic, 1 << 20)
+    assert not carried_by_rdma(traffic_between(facts, facts), 1 << 20)
+    assert not carried_by_rdma((), 0)
+
+
+def test_a_reset_counter_or_a_new_device_is_no_traffic(facts: NodeFacts) -> None:
+    later = _sent(facts, 500)
+    assert all(item.sent_bytes == 0 for item in traffic_between(later, facts))
+    assert traffic_between(replace(facts, hcas=()), later) == ()
