@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -31,27 +33,31 @@ class RowSampling:
         "seen",
     )
 
-    def __init__(self, admitted: AdmittedRow, vocab_size: int) -> None:
+    def __init__(self, admitted: AdmittedRow, vocab_size: int, device: torch.device | str = "cpu") -> None:
         params = admitted.params
+
+        def tensor(values: Sequence[float], dtype: torch.dtype) -> Tensor:
+            return torch.tensor(values, dtype=dtype).to(device)
+
         self.params: SamplingParams = params
         self.seed = admitted.seed
         self.num_tokens = len(admitted.token_ids)
         self.num_outputs = self.num_tokens - admitted.num_prompt_tokens
         # Ids outside the vocabulary have no logit to change.
         bias = {token: value for token, value in params.logit_bias.items() if token < vocab_size}
-        self.bias_ids = torch.tensor(list(bias), dtype=torch.int64) if bias else None
-        self.bias_values = torch.tensor(list(bias.values()), dtype=torch.float32) if bias else None
+        self.bias_ids = tensor(list(bias), torch.int64) if bias else None
+        self.bias_values = tensor(list(bias.values()), torch.float32) if bias else None
         stops = [token for token in admitted.stop_token_ids if token < vocab_size]
-        self.bans = torch.tensor(stops, dtype=torch.int64) if stops and params.min_tokens > 0 else None
+        self.bans = tensor(stops, torch.int64) if stops and params.min_tokens > 0 else None
         self.output_counts: Tensor | None = None
         self.seen: Tensor | None = None
         if params.has_penalties:
-            tokens = torch.tensor(admitted.token_ids, dtype=torch.int64)
+            tokens = tensor(admitted.token_ids, torch.int64)
             outputs = tokens[admitted.num_prompt_tokens :]
-            self.output_counts = torch.zeros(vocab_size)
-            self.output_counts.index_add_(0, outputs, torch.ones(len(outputs)))
-            self.seen = torch.zeros(vocab_size, dtype=torch.bool)
-            self.seen[tokens] = True
+            self.output_counts = torch.zeros(vocab_size, device=device)
+            self.output_counts.index_add_(0, outputs, torch.ones(len(outputs), device=device))
+            self.seen = torch.zeros(vocab_size, dtype=torch.bool, device=device)
+            self.seen.index_fill_(0, tokens, True)
         self.adjusts = bool(bias) or self.bans is not None or params.has_penalties
         self.is_plain_greedy = params.is_greedy and not self.adjusts and params.logprobs is None
 
@@ -62,6 +68,14 @@ class RowSampling:
         if self.output_counts is not None and self.seen is not None:
             self.output_counts[token] += 1
             self.seen[token] = True
+
+    def append_on_device(self, token: Tensor) -> None:
+        """Note a sampled token, int64 [1], whose id only the device knows."""
+        self.num_tokens += 1
+        self.num_outputs += 1
+        if self.output_counts is not None and self.seen is not None:
+            self.output_counts.index_add_(0, token, torch.ones(1, device=token.device))
+            self.seen.index_fill_(0, token, True)
 
     def adjust_(self, logits: Tensor) -> None:
         """Change one row's logits [V] in place: repetition, frequency, presence, then bias, then banned stop ids."""

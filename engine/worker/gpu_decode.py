@@ -166,6 +166,11 @@ class DecodeGraphs:
         self.refresh_tables(size)
         self._current = tuple(rows)
 
+    def correct(self, places: Tensor, tokens: Tensor) -> None:
+        """Replace the tokens that the last step chose for some of its rows: both int64 [n], places in the batch."""
+        if self._current is not None:
+            self.inputs.input_ids.index_copy_(0, places, tokens.int())
+
     def refresh_tables(self, size: int) -> None:
         """Take the rows' block tables over into the inputs."""
         for target, source in zip(self.inputs.tables, self._rows.tables, strict=True):

@@ -26,18 +26,19 @@ _ALIGNMENT = 2  # int64 numbers: sections begin at multiples of 16 bytes, or Tri
 class GpuRow:
     """One request. `tokens` are those the host knows: the prompt and, after a preemption, the outputs made before it.
 
-    A token sampled on the device never passes through here. `sampling` is set for rows whose logits the host must see.
+    A token sampled on the device never passes through here. `sampling` is set for rows whose logits change before a
+    token is chosen, or whose log-probabilities are wanted; its tensors lie on the device.
     """
 
     __slots__ = ("has_filters", "num_blocks", "num_computed", "sampling", "tokens")
 
-    def __init__(self, admitted: AdmittedRow, vocab_size: int) -> None:
+    def __init__(self, admitted: AdmittedRow, vocab_size: int, device: torch.device) -> None:
         params = admitted.params
         self.tokens = admitted.token_ids
         self.num_computed = admitted.num_computed_tokens
         self.num_blocks = [0] * len(admitted.block_ids)
         self.has_filters = params.has_filters and not params.is_greedy
-        sampling = RowSampling(admitted, vocab_size)
+        sampling = RowSampling(admitted, vocab_size, device)
         self.sampling = sampling if sampling.adjusts or params.logprobs is not None else None
 
 
@@ -93,7 +94,7 @@ class GpuRows:
         size = num_rows + 1
         self.dummy = num_rows
         self.block_size = block_size
-        self._vocab_size = vocab_size
+        self._vocab_size, self._device = vocab_size, device
         self._rows: dict[int, GpuRow] = {}
         # A width that is a multiple of 16 keeps rows aligned, and Triton from compiling a second variant.
         self.max_blocks = -(-max_blocks // 16) * 16
@@ -137,7 +138,7 @@ class GpuRows:
             values[group] += ids
 
         for admitted in plan.admits:
-            row = self._rows[admitted.row] = GpuRow(admitted, self._vocab_size)
+            row = self._rows[admitted.row] = GpuRow(admitted, self._vocab_size, self._device)
             for group, ids in enumerate(admitted.block_ids):
                 append(admitted.row, row, group, ids)
         for index, group, ids in plan.new_blocks:

@@ -2,8 +2,8 @@
 
 A step in which every row computes one token and samples is a decode step, one graph launch (`gpu_decode`). Any other
 step runs layer by layer on the Triton kernels, decoding rows first. Sampled tokens stay on the device, where the next
-step finds them, and travel to the host by themselves. Rows whose logits the host must see (penalties, bias, banned
-stops, log-probabilities) make their step wait for the host's sampler.
+step finds them, and travel to the host by themselves. Rows with penalties, bias, banned stops or log-probabilities are
+sampled once more beside the graph, from its logits, still without waiting.
 
 KV storage: tensor i, bf16 [num_blocks · block_size, 2, K, D], holds layer `groups[g].layers[i]` for a block of group g.
 """
@@ -11,7 +11,7 @@ KV storage: tensor i, bf16 [num_blocks · block_size, 2, K, D], holds layer `gro
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from engine.core.request import TokenLogprobs
 from engine.device import Event, new_event, pinned_buffer
 from engine.memory import KVCacheGroup
 from engine.models.gpt_oss_gpu import GptOssGpu
-from engine.sampling.sampler import sample
+from engine.sampling.sampler import LOGPROB_FLOOR
 from engine.worker.gpu_decode import MAX_ROWS, DecodeGraphs
 from engine.worker.gpu_rows import GpuRow, GpuRows
 from engine.worker.input_batch import RowError
@@ -32,16 +32,38 @@ NUM_RESULTS = 8  # pinned result buffers: more than steps in flight
 
 
 @dataclass(slots=True)
+class PendingLogprobs:
+    """Log-probabilities on their way: `chosen` float32 [n], `values` float32 and `ids` int64 [n, k], pinned.
+
+    Row i of them belongs to place `places[i]` of the result and wants `counts[i]` of the k.
+    """
+
+    places: list[int]
+    counts: list[int]
+    chosen: Tensor
+    values: Tensor
+    ids: Tensor
+
+    def read(self, num_rows: int) -> list[TokenLogprobs | None]:
+        """Give them in the order of the result; the copies must have arrived."""
+        result: list[TokenLogprobs | None] = [None] * num_rows
+        for i, (place, count) in enumerate(zip(self.places, self.counts, strict=True)):
+            result[place] = TokenLogprobs(
+                float(self.chosen[i]), self.ids[i, :count].tolist(), self.values[i, :count].tolist()
+            )
+        return result
+
+
+@dataclass(slots=True)
 class PendingStep:
-    """A step on its way. `wait` blocks for its tokens; `chosen` holds what the host sampled, by place."""
+    """A step on its way; `wait` blocks for its tokens."""
 
     step_id: int
     rows: list[int]
     started: Event | None = None
     ended: Event | None = None
     tokens: Tensor | None = None
-    chosen: dict[int, int] = field(default_factory=dict)
-    logprobs: list[TokenLogprobs | None] | None = None
+    logprobs: PendingLogprobs | None = None
 
     def wait(self) -> StepResult:
         """Wait for the device, and give the result."""
@@ -52,11 +74,10 @@ class PendingStep:
         if self.tokens is None:
             return StepResult(self.step_id, [], [], [], device_seconds=seconds)
         ids: list[int] = self.tokens.tolist()
-        for place, token in self.chosen.items():
-            ids[place] = token
         flags = [FLAG_NAN if token < 0 else 0 for token in ids]
         ids = [max(0, token) for token in ids]
-        return StepResult(self.step_id, self.rows, ids, flags, self.logprobs, seconds)
+        logprobs = self.logprobs.read(len(ids)) if self.logprobs else None
+        return StepResult(self.step_id, self.rows, ids, flags, logprobs, seconds)
 
 
 class GpuModelRunner:
@@ -283,27 +304,48 @@ class GpuModelRunner:
     def _finish(
         self, plan: ExecutionPlan, rows: Sequence[GpuRow], tokens: Tensor, logits: Tensor, places: list[int]
     ) -> PendingStep:
-        """Send the tokens to the host; let the host sample where it must. `places`: the rows in the plan."""
-        turn = self._turn = (self._turn + 1) % NUM_RESULTS
-        result = self._results[turn][: len(rows)]
-        result.copy_(tokens, non_blocking=True)
-        pending = PendingStep(plan.step_id, [plan.rows[i] for i in places], tokens=result)
+        """Send the tokens to the host; rows that need more than the graph gives are sampled anew. `places`: in the plan."""
+        pending = PendingStep(plan.step_id, [plan.rows[i] for i in places])
         asked = [j for j, row in enumerate(rows) if row.sampling is not None]
         if asked:
-            self._sample_on_host(pending, asked, rows, logits)
+            tokens = self._sample_adjusted(pending, asked, rows, tokens, logits)
+        turn = self._turn = (self._turn + 1) % NUM_RESULTS
+        pending.tokens = self._results[turn][: len(rows)]
+        pending.tokens.copy_(tokens, non_blocking=True)
         return pending
 
-    def _sample_on_host(self, pending: PendingStep, asked: list[int], rows: Sequence[GpuRow], logits: Tensor) -> None:
-        index = torch.tensor(asked, device=logits.device)
-        samplings = [row.sampling for row in rows if row.sampling is not None]
-        sampled = sample(logits.index_select(0, index).float().cpu(), samplings)
-        for place, token, flag, sampling in zip(asked, sampled.token_ids, sampled.flags, samplings, strict=True):
-            pending.chosen[place] = -1 if flag & FLAG_NAN else token
-            sampling.append(token)
-        if sampled.logprobs is not None:
-            pending.logprobs = [None] * len(rows)
-            for place, logprobs in zip(asked, sampled.logprobs, strict=True):
-                pending.logprobs[place] = logprobs
-        at, tokens = self._rows.send([[pending.rows[place] for place in asked], sampled.token_ids])
-        self._rows.last_tokens.index_copy_(0, at, tokens.int())
-        self.decode.forget()
+    def _sample_adjusted(
+        self, pending: PendingStep, asked: list[int], rows: Sequence[GpuRow], tokens: Tensor, logits: Tensor
+    ) -> Tensor:
+        """Change the logits of the rows at `asked` as they want, choose their tokens, put these in their places."""
+        chosen_rows = [rows[j] for j in asked]
+        samplings = [row.sampling for row in chosen_rows if row.sampling is not None]
+        at, row_index, positions = self._rows.send(
+            [asked, [pending.rows[j] for j in asked], [row.num_computed - 1 for row in chosen_rows]]
+        )
+        own = logits.index_select(0, at)
+        wanting = [i for i, sampling in enumerate(samplings) if sampling.params.logprobs is not None]
+        # Before the logits change.
+        raw = own[wanting].log_softmax(-1).nan_to_num_(nan=LOGPROB_FLOOR).clamp_(min=LOGPROB_FLOOR) if wanting else None
+        for i, sampling in enumerate(samplings):
+            if sampling.adjusts:
+                sampling.adjust_(own[i])
+        chosen = self._sample(own, row_index, positions, chosen_rows)
+        ids = chosen.clamp(min=0).long()
+        for i, sampling in enumerate(samplings):
+            sampling.append_on_device(ids[i : i + 1])
+        if raw is not None:
+            counts = [samplings[i].params.logprobs or 0 for i in wanting]
+            best = raw.topk(max(counts), dim=-1)
+            picked = raw.gather(1, ids[wanting, None])[:, 0]
+            pending.logprobs = PendingLogprobs(
+                [asked[i] for i in wanting], counts, *(self._to_host(part) for part in (picked, *best))
+            )
+        self._rows.last_tokens.index_copy_(0, row_index, ids.int())
+        self.decode.correct(at, ids)
+        return tokens.index_copy(0, at, chosen)
+
+    def _to_host(self, tensor: Tensor) -> Tensor:
+        """Start copying a tensor into pinned memory."""
+        host = pinned_buffer(tensor.numel(), tensor.dtype, self._device).view(tensor.shape)
+        return host.copy_(tensor, non_blocking=True)

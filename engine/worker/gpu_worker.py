@@ -175,20 +175,17 @@ def open_device(name: str) -> torch.device:
     if torch.version.cuda is None:
         raise GpuError("device", f"{name}: this torch was built without CUDA", "install torch for CUDA, or " + USE_CPU)
     try:
+        index = torch.device(name).index or 0
         torch.zeros(1, device=name)  # opens the driver
-        device = torch.device(name)
-        index = device.index or 0
-        if index >= torch.cuda.device_count():
-            raise GpuError("device", f"{name}: this machine has {torch.cuda.device_count()} GPUs", USE_CPU)
         torch.cuda.set_device(index)
         major, minor = torch.cuda.get_device_capability(index)
     except (RuntimeError, AssertionError) as error:
-        # torch says here: no driver, one too old for this CUDA, or a device that other processes hold.
-        cause = str(error).splitlines()[0]
+        # torch says here: no driver, one too old for this CUDA, no such device, or one that other processes hold.
+        cause = str(error).splitlines()[0].removeprefix("CUDA error: ")
         raise GpuError(
             "device",
             f"{name} cannot be opened: {cause}",
-            f"update the NVIDIA driver for CUDA {torch.version.cuda}, or {USE_CPU}",
+            f"look at nvidia-smi and CUDA_VISIBLE_DEVICES; the driver must serve CUDA {torch.version.cuda}; or {USE_CPU}",
         ) from error
     if major != GPU_CAPABILITY:
         raise GpuError(
