@@ -304,7 +304,7 @@ class GpuModelRunner:
     def _finish(
         self, plan: ExecutionPlan, rows: Sequence[GpuRow], tokens: Tensor, logits: Tensor, places: list[int]
     ) -> PendingStep:
-        """Send the tokens to the host; rows that need more than the graph gives are sampled anew. `places`: in the plan."""
+        """Send the tokens to the host, after sampling some rows anew. `places`: where the rows stand in the plan."""
         pending = PendingStep(plan.step_id, [plan.rows[i] for i in places])
         asked = [j for j, row in enumerate(rows) if row.sampling is not None]
         if asked:

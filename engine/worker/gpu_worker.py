@@ -185,7 +185,7 @@ def open_device(name: str) -> torch.device:
         raise GpuError(
             "device",
             f"{name} cannot be opened: {cause}",
-            f"look at nvidia-smi and CUDA_VISIBLE_DEVICES; the driver must serve CUDA {torch.version.cuda}; or {USE_CPU}",
+            f"see nvidia-smi and CUDA_VISIBLE_DEVICES; the driver must serve CUDA {torch.version.cuda}; or {USE_CPU}",
         ) from error
     if major != GPU_CAPABILITY:
         raise GpuError(

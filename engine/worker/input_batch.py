@@ -110,6 +110,13 @@ class InputBatch:
             row = self._row(index)
             row.num_slots[group] = self._tables[group].extend(index, row.num_slots[group], ids)
 
+    def append_tokens(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Append sampled tokens to their rows; a row that was released in the meantime drops its own."""
+        for index, token in pairs:
+            row = self._rows.get(index)
+            if row is not None:
+                row.append(token)
+
     def _row(self, index: int) -> Row:
         try:
             return self._rows[index]

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 import torch
 
+from engine.comm.ranks import RankLinks
 from engine.core.plan import ExecutionPlan, StepResult
 from engine.memory import KVCacheGroup
 from engine.models.gpt_oss import GptOss
@@ -33,8 +34,12 @@ class ModelRunner:
         groups: Sequence[KVCacheGroup],
         storage: list[torch.Tensor],
         block_size: int,
+        vocab_size: int,
+        links: RankLinks | None = None,
     ) -> None:
         self._model = model
+        links = links or RankLinks()
+        self._receiver, self._sender = links.receiver, links.sender
         self._bare = Ops(platform)
         self._checked = self._bare.checked()
         # Shapes that have passed the contracts: (tokens, single-token rows, sampling rows).
@@ -43,11 +48,16 @@ class ModelRunner:
         order = [by_layer[layer] for layer in sorted(by_layer)]
         self._group_of_layer = [g for g, _ in order]
         self._caches = [storage[i] for _, i in order]
-        self._batch = InputBatch(block_size, [group.window for group in groups], model.lm_head.shape[0])
+        self._batch = InputBatch(block_size, [group.window for group in groups], vocab_size)
 
     @property
     def num_rows(self) -> int:
         return len(self._batch)
+
+    def append_tokens(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Append what a later stage sampled, (row, token) pairs; the last stage has done so itself."""
+        if self._sender is not None:
+            self._batch.append_tokens(pairs)
 
     @torch.inference_mode()
     def execute(self, plan: ExecutionPlan) -> StepResult:
@@ -60,7 +70,16 @@ class ModelRunner:
         shape = (len(inputs.input_ids), len(inputs.group_batches[0].decode_rows), len(inputs.sampling_rows))
         ops = self._bare if shape in self._passed else self._checked
         batches = [inputs.group_batches[group] for group in self._group_of_layer]
-        hidden = self._model.forward(ops, inputs.input_ids, inputs.positions, self._caches, batches)
+        if self._receiver is None:
+            hidden = self._model.forward(ops, inputs.input_ids, inputs.positions, self._caches, batches)
+        else:
+            hidden = torch.empty(len(inputs.input_ids), self._model.norm.shape[0], dtype=self._model.norm.dtype)
+            self._receiver.receive(hidden)
+            hidden = self._model.run_layers(ops, hidden, inputs.positions, self._caches, batches)
+        if self._sender is not None:
+            self._sender.send(hidden)
+            self._passed.add(shape)
+            return StepResult(plan.step_id, [], [], [], device_seconds=time.perf_counter() - started)
         result = StepResult(plan.step_id, inputs.result_rows, [], [])
         if inputs.sampling_rows:
             if inputs.sample_index is not None:

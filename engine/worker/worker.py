@@ -5,20 +5,21 @@ Knows: the configuration, the model's files, the device. Refuses to know: schedu
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
+from engine.comm.ranks import RankLinks
 from engine.config import ConfigError, EngineConfig, ModelConfig, resolve_model_folder
 from engine.core.plan import AdmittedRow, ExecutionPlan, StepResult
 from engine.core.sampling_params import SamplingParams
-from engine.memory import MemoryFit, fit, kv_cache_groups, should_expand_experts
+from engine.memory import KVCacheGroup, MemoryFit, fit, kv_cache_groups, should_expand_experts
 from engine.models.checkpoint import Checkpoint, CheckpointError, TensorSource
 from engine.models.dummy import DummySource
 from engine.models.gpt_oss import GptOss
 from engine.models.gpt_oss_weights import LoadOptions, load_gpt_oss, open_source
-from engine.placement import RankSpec
+from engine.placement import RankSpec, shard
 from engine.worker import cpu
 from engine.worker.model_runner import ModelRunner
 from kernels.ops import probe
@@ -27,13 +28,22 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class Worker:
-    """A rank of a placement. Call `load`, `allocate_kv`, `warm_up`, then `execute` for each plan, in order."""
+    """A rank of a placement. Call `load`, `allocate_kv`, `warm_up`, then `execute` for each plan, in order.
 
-    def __init__(self, config: EngineConfig, model: ModelConfig, rank: RankSpec) -> None:
+    With `links` it holds and computes the share that `rank` names; without, it is alone with the whole model.
+    """
+
+    def __init__(
+        self, config: EngineConfig, model: ModelConfig, rank: RankSpec, links: RankLinks | None = None
+    ) -> None:
         if not rank.device.startswith("cpu"):
             raise ConfigError("device", f"{rank.device!r} is neither cpu nor cuda:N")
         self._config = config
         self._model_config = model
+        self._rank = None if links is None else rank
+        self._links = links or RankLinks()
+        # The shape of what this rank holds.
+        self._share = model if links is None else shard(model, rank)
         self.device_name = "cpu"
         # The CPU computes in float32 unless told otherwise: its bfloat16 products are slower and no smaller in cache.
         self.dtype_name = "float32" if config.dtype == "auto" else config.dtype
@@ -54,14 +64,14 @@ class Worker:
             if folder is None:
                 raise CheckpointError(self._config.model, "", "a checkpoint folder", "none")
             source = open_source(Checkpoint.open(folder), model)
-        expand = should_expand_experts(model, self.dtype_name, self.available_memory())
+        expand = should_expand_experts(self._share, self.dtype_name, self.available_memory())
         options = LoadOptions(
             dtype=_DTYPES[self.dtype_name],
             expand_experts=expand,
             num_positions=self._config.max_model_len or model.max_position_embeddings,
             where=str(folder or Path(self._config.model)),
         )
-        self._model = load_gpt_oss(source, model, options, progress)
+        self._model = load_gpt_oss(source, model, options, progress, self._links, self._rank)
         self.weight_bytes = self._model.num_bytes
 
     def available_memory(self) -> int:
@@ -89,11 +99,12 @@ class Worker:
         if self._model is None:
             raise RuntimeError("load() comes before allocate_kv()")
         config, size = self._model_config, self._config.cache.block_size
-        groups = kv_cache_groups(config)
-        shape = (num_blocks * size, 2, config.num_kv_heads, config.head_dim)
-        storage = [torch.zeros(shape, dtype=_DTYPES[self.kv_dtype_name]) for _ in groups[0].layers]
+        groups = kv_cache_groups(config) if self._rank is None else _groups_of_stage(config, self._rank)
+        shape = (num_blocks * size, 2, self._share.num_kv_heads, config.head_dim)
+        slots = range(max(len(group.layers) for group in groups))
+        storage = [torch.zeros(shape, dtype=_DTYPES[self.kv_dtype_name]) for _ in slots]
         platform = probe("cpu", _DTYPES[self.dtype_name])
-        self._runner = ModelRunner(self._model, platform, groups, storage, size)
+        self._runner = ModelRunner(self._model, platform, groups, storage, size, config.vocab_size, self._links)
         self._num_groups = len(groups)
         self._num_blocks = num_blocks
 
@@ -118,8 +129,25 @@ class Worker:
         self.execute(ExecutionPlan(-2, [0], [1], [True]))
         self.execute(ExecutionPlan(-1, [], [], [], released=[0]))
 
+    def append_tokens(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Take (row, token) pairs that the last stage sampled; of use to the stages before it."""
+        if self._runner is not None and pairs:
+            self._runner.append_tokens(pairs)
+
     def execute(self, plan: ExecutionPlan) -> StepResult:
         """Run one plan. Plans must come in the order in which they were made."""
         if self._runner is None:
             raise RuntimeError("allocate_kv() comes before execute()")
         return self._runner.execute(plan)
+
+
+def _groups_of_stage(model: ModelConfig, rank: RankSpec) -> tuple[KVCacheGroup, ...]:
+    """Give the whole model's groups, each with the layers that this stage has of it: perhaps none.
+
+    Block tables are the engine's, made for the groups of the whole model; so a stage must not group its layers anew.
+    """
+    begin, end = rank.layers
+    return tuple(
+        KVCacheGroup(group.window, tuple(layer for layer in group.layers if begin <= layer < end))
+        for group in kv_cache_groups(model)
+    )
