@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 USE_CPU = "use device cpu"
 # Prompt lengths whose kernels differ; see kernels.triton.router.choose_block_t.
 WARM_UP_LENGTHS = (8, 128, 1024, 8192)
-EAGER_GRAPHS = (1, 2, 4, 8)  # captured before the engine is ready, with the largest; others on first use
 
 
 class GpuError(ConfigError):
@@ -119,12 +118,14 @@ class GpuWorker:
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Run prompts of every kind of length and capture the first graphs. Raises: GpuError, OutOfGpuMemory."""
+        """Run prompts of every kind of length and capture the graphs of all batch sizes.
+
+        Graphs for rows that cut by top-k, top-p or min-p follow on first use. Raises: GpuError, OutOfGpuMemory.
+        """
         scheduler, decode = self._config.scheduler, self.runner.decode
         with self._memory("activations"), _kernels():
-            for graph_rows in sorted({*EAGER_GRAPHS, scheduler.max_num_seqs}):
-                if graph_rows <= min(scheduler.max_num_seqs, decode.sizes[-1]):
-                    decode.prepare(graph_rows, has_filters=False)
+            for graph_rows in decode.sizes:
+                decode.prepare(graph_rows, has_filters=False)
             room = (self._num_blocks - 1) // self._num_groups * self._config.cache.block_size
             longest = min(scheduler.max_num_batched_tokens, self._max_model_len - 1, room)
             for length in sorted({min(length, longest) for length in (*WARM_UP_LENGTHS, longest)}):
