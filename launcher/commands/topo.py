@@ -173,6 +173,10 @@ def _rank(console: Console, study: Study, declared: Cluster, splits: list[Split]
     console.data()
     _print_assumptions(console, study, declared)
     show_remarks(console, picture)
+    for split in splits:
+        if split is not best and split.placement.crossing(split.placement.tp_groups):
+            remark = study.picture("", split, {}).remarks[0]
+            console.warning(f"{split.sizes}: {remark.message}", hint=f"better: {remark.hint}")
 
 
 def _explain(console: Console, study: Study, declared: Cluster, case: Case, split: Split) -> None:

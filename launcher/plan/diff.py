@@ -18,7 +18,7 @@ from launcher.registry.values import redacted
 
 Action = Literal["create", "recreate", "remove", "none"]
 MAX_FILE_BYTES = 8 << 20
-_KEY = re.compile(r"\s*(?:- )?\"?([A-Za-z_][\w.-]*)\"?\s*[:=](?:\s|$)")
+_KEY = re.compile(r"\s*(?:- )?\"?([A-Za-z_][\w.-]*)\"?\s*(?::(?:\s|$)|=)")
 _ASSIGNMENT = re.compile(r"(\"?)([A-Za-z_]\w*)(\"?)(\s*[:=]\s*)(\S.*)$")
 _SHOWN_KEYS = 3
 
@@ -106,4 +106,4 @@ def _read(path: Path) -> str | None:
 
 def _decode(content: bytes) -> str:
     """Bytes that are no UTF-8 stay apart from each other, so that a difference is never missed."""
-    return content.decode("utf-8", "backslashreplace")
+    return content.decode("utf-8", "surrogateescape")

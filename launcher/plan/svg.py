@@ -15,7 +15,7 @@ from launcher.plan.picture import Hop, Picture, PictureNode, device_span
 from launcher.plan.topology import tokens
 
 GIB = 1 << 30
-WIDTH = 1120
+WIDTH = 1240
 MARGIN = 28
 PAD = 18
 TILE = (104, 74)
@@ -33,7 +33,7 @@ svg{--bg:#fbfcfe;--panel:#fff;--line:#cfd8e3;--text:#18222f;--soft:#5b6b7f;--til
 font-family:ui-sans-serif,system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
 @media(prefers-color-scheme:dark){svg{--bg:#0f141b;--panel:#161d27;--line:#2c3848;--text:#e6edf5;--soft:#93a4b8;--tile:#1c2531;--warn:#f0b35a;--tint:17%;--edge:62%;--free:#2a3544}}
 .bg{fill:var(--bg)}.panel{fill:var(--panel);stroke:var(--line);stroke-width:1.5}.title{font-size:20px;font-weight:650;fill:var(--text)}
-.name{font-size:15px;font-weight:650;fill:var(--text)}.soft{font-size:12px;fill:var(--soft)}.tiny{font-size:10.5px;fill:var(--soft)}
+.halo,.name{paint-order:stroke;stroke:var(--panel);stroke-width:5px}.name{font-size:15px;font-weight:650;fill:var(--text)}.soft{font-size:12px;fill:var(--soft)}.tiny{font-size:10.5px;fill:var(--soft)}
 .rank{font-size:15px;font-weight:650;fill:var(--text)}.tile{fill:var(--tile);stroke:var(--line)}.warn{font-size:12px;fill:var(--warn)}
 .hop{fill:none;stroke:var(--soft);stroke-width:2}.cross{fill:none;stroke:#d9480f;stroke-width:2.5;stroke-dasharray:7 5}
 .sum{stroke-width:3;fill:none}.w{fill:#3b7dd8}.a{fill:#e0a030}.r{fill:#9aa7b5}.k{fill:#35a37c}.free{fill:var(--free)}.over{fill:#d6336c}
@@ -79,7 +79,7 @@ def svg_text(picture: Picture) -> str:
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {_n(height)}" width="{WIDTH}" '
         f'height="{_n(height)}" role="img" aria-label="{_attribute(picture.title)}">',
-        f"<title>{escape(picture.title)}</title>",
+        f"<title>{escape(_clean(picture.title))}</title>",
         f"<style>{_STYLE}</style>",
         '<defs><marker id="arrow" viewBox="0 0 10 10" refX="8" refY="5" markerWidth="7" markerHeight="7" '
         'orient="auto-start-reverse"><path d="M0 0 10 5 0 10z" fill="context-stroke"/></marker></defs>',
@@ -90,6 +90,9 @@ def svg_text(picture: Picture) -> str:
     for panel in panels:
         lines += _panel(picture, panel)
     lines += _edges(picture, panels)
+    # Words last: an arrow that passes behind them leaves them readable.
+    for panel in panels:
+        lines += _panel_words(panel)
     lines += _legend(picture, bottom + 34)
     for number, (kind, note) in enumerate(notes):
         lines.append(_text(MARGIN, bottom + 64 + 20 * number, kind, note))
@@ -121,20 +124,23 @@ def _groups(node: PictureNode, top: float) -> tuple[_Group, ...]:
         if found and x + width > right:
             x, y = float(left), y + GROUP_HEAD + TILE[1] + GROUP_PAD + ROW_GAP
         found.append(_Group(engine, stage, ranks, x, y, width))
-        x += width + 2.4 * GAP
+        x += width + 2 * GAP
     return tuple(found)
 
 
 def _panel(picture: Picture, panel: _Panel) -> Iterator[str]:
-    node = panel.node
     yield _rect(MARGIN, panel.y, WIDTH - 2 * MARGIN, panel.height, "panel", radius=14)
-    words = " · ".join(word for word in (node.role, node.address, node.hardware) if word)
-    yield _text(MARGIN + PAD, panel.y + 28, "name", node.name)
-    yield _text(MARGIN + PAD + 10 + 9 * len(node.name), panel.y + 28, "soft", words)
-    if node.network:
-        yield _text(WIDTH - MARGIN - PAD, panel.y + 28, "soft", node.network, anchor="end")
     for group in panel.groups:
         yield from _group(picture, group)
+
+
+def _panel_words(panel: _Panel) -> Iterator[str]:
+    node = panel.node
+    words = " · ".join(word for word in (node.role, node.address, node.hardware) if word)
+    yield _text(MARGIN + PAD, panel.y + 28, "name", node.name)
+    yield _text(MARGIN + PAD + 10 + 9 * len(node.name), panel.y + 28, "soft halo", words)
+    if node.network:
+        yield _text(WIDTH - MARGIN - PAD, panel.y + 28, "soft halo", node.network, anchor="end")
     if not panel.groups:
         yield _text(MARGIN + PAD, panel.y + PANEL_HEAD + 12, "soft", "no ranks here")
     if node.idle:
@@ -150,14 +156,15 @@ def _group(picture: Picture, group: _Group) -> Iterator[str]:
         f'style="fill:{fill};stroke:{edge}" stroke-width="1.2"/>'
     )
     first = group.ranks[0]
-    layers = f"layers {first.layers[0]}–{first.layers[1] - 1}" if first.num_layers > 1 else f"layer {first.layers[0]}"
+    layers = f"{first.layers[0]}–{first.layers[1] - 1}" if first.num_layers > 1 else str(first.layers[0])
+    is_narrow = len(group.ranks) == 1 and placement.pipeline_parallel_size > 1
+    layers = f"L{layers}" if is_narrow else f"layers {layers}"
     title = []
     if placement.data_parallel_size > 1:
-        title.append(f"engine {group.engine}")
+        title.append(f"e{group.engine}" if is_narrow else f"engine {group.engine}")
     if placement.pipeline_parallel_size > 1:
         title.append(f"stage {group.stage}")
-    if len(group.ranks) > 1 or len(title) < 2:
-        title.append(layers)
+    title.append(layers)
     if len(group.ranks) > 1:
         link = picture.group_link([rank.rank for rank in placement.stage(group.engine, group.stage)])
         title.append(f"{2 * first.num_layers} sums a step, {link.name}")
@@ -232,7 +239,7 @@ def _hop(hop: Hop, one: _Group, other: _Group, size: str) -> Iterator[str]:
     yield f'<path class="{kind}" marker-end="url(#arrow)" d="{path}"/>'
     if is_crossing:
         x, y = (one.middle[0] + other.middle[0]) / 2, (one.y + one.height + other.y) / 2
-        yield _text(x + 14, y + 4, "warn", f"stage {hop.stage} → {hop.stage + 1}: {size}, {hop.link.name}")
+        yield _text(x + 14, y + 22, "warn", f"stage {hop.stage} → {hop.stage + 1}: {size}, {hop.link.name}")
 
 
 def _legend(picture: Picture, y: float) -> Iterator[str]:
@@ -265,13 +272,16 @@ def _rect(x: float, y: float, width: float, height: float, kind: str, *, radius:
 
 def _text(x: float, y: float, kind: str, text: str, *, anchor: str = "") -> str:
     end = f' text-anchor="{anchor}"' if anchor else ""
-    shown = "".join(ch if ch.isprintable() else "�" for ch in text)
-    return f'<text class="{kind}" x="{_n(x)}" y="{_n(y)}"{end}>{escape(shown)}</text>'
+    return f'<text class="{kind}" x="{_n(x)}" y="{_n(y)}"{end}>{escape(_clean(text))}</text>'
 
 
 def _attribute(text: str) -> str:
-    shown = "".join(ch if ch.isprintable() else "�" for ch in text)
-    return escape(shown, {'"': "&quot;"})
+    return escape(_clean(text), {'"': "&quot;"})
+
+
+def _clean(text: str) -> str:
+    """Replace what XML 1.0 forbids, and what would be invisible."""
+    return "".join(ch if ch.isprintable() else "�" for ch in text)
 
 
 def _n(value: float) -> str:

@@ -1,0 +1,95 @@
+"""Differences: what would be made, changed, removed; why; and nothing of a secret."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from launcher.errors import UsageError
+from launcher.plan.diff import Change, diff_files, diff_text, has_changes
+
+FILES = {
+    "head/docker-compose.yml": b'image: "a:1"\nenvironment:\n  NCCL_DEBUG: "WARN"\n',
+    "head/README.md": b"one\n",
+    "worker/docker-compose.yml": b'image: "a:1"\n',
+}
+
+
+def write(folder: Path, files: dict[str, bytes]) -> None:
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+
+
+def by_path(changes: tuple[Change, ...]) -> dict[str, Change]:
+    return {change.path: change for change in changes}
+
+
+def test_the_same_files_change_nothing(tmp_path: Path) -> None:
+    write(tmp_path, FILES)
+    changes = diff_files(FILES, tmp_path)
+    assert [change.action for change in changes] == ["none"] * 3
+    assert not has_changes(changes)
+
+
+def test_each_file_has_its_action_and_reason(tmp_path: Path) -> None:
+    write(tmp_path, {**FILES, "worker-old/docker-compose.yml": b"x: 1\n", "head/notes.txt": b"mine"})
+    changed = {**FILES, "head/docker-compose.yml": b'image: "a:2"\nenvironment:\n  NCCL_DEBUG: "INFO"\n'}
+    changed["worker-b/docker-compose.yml"] = b"image: 1\n"
+    found = by_path(diff_files(changed, tmp_path))
+    assert found["head/docker-compose.yml"].action == "recreate"
+    assert found["head/docker-compose.yml"].reason == "image, NCCL_DEBUG"
+    assert '+image: "a:2"' in found["head/docker-compose.yml"].lines
+    assert found["worker-b/docker-compose.yml"].action == "create"
+    assert found["worker-old/docker-compose.yml"].action == "remove"
+    assert found["worker/docker-compose.yml"].action == "none"
+    assert "head/notes.txt" not in found, "what is not ours is not touched"
+    assert has_changes(tuple(found.values()))
+
+
+def test_an_empty_folder_gets_everything(tmp_path: Path) -> None:
+    assert [change.action for change in diff_files(FILES, tmp_path)] == ["create"] * 3
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [
+        ("a: 1\n", "a: 1", "line ends"),
+        ("a: 1\r\n", "a: 1\n", "line ends"),
+        ("a: 1\nb: 1\nc: 1\nd: 1\ne: 1\n", "a: 2\nb: 2\nc: 2\nd: 2\ne: 2\n", "a, b, c and 2 more"),
+        ('{"model": "x"}', '{\n"model": "y"}', "model"),
+    ],
+)
+def test_reasons(old: str, new: str, reason: str) -> None:
+    change = diff_text("f", old, new)
+    assert change.action == "recreate"
+    assert change.reason == reason
+
+
+def test_secrets_are_hidden() -> None:
+    change = diff_text("f", '  HF_TOKEN: "canary-old"\n', '  HF_TOKEN: "canary-new"\n  MY_KEY=canary-2\n')
+    assert "canary" not in "\n".join(change.lines)
+    assert change.reason == "HF_TOKEN, MY_KEY"
+
+
+@given(st.none() | st.text(max_size=200), st.none() | st.text(max_size=200))
+def test_no_difference_is_missed(old: str | None, new: str | None) -> None:
+    assert (diff_text("f", old, new).action == "none") is (old == new)
+
+
+@given(st.binary(max_size=40), st.binary(max_size=40))
+def test_bytes_that_are_no_text_are_told_apart(
+    tmp_path_factory: pytest.TempPathFactory, one: bytes, two: bytes
+) -> None:
+    folder = tmp_path_factory.mktemp("d")
+    write(folder, {"head/f": one})
+    assert has_changes(diff_files({"head/f": two}, folder)) is (one != two)
+
+
+def test_what_cannot_be_read_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "head/docker-compose.yml").mkdir(parents=True)
+    with pytest.raises(UsageError, match="cannot read"):
+        diff_files(FILES, tmp_path)

@@ -1,0 +1,204 @@
+"""Drawings: reviewed snapshots of the seven topologies at 80 columns, bars, SVG that is well-formed and safe."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from plan_support import gpu_hosts, shape
+
+from engine.config import EngineConfig
+from engine.placement import (
+    Device,
+    HostSpec,
+    KVLink,
+    ParallelSizes,
+    PlacementOptions,
+    Shares,
+    place,
+)
+from launcher.plan.inventory import declared_inventories
+from launcher.plan.links import RDMA, TCP, between_link
+from launcher.plan.picture import Picture, alike, device_span, picture_of, rank_span
+from launcher.plan.rank_memory import RankMemory, Sizing, report_memory
+from launcher.plan.splits import CASES, REFERENCE
+from launcher.plan.svg import svg_text
+from launcher.plan.topology import bar, memory_lines, plain, tokens, topology_lines
+from launcher.registry.cluster import Cluster, Node
+
+GOLDEN = Path(__file__).with_name("golden_topologies.txt")
+GIB = 1 << 30
+HARDWARE = declared_inventories(REFERENCE)
+HOSTS = tuple(HostSpec(name, tuple(Device(f"cuda:{i}") for i in range(8))) for name in HARDWARE)
+ROLES = {node.name: (node.role, node.ip) for node in REFERENCE.nodes}
+
+
+def picture(sizes: ParallelSizes, *, has_memory: bool = False, options: PlacementOptions | None = None) -> Picture:
+    model = shape("gpt-oss-120b")
+    placement = place(model, sizes, HOSTS, options)
+    memory = report_memory(placement, Sizing(EngineConfig("m", device="cuda:0"), model, HARDWARE)).ranks
+    return picture_of(
+        "gpt-oss-120b",
+        placement,
+        model,
+        HARDWARE,
+        between=between_link(REFERENCE, HARDWARE),
+        roles=ROLES,
+        memory=memory if has_memory else (),
+    )
+
+
+def drawn() -> Iterator[str]:
+    for case in CASES:
+        yield f"== {case.number}. {case.title}: {case.sizes}"
+        yield from topology_lines(picture(case.sizes))
+    yield "== across nodes"
+    yield from topology_lines(picture(ParallelSizes(tensor=16)))
+    yield "== idle devices"
+    yield from topology_lines(picture(ParallelSizes(pipeline=2, tensor=2), options=PlacementOptions("spread")))
+    yield "== one rank"
+    yield from topology_lines(picture(ParallelSizes()))
+
+
+def test_the_drawings_are_as_reviewed() -> None:
+    text = "\n".join(drawn()) + "\n"
+    if os.environ.get("UPDATE_GOLDEN"):
+        GOLDEN.write_text(text, encoding="utf-8")
+    assert text == GOLDEN.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: str(case.number))
+def test_every_line_fits_80_columns_and_every_rank_is_drawn_once(case: object) -> None:
+    shown = picture(case.sizes, has_memory=True)  # type: ignore[attr-defined]
+    lines = [*topology_lines(shown), *memory_lines(shown)]
+    assert all(len(line) <= 80 for line in lines)
+    text = "\n".join(topology_lines(shown))
+    assert [text.count(f"[{rank}]") for rank in range(16)] == [1] * 16
+    assert plain("\n".join(lines)).isascii()
+    assert all(len(plain(line)) == len(line) for line in lines)
+
+
+def test_placements_of_what_comes_next_are_drawn() -> None:
+    model = shape()
+    hosts = gpu_hosts(1, cpus=1)
+    cluster = Cluster("one", (Node("n0", "head", "127.0.0.1", gpus=1),), platform="hopper")
+    hardware = declared_inventories(cluster)
+    shares = Shares(kv_heads=(8, 0), experts=(20, 12), vocab=(201088, 0))
+    mixed = place(
+        model, ParallelSizes(tensor=2, expert_parallel=True), hosts, PlacementOptions(cpu_ranks=1, shares=shares)
+    )
+    copied = replace(mixed, ranks=(replace(mixed.ranks[0], copied_experts=(20, 21)), mixed.ranks[1]))
+    memory = report_memory(copied, Sizing(EngineConfig("m", device="cuda:0"), model, hardware)).ranks
+    shown = picture_of("mixed", copied, model, hardware, memory=memory)
+    text = "\n".join([*topology_lines(shown), *memory_lines(shown)])
+    assert "[0]═[1]  cuda:0, cpu:0" in text
+    assert memory[1].num_blocks == 0, "no KV head, no cache"
+    assert memory[1].weight_bytes < memory[0].weight_bytes
+    assert "no KV cache" in svg_text(shown)
+    uneven = place(model, ParallelSizes(pipeline=2), gpu_hosts(2), PlacementOptions(shares=Shares(layers=(14, 10))))
+    two = {"n0": replace(hardware["n0"], gpus=hardware["n0"].gpus * 2)}
+    assert "layers 0-13" in "\n".join(topology_lines(picture_of("x", uneven, model, two)))
+    linked = replace(place(model, ParallelSizes(data=2), gpu_hosts(2)), kv_links=(KVLink(0, 1),))
+    assert list(topology_lines(picture_of("x", linked, model, two)))
+
+
+# Bars.
+
+
+@given(
+    budget=st.integers(0, 1 << 40),
+    parts=st.tuples(*[st.integers(0, 1 << 38)] * 4),
+    width=st.integers(20, 70),
+)
+def test_a_bar_has_its_width_and_every_term(budget: int, parts: tuple[int, ...], width: int) -> None:
+    memory = RankMemory(0, "cuda:0", budget, *parts, num_blocks=1, kv_tokens=1, max_full_requests=1.0)
+    cells = bar(memory, width)
+    assert len(cells) == width
+    if memory.required_bytes > max(budget, 1) * 1.1:
+        assert "!" in cells
+    if memory.required_bytes <= budget:
+        assert "!" not in cells
+        if all(part > budget / width for part in parts):
+            assert set("█▓▒░") <= set(cells)
+
+
+@pytest.mark.parametrize(
+    ("count", "shown"), [(0, "0"), (9999, "9999"), (10_000, "10k"), (578_400, "578k"), (1_250_000, "1.2M")]
+)
+def test_counts_of_tokens(count: int, shown: str) -> None:
+    assert tokens(count) == shown
+
+
+def test_spans() -> None:
+    assert device_span(["cuda:0", "cuda:1", "cuda:3", "cpu:0", "cpu"]) == "cuda:0-1, cuda:3, cpu:0, cpu"
+    assert rank_span([0, 1, 2, 7]) == "0-2, 7"
+    assert device_span([]) == ""
+
+
+def test_ranks_that_are_alike_share_a_bar() -> None:
+    shown = picture(ParallelSizes(data=2, tensor=8), has_memory=True)
+    groups = alike(shown.memory, range(8))
+    assert [members for members, _ in groups] == [[0, 1], [2, 3, 4, 5, 6, 7]], "12 units, then 11"
+
+
+# SVG.
+
+
+@pytest.mark.parametrize("sizes", [case.sizes for case in CASES] + [ParallelSizes(tensor=16), ParallelSizes()], ids=str)
+def test_svg_is_well_formed_deterministic_and_complete(sizes: ParallelSizes) -> None:
+    shown = picture(sizes, has_memory=True)
+    text = svg_text(shown)
+    assert text == svg_text(shown)
+    root = ElementTree.fromstring(text)
+    assert root.tag.endswith("svg")
+    words = [element.text for element in root.iter() if element.tag.endswith("text")]
+    assert [words.count(str(rank)) for rank in range(sizes.world)] == [1] * sizes.world
+    width, height = float(root.attrib["width"]), float(root.attrib["height"])
+    for element in root.iter():
+        if element.tag.endswith("rect"):
+            assert float(element.attrib.get("x", 0)) + float(element.attrib["width"]) <= width + 0.2
+            assert float(element.attrib.get("y", 0)) + float(element.attrib["height"]) <= height + 0.2
+    assert "<script" not in text
+    assert "href" not in text
+
+
+def test_what_crosses_is_said_in_both_drawings() -> None:
+    across = picture(ParallelSizes(tensor=16))
+    assert "72 all-reduces a step over RDMA" in svg_text(across)
+    assert "72 all-reduces a step cross here over RDMA" in "\n".join(topology_lines(across))
+    deep = picture(ParallelSizes(pipeline=16))
+    assert "stage 7 → 8: 5.76 kB per token, RDMA" in svg_text(deep)
+    assert "stage 7 to 8: 5.76 kB per token over RDMA" in "\n".join(topology_lines(deep))
+    assert "no tensor crosses" in svg_text(picture(ParallelSizes(data=2, tensor=8)))
+
+
+@given(st.text(max_size=60))
+def test_no_name_can_break_the_drawing(name: str) -> None:
+    shown = picture(ParallelSizes())
+    node = replace(shown.nodes[0], name=name, hardware=name, address=name)
+    ranks = (replace(shown.placement.ranks[0], node=name),)
+    hostile = replace(shown, title=name, nodes=(node,), placement=replace(shown.placement, ranks=ranks))
+    ElementTree.fromstring(svg_text(hostile))
+    assert all(len(line) <= 80 for line in topology_lines(hostile))
+
+
+def test_links_are_chosen_by_what_is_known() -> None:
+    assert between_link(REFERENCE, HARDWARE) == RDMA
+    assert between_link(None, HARDWARE) == TCP
+    first = HARDWARE["node-0"]
+    slow = replace(first, rdma_ports=(replace(_port(), rate_gbps=100.0),))
+    fast = replace(first, rdma_ports=(replace(_port(), rate_gbps=400.0),))
+    chosen = between_link(REFERENCE, {"a": slow, "b": fast})
+    assert chosen.bytes_per_second == pytest.approx(11e9)
+
+
+def _port():
+    from launcher.plan.inventory import RdmaPort
+
+    return RdmaPort("mlx5_0", 1, "ACTIVE")
