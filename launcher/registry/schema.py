@@ -25,6 +25,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from launcher.registry.document import Scalar
+from launcher.registry.flags import flags
 from launcher.registry.keys import KeySpec, Kind
 from launcher.registry.reading import MAX_TEXT, read_port_range, read_scalar, read_variable
 from launcher.registry.shapes import DOCUMENT, MAX_NODES, NAME_PATTERN, VARIABLE_PATTERN, Items, Keys, Names
@@ -206,9 +207,24 @@ def json_schema() -> dict[str, Any]:
         for spelling, key in shapes[name].table.spellings.items():
             if spelling != key and "." not in key:
                 patterns[f"^{spelling}$"] = {"$ref": f"{where}/properties/{key}"}
+        if shapes[name].takes_flags:
+            patterns |= _flag_patterns()
         definition["patternProperties"] = patterns
     schema["$defs"]["Model"]["anyOf"] = [{"required": ["model"]}, {"required": ["extends"]}]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "hlaunch model registry", **schema}
+
+
+def _flag_patterns() -> dict[str, Any]:
+    """Options of vLLM: those without effect take anything, those that cannot work only what switches them off."""
+    names = {
+        status: "|".join(flag.name.replace("-", "[-_]") for flag in flags().values() if flag.status == status)
+        for status in ("accepted", "unsupported")
+    }
+    off: dict[str, Any] = {"enum": [False, None, 0, "none", "", [], {}]}
+    return {
+        f"^({names['accepted']})$": {"description": "An option of vLLM, without effect here."},
+        f"^({names['unsupported']})$": {"description": "An option of vLLM that cannot work here: off only.", **off},
+    }
 
 
 def _all_keys(shape: Keys) -> Iterator[Keys]:

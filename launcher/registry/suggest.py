@@ -45,4 +45,4 @@ class Suggester:
 
 
 def _form(name: str) -> str:
-    return name.lower().replace("_", "-")
+    return name.lower().replace("_", "-").strip("-")

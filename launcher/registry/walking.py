@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 
 from launcher.errors import Issue, Severity
 from launcher.registry.document import Mapping, Node, Scalar, Sequence
+from launcher.registry.flags import Flag, find_negated, flags
 from launcher.registry.shapes import DOCUMENT, MODEL, NAME_PATTERN, Items, Keys, Names, Shape
 from launcher.registry.suggest import Suggester
 from launcher.registry.types import Mark
@@ -22,6 +23,9 @@ Path: TypeAlias = tuple[str, ...]
 
 MAX_ISSUES = 1000
 """A file with more problems than this is reported up to here: it is no registry with mistakes, but something else."""
+
+
+_LEAVE_IT = "remove it, or leave it for vLLM"
 
 
 class _Enough(Exception):
@@ -184,7 +188,16 @@ class _Walker:
             message = "cannot stand here" if belongs == "cluster" else "belongs to one model"
             self._report("model-only", node.mark, (*path, belongs), message, shape.elsewhere[belongs])
             return None
+        if shape.takes_flags and (flag := flags().get(text.replace("_", "-"))) is not None:
+            self._flag(flag, node, path, value)
+            return None
         known = shape.proposals
+        if shape.takes_flags:
+            if (negated := find_negated(text)) is not None:
+                hint = f"write {negated.name}: false" if negated.status == "native" else "remove it"
+                self._report("unknown-key", node.mark, (*path, _shown(text)), "an option is not negated here", hint)
+                return None
+            known = tuple(dict.fromkeys((*known, *flags())))
         group, dot, inner = text.replace("_", "-").partition(".")
         if dot and group in shape.below:
             hint = f"nest it: {group}: {{{inner}: …}}"
@@ -197,6 +210,17 @@ class _Walker:
             )
         self._report("unknown-key", node.mark, (*path, _shown(text)), "not a known option", hint)
         return None
+
+    def _flag(self, flag: Flag, node: Scalar, path: Path, value: Node) -> None:
+        """Judge an option of vLLM that is no key of ours."""
+        here, mark = (*path, flag.name), node.mark
+        if flag.status == "accepted":
+            self._report("accepted-flag", mark, here, f"no effect: {flag.reason}", _LEAVE_IT, "info")
+        elif isinstance(value, Scalar) and flag.is_off(value.text):
+            message = f"no effect: {flag.reason}, and this value asks for none of it"
+            self._report("accepted-flag", mark, here, message, _LEAVE_IT, "info")
+        else:
+            self._report("unsupported-flag", mark, here, flag.reason, "remove it")
 
     def _report(self, code: str, mark: Mark, path: Path, message: str, hint: str, severity: Severity = "error") -> None:
         if len(self.tree.issues) >= MAX_ISSUES:

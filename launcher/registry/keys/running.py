@@ -38,6 +38,13 @@ RANKS: tuple[KeySpec, ...] = (
     _parallel("pipeline", "pp", "Ranks that split the layers into stages"),
     _parallel("data", "dp", "Engines that share the requests"),
     KeySpec(
+        "enable-expert-parallel",
+        Kind.BOOLEAN,
+        "Give each rank whole experts of a mixture, instead of a slice of every one",
+        default=ENGINE["enable_expert_parallel"],
+        aliases=("ep",),
+    ),
+    KeySpec(
         "distributed-executor-backend",
         Kind.CHOICE,
         "Who runs the ranks: uni in-process, mp processes of this node, ray several nodes",
