@@ -95,12 +95,16 @@ def test_another_cluster_is_named_on_the_command_line(hlaunch: Hlaunch) -> None:
 
 
 def test_no_placement_exits_6_and_names_what_is_possible(hlaunch: Hlaunch) -> None:
-    settings = ("dp=1", "pp=2", "placement.strategy=strict-pack")
-    result = hlaunch("plan", "split", *(word for text in settings for word in ("--set", text)))
+    # The declaration promises eight GPUs, the host itself has two.
+    real = json.loads(hlaunch("inventory", "--cluster", "pair", "--json").stdout)["node-a"]
+    real["gpus"] = real["gpus"][:2]
+    (hlaunch.folder / "a.json").write_text(json.dumps(real))
+    result = hlaunch("plan", "split", "--inventory", "a.json")
     assert result.returncode == 6, result.stderr
     *_, hint, error = result.stderr.splitlines()
-    assert error.startswith("error: no placement: tp 8 pp 2 dp 1: engine 0 cannot be placed by strict-pack")
-    assert hint.startswith("hint: possible: --set ")
+    said = "error: no placement: tp 8 pp 1 dp 2 needs 16 GPUs, there are 2 on node-a, 8 on node-b"
+    assert error == said
+    assert hint.startswith("hint: possible: --set dp=1")
     assert "no placement: the problem stands below" in result.stdout
 
 
