@@ -3,8 +3,9 @@
     python bench/step_queue.py [--json]
 
 One way: the writer notes the time, encodes the plan of a step of 256 requests and writes it; a reader in another
-process decodes it and notes the time (both clocks are the host's monotonic one). `steady` repeats the last plan, `crossing`
-hands 256 rows a block each, `changed` sends rows, counts and samples anew. Idle: processor time of a parked reader.
+process decodes it and notes the time (both clocks are the host's monotonic one). `steady` repeats the last plan,
+`crossing` hands 256 rows a block each, `changed` sends rows, counts and samples anew. Idle: processor time of a parked
+reader.
 """
 
 from __future__ import annotations

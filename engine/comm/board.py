@@ -1,0 +1,128 @@
+"""What each rank is doing, for whoever must tell a rank that hangs from one that waits for it.
+
+Knows: one line of shared memory per rank, written by that rank alone, without locks. Refuses to know: deadlines, blame
+beyond the order in which to suspect. A line that is read while it is written may mix two states: it is for diagnosis.
+"""
+
+from __future__ import annotations
+
+import enum
+import struct
+import time
+from dataclasses import dataclass
+from typing import Protocol
+
+from engine.comm.segment import LINE, Segment
+
+_LINE = struct.Struct("<BB2xIqd")
+
+
+class Activity(enum.IntEnum):
+    IDLE = 0
+    COMPUTES = 1
+    WAITS = 2
+
+
+PHASES = ("spawn", "import", "load", "kv", "warmup", "serve")
+
+
+@dataclass(frozen=True, slots=True)
+class RankState:
+    """One rank's line: its phase, what it does and for how long, in which step, how often it has met others in it."""
+
+    rank: int
+    phase: str
+    activity: Activity
+    step_id: int
+    num_meetings: int
+    seconds: float
+
+    def __str__(self) -> str:
+        doing = {Activity.IDLE: "idle", Activity.COMPUTES: "computing", Activity.WAITS: "waiting for other ranks"}
+        step = f" in step {self.step_id}" if self.activity is not Activity.IDLE else ""
+        return f"{doing[self.activity]}{step} for {self.seconds:.1f} s"
+
+
+class Notes(Protocol):
+    """Told by a group when its rank begins to wait for others, and when it goes on."""
+
+    def waits(self) -> None: ...
+
+    def computes(self) -> None: ...
+
+
+class NoBoard:
+    """Nobody looks."""
+
+    def waits(self) -> None:
+        pass
+
+    def computes(self) -> None:
+        pass
+
+
+class BoardLine:
+    """A rank's own line."""
+
+    def __init__(self, segment: Segment, rank: int) -> None:
+        self._view = segment.view
+        self._at = LINE * rank
+        self._phase = 0
+        self._step_id = 0
+        self._num_meetings = 0
+
+    def phase(self, phase: str) -> None:
+        """Enter a phase of `PHASES`."""
+        self._phase = PHASES.index(phase)
+        self._write(Activity.IDLE if phase == "serve" else Activity.COMPUTES)
+
+    def begins(self, step_id: int) -> None:
+        self._step_id = step_id
+        self._num_meetings = 0
+        self._write(Activity.COMPUTES)
+
+    def waits(self) -> None:
+        self._num_meetings += 1
+        self._write(Activity.WAITS)
+
+    def computes(self) -> None:
+        self._write(Activity.COMPUTES)
+
+    def rests(self) -> None:
+        self._write(Activity.IDLE)
+
+    def _write(self, activity: Activity) -> None:
+        _LINE.pack_into(
+            self._view, self._at, self._phase, activity, self._num_meetings, self._step_id, time.monotonic()
+        )
+
+
+def create_board(num_ranks: int) -> Segment:
+    """Make the memory of a board."""
+    return Segment.create("hlaunch-board", LINE * num_ranks)
+
+
+def read_board(segment: Segment, num_ranks: int) -> list[RankState]:
+    """Read all lines."""
+    now = time.monotonic()
+    states = []
+    for rank in range(num_ranks):
+        phase, activity, meetings, step_id, since = _LINE.unpack_from(segment.view, LINE * rank)
+        seconds = now - since if since else 0.0
+        states.append(RankState(rank, PHASES[phase], Activity(activity), step_id, meetings, seconds))
+    return states
+
+
+def suspects(states: list[RankState], step_id: int) -> list[RankState]:
+    """Tell who holds a step up: who computes, or has not begun it; where all wait, who met the others least often."""
+    busy = [state for state in states if state.activity is Activity.COMPUTES]
+    if busy:
+        return busy
+    behind = [state for state in states if state.step_id < step_id]
+    if behind:
+        return behind
+    waiting = [state for state in states if state.activity is Activity.WAITS]
+    if not waiting:
+        return []
+    fewest = min(state.num_meetings for state in waiting)
+    return [state for state in waiting if state.num_meetings == fewest]
