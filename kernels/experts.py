@@ -19,7 +19,8 @@ class ExpertWeights:
 
     Shapes: gate_up_bias [E, 2 I], down_bias [E, H]; expanded: gate_up [E, 2 I, H], down [E, H, I]; packed:
     gate_up_blocks uint8 [E, 2 I, H/32, 16], gate_up_scales uint8 [E, 2 I, H/32], down_* likewise with I/32.
-    `prepared` belongs to the specs: what they made of the weights, by spec name.
+    `prepared` belongs to the specs: what they made of the weights, by spec name. `first` is the router's id of the
+    first of these experts; others that tokens are sent to are another rank's and add nothing here.
     """
 
     gate_up_bias: Tensor
@@ -31,10 +32,16 @@ class ExpertWeights:
     down_blocks: Tensor | None = None
     down_scales: Tensor | None = None
     prepared: dict[str, object] = field(default_factory=dict)
+    first: int = 0
 
     @property
     def num_experts(self) -> int:
         return self.down_bias.shape[0]
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether these are no experts, or experts without columns."""
+        return self.gate_up_bias.numel() == 0
 
     def expert(self, index: int) -> tuple[Tensor, Tensor]:
         """Give gate_up [2 I, H] (gates first) and down [H, I] of one expert, expanding when packed."""
@@ -54,4 +61,4 @@ class ExpertWeights:
 def gates_first(interleaved: Tensor) -> Tensor:
     """Reorder rows (dimension 0) gate, up, gate, up, … to all gates, then all ups."""
     rows = interleaved.shape[0]
-    return interleaved.reshape(rows // 2, 2, -1).transpose(0, 1).reshape(interleaved.shape)
+    return interleaved.reshape(rows // 2, 2, *interleaved.shape[1:]).transpose(0, 1).reshape(interleaved.shape)

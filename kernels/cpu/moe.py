@@ -44,6 +44,7 @@ class _Prepared:
     gate_up: list[PackedLinear]
     down: list[PackedLinear]
     single: _Single
+    first: int
 
 
 def create_moe_add(
@@ -97,6 +98,7 @@ def _prepare(experts: ExpertWeights, router: Tensor, top_k: int, limit: float) -
         gate_up=[pack(weight, b) for weight, b in zip(gate_up, bias, strict=True)],
         down=[pack(weight, b) for weight, b in zip(down, experts.down_bias, strict=True)],
         single=_Single(gate_up=rows, gates=rows[:, :inter], ups=rows[:, inter:]),
+        first=experts.first,
     )
 
 
@@ -109,11 +111,25 @@ def _single_token(x: Tensor, ready: _Prepared, router_bias: Tensor, top_k: int, 
     shares = [math.exp(scores[expert] - best) for expert in chosen]
     total = sum(shares)
     buffers = ready.single
+    if len(ready.gate_up) < len(scores):
+        return _single_token_here(x, ready, chosen, [share / total for share in shares], residual)
     torch.cat([ready.gate_up[expert].one(x) for expert in chosen], out=buffers.gate_up)
     torch.clamp(buffers.gate_up, ready.low, ready.high, out=buffers.gate_up)
     hidden = _activate(buffers.gates, buffers.ups).chunk(top_k)
     for expert, share, row in zip(chosen, shares, hidden, strict=True):
         residual.add_(ready.down[expert].one(row), alpha=share / total)
+    return residual
+
+
+def _single_token_here(x: Tensor, ready: _Prepared, chosen: list[int], shares: list[float], residual: Tensor) -> Tensor:
+    """One token, where only some of its experts are this rank's."""
+    inter = ready.single.gates.shape[1]
+    for expert, share in zip(chosen, shares, strict=True):
+        index = expert - ready.first
+        if 0 <= index < len(ready.gate_up):
+            gate_up = torch.clamp(ready.gate_up[index].one(x), ready.low, ready.high)
+            hidden = _activate(gate_up[:, :inter], gate_up[:, inter:])
+            residual.add_(ready.down[index].one(hidden), alpha=share)
     return residual
 
 
@@ -126,7 +142,9 @@ def _sorted(x: Tensor, weights: Tensor, ids: Tensor, ready: _Prepared, residual:
     """Tokens in order of their expert; one product per expert, then back to (token, slot) order and summed."""
     num_tokens, top_k = ids.shape
     order = ids.flatten().argsort(stable=True)
-    counts = ids.flatten().bincount(minlength=len(ready.gate_up)).tolist()
+    counts = ids.flatten().bincount(minlength=ready.router_transposed.shape[1]).tolist()
+    if len(ready.gate_up) < len(counts):
+        return _sorted_here(x, weights, order, counts, ready, residual)
     rows = x.index_select(0, order.div(top_k, rounding_mode="floor"))
     gate_up = _per_expert(rows, counts, ready.gate_up)
     torch.clamp(gate_up, ready.low, ready.high, out=gate_up)
@@ -134,6 +152,22 @@ def _sorted(x: Tensor, weights: Tensor, ids: Tensor, ready: _Prepared, residual:
     # Gathering by the inverse order is three times quicker than scattering by the order.
     by_slot = outputs.index_select(0, order.argsort())
     return residual.add_(torch.bmm(weights.unsqueeze(1), by_slot.view(num_tokens, top_k, -1)).squeeze(1))
+
+
+def _sorted_here(
+    x: Tensor, weights: Tensor, order: Tensor, counts: list[int], ready: _Prepared, residual: Tensor
+) -> Tensor:
+    """As `_sorted`, where only the experts from `first` on are this rank's: their tokens lie together in the order."""
+    begin = sum(counts[: ready.first])
+    here = counts[ready.first : ready.first + len(ready.gate_up)]
+    mine = order[begin : begin + sum(here)]
+    if not len(mine):
+        return residual
+    tokens = mine.div(weights.shape[1], rounding_mode="floor")
+    gate_up = _per_expert(x.index_select(0, tokens), here, ready.gate_up)
+    torch.clamp(gate_up, ready.low, ready.high, out=gate_up)
+    outputs = _per_expert(_activate(*gate_up.chunk(2, dim=1)), here, ready.down)
+    return residual.index_add_(0, tokens, outputs.mul_(weights.flatten().index_select(0, mine)[:, None]))
 
 
 def _per_expert(rows: Tensor, counts: list[int], products: list[PackedLinear]) -> Tensor:

@@ -44,12 +44,15 @@ def moe_add(
     """Return residual + the weighted outputs of each token's top-k experts; `residual` may be overwritten.
 
     Shapes: x [T, H], router [E, H], router_bias [E], residual [T, H].
-    Maths: Σ_slots w · (down(swiglu(gate_up(x) + b₁)) + b₂), summed in float32 in slot order.
+    Maths: Σ_slots w · (down(swiglu(gate_up(x) + b₁)) + b₂), summed in float32 in slot order; slots of experts that are
+    not in `experts` add nothing.
     """
     weights, ids = router_topk(x, router, router_bias, top_k)
     outputs = torch.zeros(*ids.shape, x.shape[1], dtype=torch.float32)
-    for index in torch.unique(ids).tolist():
-        tokens, slots = torch.where(ids == index)
+    for index in (torch.unique(ids) - experts.first).tolist():
+        if not 0 <= index < experts.num_experts:
+            continue
+        tokens, slots = torch.where(ids == index + experts.first)
         gate_up, down = experts.expert(index)
         hidden = swiglu(torch.nn.functional.linear(x[tokens], gate_up, experts.gate_up_bias[index]), limit)
         result = torch.nn.functional.linear(hidden, down, experts.down_bias[index])
