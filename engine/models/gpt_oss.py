@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields, is_dataclass
 
 from torch import Tensor
 
+from engine.comm.group import Group
 from engine.models.layers import Attention, MixtureOfExperts
 from kernels.ops import Ops, PagedBatch
 
@@ -18,7 +19,9 @@ from kernels.ops import Ops, PagedBatch
 class GptOss:
     """One rank's model.
 
-    Shapes: embedding and lm_head [V, H], norm [H], rope complex64 [P, 1, D/2].
+    Shapes: embedding [V, H], lm_head [rows, H], norm [H], rope complex64 [P, 1, D/2]. `vocab_rows` are the rows of
+    lm_head on each rank of the `group`. A stage that is not the first has no embedding, one that is not the last no
+    lm_head: both have no rows then.
     """
 
     embedding: Tensor
@@ -27,6 +30,8 @@ class GptOss:
     lm_head: Tensor
     rope: Tensor
     eps: float
+    group: Group | None = None
+    vocab_rows: tuple[int, ...] = ()
 
     @property
     def num_bytes(self) -> int:
@@ -61,7 +66,12 @@ class GptOss:
 
         Shapes: input_ids and positions int64 [T]; caches[l] [S, 2, K, D] and batches[l] are layer l's; returns [T, H].
         """
-        x = ops.embedding(input_ids, self.embedding)
+        return self.run_layers(ops, ops.embedding(input_ids, self.embedding), positions, caches, batches)
+
+    def run_layers(
+        self, ops: Ops, x: Tensor, positions: Tensor, caches: Sequence[Tensor], batches: Sequence[PagedBatch]
+    ) -> Tensor:
+        """Take hidden states [T, H] through this rank's layers; may overwrite x."""
         rotation = self.rope.index_select(0, positions)
         for (attention, experts), cache, batch in zip(self.layers, caches, batches, strict=True):
             x = attention.forward(ops, x, rotation, cache, batch)
@@ -69,5 +79,9 @@ class GptOss:
         return x
 
     def logits(self, ops: Ops, hidden: Tensor) -> Tensor:
-        """Project hidden states [B, H] on the vocabulary; float32 [B, V]."""
-        return ops.logits(ops.rms_norm(hidden, self.norm, self.eps), self.lm_head)
+        """Project hidden states [B, H] on the whole vocabulary; float32 [B, V], on every rank of the stage."""
+        if self.lm_head.shape[0]:
+            local = ops.logits(ops.rms_norm(hidden, self.norm, self.eps), self.lm_head)
+        else:
+            local = hidden.new_empty(hidden.shape[0], 0)
+        return local if self.group is None else self.group.all_gather(local, self.vocab_rows)

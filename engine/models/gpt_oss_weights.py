@@ -19,10 +19,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from engine.comm.ranks import RankLinks
 from engine.config import MXFP4_BLOCK, ModelConfig
 from engine.models.checkpoint import FLOATS, Checkpoint, CheckpointError, ExpectedTensor, TensorSource
 from engine.models.gpt_oss import GptOss
 from engine.models.layers import Attention, MixtureOfExperts
+from engine.placement import MLP_UNIT, RankSpec
 from kernels.ops import (
     MAX_SCALE,
     ExpertWeights,
@@ -149,18 +151,33 @@ class LoadOptions:
 
 
 def load_gpt_oss(
-    source: TensorSource, model: ModelConfig, options: LoadOptions, progress: Callable[[float, str], None]
+    source: TensorSource,
+    model: ModelConfig,
+    options: LoadOptions,
+    progress: Callable[[float, str], None],
+    links: RankLinks | None = None,
+    rank: RankSpec | None = None,
 ) -> GptOss:
-    """Build the model from tensors that have passed the header checks. Raises: CheckpointError on scales above 252."""
-    loader = _Loader(source, model, options)
+    """Build a rank's share of the model from tensors that have passed the header checks; without `rank`, all of it.
+
+    Only what the share holds is read. Raises: CheckpointError on scales above 252.
+    """
+    loader = _Loader(source, model, options, rank, links or RankLinks())
+    part = loader.part
     layers = []
-    for layer in range(model.num_layers):
-        progress(layer / (model.num_layers + 1), f"layer {layer + 1} of {model.num_layers}")
+    begin, end = part.layers
+    for layer in range(begin, end):
+        progress((layer - begin) / (end - begin + 1), f"layer {layer + 1} of {model.num_layers}")
         layers.append((loader.attention(layer), loader.experts(layer)))
-    progress(model.num_layers / (model.num_layers + 1), "embedding and lm_head")
-    embedding = loader.dense("model.embed_tokens.weight")
+    progress((end - begin) / (end - begin + 1), "embedding and lm_head")
+    embedding = loader.dense("model.embed_tokens.weight", slice(None) if part.has_embedding else slice(0))
     norm = loader.dense("model.norm.weight")
-    head = embedding if model.tie_word_embeddings else loader.dense("lm_head.weight")
+    is_whole_head = part.vocab == (0, model.vocab_size)
+    if model.tie_word_embeddings and part.has_embedding and is_whole_head:
+        head = embedding
+    else:
+        name = "model.embed_tokens.weight" if model.tie_word_embeddings else "lm_head.weight"
+        head = loader.dense(name, slice(*part.vocab))
     rope = model.rope
     # A factor of 1 is "no scaling" in the configuration; YaRN would then leave the frequencies alone too.
     scaling = (
@@ -177,27 +194,76 @@ def load_gpt_oss(
         lm_head=_columns(head),
         rope=rope_table(inverse, concentration, options.num_positions),
         eps=model.rms_norm_eps,
+        group=loader.group,
+        vocab_rows=tuple(other.vocab[1] - other.vocab[0] for other in loader.stage),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Which part of each tensor a rank holds; half-open ranges. `columns` are intermediate columns of every expert.
+
+    What all ranks of a stage would add alike is added by one: `adds_out_bias` after attention, `adds_down_bias` after
+    the experts (columns of one expert lie on several ranks; whole experts each keep their own).
+    """
+
+    layers: tuple[int, int]
+    query_heads: tuple[int, int]
+    kv_heads: tuple[int, int]
+    columns: tuple[int, int]
+    experts: tuple[int, int]
+    vocab: tuple[int, int]
+    has_embedding: bool
+    adds_out_bias: bool
+    adds_down_bias: bool
+
+
+def _part(model: ModelConfig, rank: RankSpec | None) -> _Part:
+    if rank is None:
+        heads, kv_heads = (0, model.num_attention_heads), (0, model.num_kv_heads)
+        columns, vocab = (0, model.intermediate_size), (0, model.vocab_size)
+        return _Part((0, model.num_layers), heads, kv_heads, columns, (0, model.num_experts), vocab, True, True, True)
+    first, last = (min(unit * MLP_UNIT, model.intermediate_size) for unit in rank.mlp_units)
+    return _Part(
+        layers=rank.layers,
+        query_heads=rank.query_heads,
+        kv_heads=rank.kv_heads,
+        columns=(first, last),
+        experts=rank.experts,
+        vocab=rank.vocab,
+        has_embedding=rank.has_embedding,
+        adds_out_bias=rank.tp_rank == 0,
+        adds_down_bias=first == 0,
     )
 
 
 class _Loader:
-    def __init__(self, source: TensorSource, model: ModelConfig, options: LoadOptions) -> None:
+    def __init__(
+        self, source: TensorSource, model: ModelConfig, options: LoadOptions, rank: RankSpec | None, links: RankLinks
+    ) -> None:
         self._source = source
         self._model = model
         self._options = options
+        self.part = _part(model, rank)
+        self.group = links.group
+        self.stage = links.stage
 
-    def dense(self, name: str) -> Tensor:
-        """Copy one float tensor into memory of our own, in the chosen dtype."""
-        return self._source.get(name).to(self._options.dtype, copy=True)
+    def dense(self, name: str, *parts: slice) -> Tensor:
+        """Copy one float tensor, or a part of it, into memory of our own, in the chosen dtype."""
+        return self._source.get(name)[parts].to(self._options.dtype, copy=True).contiguous()
 
     def attention(self, layer: int) -> Attention:
         model, at = self._model, f"model.layers.{layer}."
         order = pair_order(model.head_dim)
+        query_heads, kv_heads = slice(*self.part.query_heads), slice(*self.part.kv_heads)
+        query_rows, kv_rows = (
+            slice(s.start * model.head_dim, s.stop * model.head_dim) for s in (query_heads, kv_heads)
+        )
 
         def stacked(kind: str) -> Tensor:
             parts = []
             for name in ("q", "k", "v"):
-                part = self.dense(f"{at}self_attn.{name}_proj.{kind}")
+                part = self.dense(f"{at}self_attn.{name}_proj.{kind}", query_rows if name == "q" else kv_rows)
                 heads = part.view(-1, model.head_dim, *part.shape[1:])
                 parts.append(part if name == "v" else heads[:, order].flatten(0, 1))
             return torch.cat(parts)
@@ -206,13 +272,14 @@ class _Loader:
             norm=self.dense(at + "input_layernorm.weight"),
             qkv=_columns(stacked("weight")),
             qkv_bias=stacked("bias"),
-            out=_columns(self.dense(at + "self_attn.o_proj.weight")),
-            out_bias=self.dense(at + "self_attn.o_proj.bias"),
-            sinks=self.dense(at + "self_attn.sinks").float(),
-            num_heads=model.num_attention_heads,
-            num_kv_heads=model.num_kv_heads,
+            out=_columns(self.dense(at + "self_attn.o_proj.weight", slice(None), query_rows)),
+            out_bias=self.dense(at + "self_attn.o_proj.bias").mul_(self.part.adds_out_bias),
+            sinks=self.dense(at + "self_attn.sinks", query_heads).float(),
+            num_heads=query_heads.stop - query_heads.start,
+            num_kv_heads=kv_heads.stop - kv_heads.start,
             scale=model.head_dim**-0.5,
             eps=model.rms_norm_eps,
+            group=self.group,
         )
 
     def experts(self, layer: int) -> MixtureOfExperts:
@@ -225,20 +292,27 @@ class _Loader:
             top_k=model.num_experts_per_token,
             limit=model.swiglu_limit,
             eps=model.rms_norm_eps,
+            group=self.group,
         )
 
     def _expert_weights(self, at: str) -> ExpertWeights:
-        gate_up_bias = self.dense(at + "gate_up_proj_bias")
+        part = self.part
+        experts, columns = slice(*part.experts), slice(*part.columns)
+        # Gates and ups are interleaved in the checkpoint: a range of columns is one range of rows there.
+        rows, blocks = slice(2 * columns.start, 2 * columns.stop), slice(columns.start // 32, -(-columns.stop // 32))
+        gate_up_bias = self.dense(at + "gate_up_proj_bias", experts, rows)
         weights = ExpertWeights(
-            gate_up_bias=gates_first(gate_up_bias.t()).t().contiguous(), down_bias=self.dense(at + "down_proj_bias")
+            gate_up_bias=gates_first(gate_up_bias.t()).t().contiguous(),
+            down_bias=self.dense(at + "down_proj_bias", experts).mul_(part.adds_down_bias),
+            first=experts.start,
         )
         if self._model.quantization == "none":
-            gate_up = self.dense(at + "gate_up_proj").transpose(1, 2)
+            gate_up = self.dense(at + "gate_up_proj", experts, slice(None), rows).transpose(1, 2)
             weights.gate_up = gates_first(gate_up.transpose(0, 1)).transpose(0, 1).contiguous()
-            weights.down = self.dense(at + "down_proj").transpose(1, 2).contiguous()
+            weights.down = self.dense(at + "down_proj", experts, columns).transpose(1, 2).contiguous()
             return weights
-        gate_up_blocks, gate_up_scales = self._packed(at + "gate_up_proj")
-        down_blocks, down_scales = self._packed(at + "down_proj")
+        gate_up_blocks, gate_up_scales = self._packed(at + "gate_up_proj", experts, rows)
+        down_blocks, down_scales = self._packed(at + "down_proj", experts, slice(None), blocks)
         if self._options.expand_experts:
             gate_up = mxfp4_expand(gate_up_blocks, gate_up_scales, self._options.dtype)
             weights.gate_up = gates_first(gate_up.transpose(0, 1)).transpose(0, 1).contiguous()
@@ -248,13 +322,13 @@ class _Loader:
             weights.down_blocks, weights.down_scales = down_blocks.clone(), down_scales.clone()
         return weights
 
-    def _packed(self, base: str) -> tuple[Tensor, Tensor]:
-        scales = self._source.get(base + "_scales")
-        largest = int(scales.max())
+    def _packed(self, base: str, *parts: slice) -> tuple[Tensor, Tensor]:
+        scales = self._source.get(base + "_scales")[parts].contiguous()
+        largest = int(scales.max()) if scales.numel() else 0
         if largest > MAX_SCALE:
             file = self._options.where
             raise CheckpointError(file, base + "_scales", f"MXFP4 scales up to {MAX_SCALE}", f"scale {largest}")
-        return self._source.get(base + "_blocks"), scales
+        return self._source.get(base + "_blocks")[parts].contiguous(), scales
 
 
 def _columns(weight: Tensor) -> Tensor:

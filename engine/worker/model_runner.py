@@ -54,6 +54,7 @@ class ModelRunner:
     def num_rows(self) -> int:
         return len(self._batch)
 
+    @torch.inference_mode()
     def append_tokens(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Append what a later stage sampled, (row, token) pairs; the last stage has done so itself."""
         if self._sender is not None:
