@@ -134,6 +134,9 @@ class EngineConfig:
     `model` is a folder; `device` is `cpu` or `cuda:N`; `max_model_len == 0` means the model's own limit;
     `cpu_threads == 0` lets the worker choose; `seed` feeds requests without one, so that a run can be repeated.
     `enforce_eager` keeps a GPU from capturing CUDA graphs.
+
+    More than one rank: `placement` is the JSON of an `engine.placement.Placement` and says everything; without it the
+    sizes do, with all ranks on this host. `data_parallel_rank` is the engine of the placement that this process runs.
     """
 
     model: str
@@ -145,6 +148,12 @@ class EngineConfig:
     seed: int | None = None
     step_timeout_seconds: float = 60.0
     enforce_eager: bool = False
+    placement: str = ""
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+    data_parallel_size: int = 1
+    data_parallel_rank: int = 0
+    enable_expert_parallel: bool = False
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
@@ -162,6 +171,9 @@ class EngineConfig:
         _check(0 < self.cache.gpu_memory_utilization <= 1, "cache.gpu_memory_utilization", "must be above 0, at most 1")
         _check(self.max_model_len >= 0, "max_model_len", "must not be negative")
         _check(self.cpu_threads >= 0, "cpu_threads", "must not be negative")
+        for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
+            _check(getattr(self, name) >= 1, name, "must be at least 1")
+        _check(self.data_parallel_rank >= 0, "data_parallel_rank", "must not be negative")
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2, sort_keys=True)

@@ -19,7 +19,8 @@ from engine.core.scheduler import RequestRejected, Scheduler
 from engine.executor.base import Executor
 from engine.executor.inline import make_executor, make_worker
 from engine.memory import MemoryFit, kv_cache_groups
-from engine.placement import Placement, single_rank
+from engine.placement import Device, HostSpec, ParallelSizes, Placement, PlacementError, single_rank
+from engine.placement import place as place_on_hosts
 
 PhaseReport = Callable[[str, str, float | None, str], None]
 
@@ -54,6 +55,7 @@ class EngineCore:
         memory: MemoryFit,
         max_model_len: int,
         facts: ServingFacts,
+        num_stages: int = 1,
     ) -> None:
         self.config = config
         self.model = model
@@ -66,9 +68,13 @@ class EngineCore:
             group_windows=tuple(group.window for group in kv_cache_groups(model)),
             max_model_len=max_model_len,
             hash_seed=secrets.token_bytes(16),
+            num_stages=num_stages,
         )
         self.executor = executor
+        self._num_stages = num_stages
         self.step = self._step_overlapped if config.scheduler.async_scheduling else self._step_plain
+        if num_stages > 1:
+            self.step = self._step_pipelined
 
     @classmethod
     def start(cls, config: EngineConfig, report: PhaseReport = lambda *_: None) -> EngineCore:
@@ -86,19 +92,15 @@ class EngineCore:
                 f"use at most {model.max_position_embeddings}",
             )
         placement = place(config, model)
-        worker = make_worker(config, model, placement.ranks[0])
+        if len(placement.engine(config.data_parallel_rank)) > 1:
+            return cls._start_ranks(config, model, placement, max_model_len, report)
+        worker = make_worker(config, model, placement.engine(config.data_parallel_rank)[0])
         worker.load(lambda fraction, detail: report("load", "progress", fraction, detail))
         report("load", "end", 1.0, f"{worker.weight_bytes / 2**20:.1f} MiB of weights from {folder.name}")
 
         report("kv", "begin", None, "")
         memory = worker.fit_memory(max_model_len)
-        if memory.max_full_requests < 1.0 and not config.cache.num_blocks:
-            raise OutOfMemoryPlan(
-                "memory",
-                f"{memory.num_blocks} KV blocks hold no request of {max_model_len} tokens "
-                f"(one needs {memory.blocks_per_full_request})",
-                "lower max-model-len or max-num-batched-tokens, or give more memory",
-            )
+        _check_fit(config, memory, max_model_len)
         worker.allocate_kv(memory.num_blocks)
         report("kv", "end", None, f"{memory.num_blocks} blocks, {memory.max_full_requests:.1f} full requests")
 
@@ -118,6 +120,44 @@ class EngineCore:
         )
         executor = make_executor(worker, overlapped=config.scheduler.async_scheduling)
         return cls(config, model, executor, memory, max_model_len, facts)
+
+    @classmethod
+    def _start_ranks(
+        cls, config: EngineConfig, model: ModelConfig, placement: Placement, max_model_len: int, report: PhaseReport
+    ) -> EngineCore:
+        """Do the same with ranks in processes of their own."""
+        from engine.executor.multiproc import MultiprocExecutor
+        from engine.executor.multiproc_fit import LoadProgress, fit_ranks
+
+        progress = LoadProgress(report)
+        executor = MultiprocExecutor(config, placement, dp_rank=config.data_parallel_rank, on_phase=progress)
+        try:
+            loaded = executor.wait_loaded()
+            weight_bytes = sum(rank.weight_bytes for rank in loaded)
+            report("load", "end", 1.0, f"{weight_bytes / 2**20:.1f} MiB of weights on {len(loaded)} ranks")
+            report("kv", "begin", None, "")
+            memory = fit_ranks(config, model, executor.ranks, loaded, max_model_len)
+            _check_fit(config, memory, max_model_len)
+            executor.allocate_kv(memory.num_blocks)
+            report("kv", "end", None, f"{memory.num_blocks} blocks, {memory.max_full_requests:.1f} full requests")
+            report("warmup", "begin", None, "")
+            executor.warm_up()
+            report("warmup", "end", None, "")
+            facts = ServingFacts(
+                max_model_len=max_model_len,
+                weight_bytes=weight_bytes,
+                kv_bytes=memory.kv_bytes,
+                num_blocks=memory.num_blocks,
+                block_size=memory.block_size,
+                max_full_requests=memory.max_full_requests,
+                device=f"{executor.ranks[0].backend} ({placement.sizes})",
+                device_name=loaded[0].device_name,
+                dtype=loaded[0].dtype,
+            )
+            return cls(config, model, executor, memory, max_model_len, facts, placement.pipeline_parallel_size)
+        except BaseException:
+            executor.stop()
+            raise
 
     def add(self, request: EngineRequest) -> RequestOutput | None:
         """Queue a request. A refusal, or the end of one that asks for no tokens, comes back as its only output."""
@@ -157,6 +197,27 @@ class EngineCore:
             return self.scheduler.advance(self.executor.collect())
         return []
 
+    def _step_pipelined(self) -> list[RequestOutput]:
+        # Each plan holds rows that no plan in flight samples: one plan per stage keeps all stages busy.
+        while self.executor.num_in_flight < self._num_stages:
+            plan = self.scheduler.plan(time.monotonic())
+            if plan is None:
+                break
+            self.executor.submit(plan)
+        if self.executor.num_in_flight:
+            return self.scheduler.advance(self.executor.collect())
+        return []
+
+
+def _check_fit(config: EngineConfig, memory: MemoryFit, max_model_len: int) -> None:
+    if memory.max_full_requests < 1.0 and not config.cache.num_blocks:
+        raise OutOfMemoryPlan(
+            "memory",
+            f"{memory.num_blocks} KV blocks hold no request of {max_model_len} tokens "
+            f"(one needs {memory.blocks_per_full_request})",
+            "lower max-model-len or max-num-batched-tokens, or give more memory",
+        )
+
 
 def open_model(config: EngineConfig) -> tuple[Path, ModelConfig]:
     """Find the model's folder and read its shape.
@@ -170,7 +231,39 @@ def open_model(config: EngineConfig) -> tuple[Path, ModelConfig]:
 
 
 def place(config: EngineConfig, model: ModelConfig) -> Placement:
-    """Place the model on the one device that the configuration names."""
+    """Place the model as the configuration says, or by its sizes on this host.
+
+    Raises: ConfigError when there is no such placement.
+    """
+    sizes = ParallelSizes(
+        config.data_parallel_size,
+        config.pipeline_parallel_size,
+        config.tensor_parallel_size,
+        config.enable_expert_parallel,
+    )
+    try:
+        if config.placement:
+            placement = Placement.from_json(config.placement)
+        elif sizes.world > 1:
+            backend = config.device.partition(":")[0]
+            devices = tuple(Device(f"{backend}:{index}") for index in range(sizes.world))
+            placement = place_on_hosts(model, sizes, [HostSpec("localhost", devices)])
+        else:
+            placement = _place_alone(config, model)
+    except PlacementError as error:
+        raise ConfigError("placement", error.message) from error
+    if config.data_parallel_rank >= placement.data_parallel_size:
+        raise ConfigError(
+            "data_parallel_rank",
+            f"{config.data_parallel_rank}: the placement has {placement.data_parallel_size} engines",
+        )
+    ranks = placement.engine(config.data_parallel_rank)
+    if len(ranks) > 1 and any(rank.backend != "cpu" for rank in ranks):
+        raise ConfigError("placement", f"{placement.sizes}: several ranks serve on CPUs only", "use one GPU per engine")
+    return placement
+
+
+def _place_alone(config: EngineConfig, model: ModelConfig) -> Placement:
     return single_rank(
         node="localhost",
         device=config.device,
@@ -178,4 +271,6 @@ def place(config: EngineConfig, model: ModelConfig) -> Placement:
         num_kv_heads=model.num_kv_heads,
         intermediate_size=model.intermediate_size,
         num_experts=model.num_experts,
+        num_query_heads=model.num_attention_heads,
+        vocab_size=model.vocab_size,
     )

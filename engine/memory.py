@@ -213,19 +213,24 @@ def fit(
     kv_cache_bytes: int = 0,
     num_blocks: int = 0,
     is_gpu: bool = False,
+    block_bytes: int | None = None,
 ) -> MemoryFit:
     """Size the block pool of one rank.
 
     `num_blocks` or `kv_cache_bytes` fix the pool; otherwise it gets what the budget leaves, at most what
     `max_num_seqs` requests of full length can use and, on a CPU, at most 4 GiB. Block 0 is the null block.
+    `block_bytes` is what a block takes on a rank that holds a share of the model; 0 where it holds no KV.
     """
-    block_bytes = kv_block_bytes(model, block_size, kv_dtype)
+    if block_bytes is None:
+        block_bytes = kv_block_bytes(model, block_size, kv_dtype)
     arena = gpu_activation_bytes if is_gpu else activation_bytes
     activations = arena(model, max_num_batched_tokens, max_num_seqs)
     runtime_bytes = GPU_RUNTIME_BYTES if is_gpu else CPU_RUNTIME_BYTES
     per_request = blocks_per_request(model, max_model_len, block_size, max_num_batched_tokens)
     if not num_blocks:
-        if kv_cache_bytes:
+        if not block_bytes:
+            num_blocks = max_num_seqs * per_request + 1
+        elif kv_cache_bytes:
             num_blocks = kv_cache_bytes // block_bytes
         else:
             left = max(0, budget_bytes - weight_bytes - activations - runtime_bytes)

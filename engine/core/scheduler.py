@@ -55,7 +55,8 @@ class Scheduler:
     """One token budget per step, running requests first, preemption by recompute.
 
     `num_blocks` counts the null block. `group_windows[g]` is the window of KV group g in tokens, None for full
-    attention. `hash_seed` is secret and keys the prefix cache.
+    attention. `hash_seed` is secret and keys the prefix cache. With several pipeline stages as many plans are in
+    flight, and a row samples in one of them at a time: the first stage learns of its token with a later plan.
 
     Raises: ConfigError when no request could ever be scheduled under these limits.
     """
@@ -69,6 +70,7 @@ class Scheduler:
         group_windows: tuple[int | None, ...],
         max_model_len: int,
         hash_seed: bytes,
+        num_stages: int = 1,
     ) -> None:
         if not config.enable_chunked_prefill and config.max_num_batched_tokens < max_model_len:
             raise ConfigError(
@@ -77,6 +79,7 @@ class Scheduler:
                 "raise max-num-batched-tokens, lower max-model-len, or enable chunked prefill",
             )
         self._config = config
+        self._num_stages = num_stages
         self._max_model_len = max_model_len
         self._kv = KVCache(
             num_blocks=num_blocks,
@@ -273,11 +276,19 @@ class Scheduler:
         add_request = batch.requests.append
         add_num_scheduled = batch.num_scheduled.append
         add_samples = batch.samples.append
+        # With stages, the rows are dealt out evenly over the plans in flight.
+        num_stages = self._num_stages
+        share = -(-len(self._running) // num_stages)
         # A copy, because preemption takes rows out.
         for request in self._running.copy():
             if not budget:
                 break
             computed = request.num_computed
+            if num_stages > 1:
+                if len(batch.requests) >= share:
+                    break
+                if request.num_tokens != len(request.token_ids):
+                    continue  # its last token is in flight
             if computed < request.steady_until:
                 request.num_computed = computed + 1
                 request.num_tokens = computed + 2

@@ -1,0 +1,63 @@
+"""Size the KV pool of an engine whose ranks hold shares, and make one progress of theirs.
+
+Knows: what a block takes on each rank; that ranks on one host share its memory. Refuses to know: how ranks are reached.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from engine.config import EngineConfig, ModelConfig
+from engine.executor.messages import LoadedReport, PhaseReport
+from engine.memory import DTYPE_BYTES, MemoryFit, fit, kv_cache_groups
+from engine.placement import RankSpec
+
+
+def block_bytes_of_rank(model: ModelConfig, rank: RankSpec, block_size: int, kv_dtype: str) -> int:
+    """Bytes of one block on a rank: its KV heads, in as many layers as its stage has of the largest group."""
+    begin, end = rank.layers
+    layers = max(sum(begin <= layer < end for layer in group.layers) for group in kv_cache_groups(model))
+    heads = rank.kv_heads[1] - rank.kv_heads[0]
+    return layers * 2 * heads * model.head_dim * DTYPE_BYTES[kv_dtype] * block_size
+
+
+def fit_ranks(
+    config: EngineConfig,
+    model: ModelConfig,
+    ranks: Sequence[RankSpec],
+    loaded: Sequence[LoadedReport],
+    max_model_len: int,
+) -> MemoryFit:
+    """Size the pool of an engine: the blocks that its tightest rank has room for."""
+    on_node = {rank.node: sum(other.node == rank.node for other in ranks) for rank in ranks}
+    fits = [
+        fit(
+            model,
+            budget_bytes=report.budget_bytes // on_node[rank.node] + report.weight_bytes,
+            weight_bytes=report.weight_bytes,
+            kv_dtype=report.kv_dtype,
+            block_size=config.cache.block_size,
+            max_model_len=max_model_len,
+            max_num_seqs=config.scheduler.max_num_seqs,
+            max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
+            kv_cache_bytes=config.cache.kv_cache_bytes,
+            num_blocks=config.cache.num_blocks,
+            block_bytes=block_bytes_of_rank(model, rank, config.cache.block_size, report.kv_dtype),
+        )
+        for rank, report in zip(ranks, loaded, strict=True)
+    ]
+    return min(fits, key=lambda fit: fit.num_blocks)
+
+
+class LoadProgress:
+    """Turns the phases of many ranks into one progress: as far as the one that is furthest behind."""
+
+    def __init__(self, report: Callable[[str, str, float | None, str], None]) -> None:
+        self._report = report
+        self._fractions: dict[int, float] = {}
+
+    def __call__(self, phase: PhaseReport) -> None:
+        if phase.phase == "load":
+            self._fractions[phase.rank] = phase.fraction
+            least = min(self._fractions.values())
+            self._report("load", "progress", least, f"rank {phase.rank}: {phase.detail}" if phase.detail else "")

@@ -1,0 +1,264 @@
+"""The process of one rank: `python -m engine.executor.multiproc_rank --fd N --parent PID`.
+
+It reads its setup from the socket it was given, loads its share of the model, and runs plans from the ring until it is
+told to stop, its engine is gone, or something breaks: then it says what, and ends.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import os
+import signal
+import socket
+import struct
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import msgspec
+
+from engine.comm.board import BoardLine
+from engine.comm.ring import RingClosed, RingReader, RingWriter
+from engine.comm.segment import Segment
+from engine.config import EngineConfig, ModelConfig
+from engine.core.plan import ExecutionPlan, StepResult
+from engine.executor.messages import (
+    DoneReport,
+    FaultReport,
+    Kind,
+    LoadedReport,
+    PhaseReport,
+    PlanDecoder,
+    Report,
+    encode_report,
+    encode_result,
+)
+from engine.executor.multiproc_wiring import RankSetup
+from engine.placement import Placement, RankSpec
+from engine.process import die_with_parent, dump_stacks_on_signal
+
+if TYPE_CHECKING:
+    from engine.comm.ranks import RankLinks
+
+FRAME = struct.Struct("<IB")
+EXIT_FAILED = 1
+
+
+class RankWorker(Protocol):
+    """What this process drives; `engine.worker.worker.Worker` is one."""
+
+    weight_bytes: int
+    device_name: str
+
+    @property
+    def kv_dtype_name(self) -> str: ...
+
+    @property
+    def dtype_name(self) -> str: ...
+
+    def load(self, progress: Callable[[float, str], None]) -> None: ...
+
+    def available_memory(self) -> int: ...
+
+    def allocate_kv(self, num_blocks: int) -> None: ...
+
+    def warm_up(self) -> None: ...
+
+    def append_tokens(self, pairs: Sequence[tuple[int, int]]) -> None: ...
+
+    def execute(self, plan: ExecutionPlan) -> StepResult: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Rank:
+    """What a worker is made from."""
+
+    config: EngineConfig
+    placement: Placement
+    spec: RankSpec
+    setup: RankSetup
+    line: BoardLine
+
+
+MakeWorker = Callable[[Rank], RankWorker]
+
+
+def make_model_worker(rank: Rank) -> RankWorker:
+    """Make the worker that serves the rank's share of the model. Loads torch."""
+    from engine.config import load_model_config, resolve_model_folder
+    from engine.worker.worker import Worker
+
+    folder = resolve_model_folder(rank.config.model)
+    if folder is None:
+        raise FileNotFoundError(f"{rank.config.model!r} is not on this node")
+    model: ModelConfig = load_model_config(folder)
+    return Worker(rank.config, model, rank.spec, connect(rank))
+
+
+def connect(rank: Rank) -> RankLinks:
+    """Take the rank's places in its group and its pipeline."""
+    from engine.comm.group import SharedGroup
+    from engine.comm.link import RingReceiver, RingSender
+    from engine.comm.ranks import RankLinks
+
+    setup = rank.setup
+    return RankLinks(
+        stage=rank.placement.stage(rank.spec.dp_rank, rank.spec.pp_rank),
+        group=SharedGroup(setup.group, notes=rank.line) if setup.group is not None else None,
+        receiver=RingReceiver(setup.previous, notes=rank.line) if setup.previous is not None else None,
+        sender=RingSender(setup.next) if setup.next is not None else None,
+    )
+
+
+class _Control:
+    """Frames to the engine over the inherited socket."""
+
+    def __init__(self, fd: int) -> None:
+        self._socket = socket.socket(fileno=fd)
+
+    def receive_setup(self) -> RankSetup:
+        length, _ = FRAME.unpack(self._read(FRAME.size))
+        return msgspec.msgpack.decode(self._read(length), type=RankSetup)
+
+    def send(self, report: Report) -> None:
+        kind, body = encode_report(report)
+        try:
+            self._socket.sendall(FRAME.pack(len(body), kind) + body)
+        except (BrokenPipeError, ConnectionResetError):
+            os._exit(0)  # the engine is gone
+
+    def _read(self, size: int) -> bytes:
+        data = bytearray()
+        while len(data) < size:
+            piece = self._socket.recv(size - len(data))
+            if not piece:
+                os._exit(0)
+            data += piece
+        return bytes(data)
+
+
+def main(argv: Sequence[str] | None = None, make_worker: MakeWorker = make_model_worker) -> int:
+    """Be a rank until the end. `make_worker` is for tests; what it returns does the work."""
+    parser = argparse.ArgumentParser(prog="engine.executor.multiproc_rank")
+    parser.add_argument("--fd", type=int, required=True)
+    parser.add_argument("--parent", type=int, required=True)
+    arguments = parser.parse_args(argv)
+    die_with_parent(arguments.parent)
+    dump_stacks_on_signal()
+    # Ctrl-C reaches the whole foreground group; the engine decides when a rank ends.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    control = _Control(arguments.fd)
+    setup = control.receive_setup()
+    process = _RankProcess(control, setup)
+    try:
+        process.run(make_worker)
+    except RingClosed:
+        return 0
+    except Exception as error:  # noqa: BLE001 - the process border: the cause travels, then the process ends
+        traceback.print_exc()
+        control.send(_fault(setup.rank, process.phase, error))
+        return EXIT_FAILED
+    return 0
+
+
+class _RankProcess:
+    def __init__(self, control: _Control, setup: RankSetup) -> None:
+        self._control = control
+        self._setup = setup
+        self._line = BoardLine(Segment(setup.board), setup.index)
+        self.phase = "spawn"
+
+    def run(self, make_worker: MakeWorker) -> None:
+        setup = self._setup
+        config = EngineConfig.from_json(setup.config)
+        placement = Placement.from_json(setup.placement)
+        spec = placement.ranks[setup.rank]
+        if spec.cores:
+            with contextlib.suppress(OSError):  # a container may own fewer cores than the plan thought
+                os.sched_setaffinity(0, spec.cores)
+        self._enter("import")
+        worker = make_worker(Rank(config, placement, spec, setup, self._line))
+        self._enter("load")
+        worker.load(self._report_load)
+        self._control.send(
+            LoadedReport(
+                setup.rank,
+                worker.weight_bytes,
+                worker.available_memory(),
+                worker.kv_dtype_name,
+                worker.dtype_name,
+                worker.device_name,
+            )
+        )
+        self._serve(worker)
+
+    def _enter(self, phase: str) -> None:
+        self.phase = phase
+        self._line.phase(phase)
+        self._control.send(PhaseReport(self._setup.rank, phase))
+
+    def _report_load(self, fraction: float, detail: str) -> None:
+        self._line.phase("load")
+        self._control.send(PhaseReport(self._setup.rank, "load", fraction, detail))
+
+    def _serve(self, worker: RankWorker) -> None:
+        setup, line = self._setup, self._line
+        plans = RingReader(setup.plans)
+        results = RingWriter(setup.results) if setup.results is not None else None
+        decoder = PlanDecoder()
+        while True:
+            got = plans.read()
+            if got is None:
+                continue
+            kind, body = got
+            if kind == Kind.PLAN:
+                plan, sampled = decoder.decode(body)
+                line.begins(plan.step_id)
+                worker.append_tokens(sampled)
+                result = worker.execute(plan)
+                if results is not None:
+                    results.write(encode_result(result))
+                line.rests()
+            elif kind == Kind.STOP:
+                return
+            else:
+                self._call(Kind(kind), body, worker)
+
+    def _call(self, kind: Kind, body: bytes, worker: RankWorker) -> None:
+        argument: Any = msgspec.msgpack.decode(body)
+        if kind is Kind.ALLOCATE_KV:
+            self._enter("kv")
+            worker.allocate_kv(argument)
+        elif kind is Kind.WARM_UP:
+            self._enter("warmup")
+            worker.warm_up()
+            self._enter("serve")
+            # Objects of the start-up never die: keep the collector from walking them in every step.
+            gc.collect()
+            gc.freeze()
+        else:
+            raise ValueError(f"a rank is not called to {kind.name}")
+        self._control.send(DoneReport(self._setup.rank, kind))
+
+
+def _fault(rank: int, phase: str, error: BaseException) -> FaultReport:
+    name = type(error).__name__
+    hint = getattr(error, "hint", "")
+    return FaultReport(
+        rank,
+        phase,
+        name,
+        str(error).splitlines()[0] if str(error) else name,
+        hint if isinstance(hint, str) else "",
+        does_not_fit=isinstance(error, MemoryError) or name in ("OutOfMemoryPlan", "OutOfGpuMemory"),
+        is_echo=name in ("GroupError", "LinkError"),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
