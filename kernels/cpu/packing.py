@@ -70,7 +70,7 @@ def pack(weight: Tensor, bias: Tensor | None) -> PackedLinear:
     if not fbgemm_serial_works():
         return PackedLinear(_plain(weight.t().contiguous().t(), bias), _half_parallel(weight, bias))
     serial_rows = SERIAL_WORK // weight.numel()
-    made: dict[bool, Product] = {}
+    made: dict[bool, Product] = {True: _half_serial(weight, bias)} if serial_rows else {}
 
     def product(x: Tensor) -> Tensor:
         is_serial = x.shape[0] <= serial_rows or torch.get_num_threads() == 1
@@ -78,7 +78,7 @@ def pack(weight: Tensor, bias: Tensor | None) -> PackedLinear:
             made[is_serial] = (_half_serial if is_serial else _half_parallel)(weight, bias)
         return made[is_serial](x)
 
-    return PackedLinear(_half_serial(weight, bias) if serial_rows else product, product)
+    return PackedLinear(made.get(True, product), product)
 
 
 def half_is_exact(weight: Tensor) -> bool:
