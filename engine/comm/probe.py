@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import tempfile
 import threading
@@ -24,6 +25,11 @@ HANG_EXIT, FAILED_EXIT, NO_TORCH_EXIT = 3, 4, 5
 REPEATS = 5
 
 
+_TELLING = re.compile(
+    r" via |NET/[A-Za-z]|Using network|Assigned NET plugin|GPU Direct RDMA|Connected all rings|NCCL WARN|Bootstrap"
+)
+
+
 def say(event: str, **facts: Any) -> None:
     """Write one line; whoever reads it sees it at once."""
     sys.stdout.write(json.dumps({"event": event, **facts}) + "\n")
@@ -33,7 +39,8 @@ def say(event: str, **facts: Any) -> None:
 class Deadline:
     """Ends the process when a phase outlasts it. A thread of its own, because a stuck collective holds the main one."""
 
-    def __init__(self) -> None:
+    def __init__(self, log: Path | None) -> None:
+        self._log = log
         self._phase = ""
         self._timer: threading.Timer | None = None
 
@@ -51,7 +58,7 @@ class Deadline:
             self._timer.cancel()
 
     def _expired(self) -> None:
-        say("hang", phase=self._phase)
+        say("hang", phase=self._phase, nccl=_net_lines(self._log))
         os._exit(HANG_EXIT)
 
 
@@ -62,13 +69,13 @@ def run(settings: dict[str, Any]) -> None:
     """
     os.environ.update(settings["environment"])
     log = _nccl_log(settings)
-    deadline = Deadline()
+    deadline = Deadline(log)
     deadline.begin("import", IMPORT_SECONDS)
     try:
         import torch
         import torch.distributed as dist
     except ImportError as error:
-        say("failed", phase="import", message=str(error))
+        say("failed", phase="import", message=str(error), nccl=_net_lines(log))
         os._exit(NO_TORCH_EXIT)
     phase = "store"
     seconds = float(settings["seconds"])
@@ -90,7 +97,9 @@ def run(settings: dict[str, Any]) -> None:
         device = torch.device("cuda", 0) if settings["backend"] == "nccl" else torch.device("cpu")
         best, is_right = _all_reduce(torch, dist, device, int(settings["bytes"]), rank, world)
     except (RuntimeError, ValueError, OSError) as error:
-        say("failed", phase=phase, message=str(error).strip().splitlines()[0][:500])
+        message = (str(error).strip() or type(error).__name__).splitlines()[0]
+        # PyTorch says no more than "invalid usage"; the reason is in NCCL's own log.
+        say("failed", phase=phase, message=message[:500], nccl=_net_lines(log))
         os._exit(FAILED_EXIT)
     deadline.end()
     say("done", seconds=best, is_right=is_right, bytes=int(settings["bytes"]), nccl=_net_lines(log))
@@ -138,14 +147,15 @@ def _nccl_log(settings: dict[str, Any]) -> Path | None:
 
 
 def _net_lines(log: Path | None) -> list[str]:
-    """Return the lines of NCCL's log that say what is used, and remove it."""
+    """Return the lines of NCCL's log that say what is used or what is wrong, and remove it."""
     if log is None:
         return []
+    lines: list[str] = []
     try:
-        lines = log.read_text(errors="replace").splitlines()
-        log.unlink()
+        if log.exists():
+            lines = log.read_text(errors="replace").splitlines()
+            log.unlink()
         log.parent.rmdir()
     except OSError:
         return []
-    words = (" via ", "NET/", "Using network", "Assigned NET plugin", "GPU Direct RDMA", "Connected all rings")
-    return [line[:300] for line in lines if any(word in line for word in words)][:200]
+    return [line[:300] for line in lines if _TELLING.search(line)][:200]

@@ -24,6 +24,7 @@ from launcher.fabric.bounded import kill_group
 from launcher.fabric.environment import as_mapping, node_environment
 from launcher.fabric.facts import NodeFacts
 from launcher.fabric.finding import Finding, finding
+from launcher.fabric.log_lines import classify
 from launcher.fabric.remote import Reach, program
 from launcher.registry.cluster import Cluster, Node
 
@@ -49,6 +50,8 @@ class Rank:
     is_hung: bool = False
     is_over: bool = False
     errors: str = ""
+    lines: tuple[str, ...] = ()
+    """What NCCL's own log said, when the rank has one."""
 
     def take(self, message: dict[str, Any] | None) -> None:
         """Learn from one line; None is the end of its output."""
@@ -56,6 +59,9 @@ class Rank:
             self.is_over = True
             return
         event = message.get("event")
+        log = message.get("nccl")
+        if isinstance(log, list):
+            self.lines = tuple(line for line in log if isinstance(line, str))
         if event == "done":
             self.result = message
         elif event == "failed":
@@ -235,11 +241,17 @@ def _verdict(
     names, where = _names(pair), ", ".join(dict.fromkeys(node.name for node in pair))
     results = [rank.result for rank in ranks if rank.result is not None]
     if len(results) == len(pair):
-        return _passed(cluster, names, where, results, backend)
+        return _passed(cluster, names, where, results, [line for rank in ranks for line in rank.lines], backend)
     for rank in ranks:
         if "No module named" in rank.failure:
             return [finding("probe-missing", subject="torch", where=rank.node.name, evidence=rank.failure)]
     ends = "; ".join(_end(rank, facts) for rank in ranks)
+    for rank in ranks:
+        for line in rank.lines:
+            told = classify(line)
+            if told is not None and told.severity == "error":
+                evidence = f"{ends}: {told.cause}: {line.rpartition('NCCL ')[2]}"
+                return [finding("all-reduce-failed", subject=names, where=where, evidence=evidence, fix=told.fix)]
     # A reason of its own explains more than the wait of the other end.
     reason = next((rank.failure for rank in ranks if rank.failure and not _is_echo(rank.failure)), "")
     is_waiting = any(rank.is_hung or rank.phase in _WAITING for rank in ranks)
@@ -267,11 +279,15 @@ def _is_echo(message: str) -> bool:
 
 
 def _passed(
-    cluster: Cluster, names: str, where: str, results: Sequence[Mapping[str, Any]], backend: str
+    cluster: Cluster,
+    names: str,
+    where: str,
+    results: Sequence[Mapping[str, Any]],
+    lines: Sequence[str],
+    backend: str,
 ) -> list[Finding]:
     if not all(result.get("is_right") is True for result in results):
         return [finding("all-reduce-wrong", subject=names, where=where, evidence="sums differ from what was sent")]
-    lines = [line for result in results for line in result.get("nccl", []) if isinstance(line, str)]
     transports = sorted({edge.transport for edge in edges_of(lines)})
     used = ", ".join(transports) or backend
     if cluster.fabric.rdma == "required" and Transport.SOCKET in transports:

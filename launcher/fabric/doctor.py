@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from launcher.fabric import catalogue
 from launcher.fabric.checks_cluster import cluster_findings
 from launcher.fabric.checks_host import host_findings
 from launcher.fabric.checks_rdma import rdma_findings
@@ -68,8 +69,18 @@ def diagnose(
         found += cluster_findings(contexts)
         facts = {context.name: context.facts for context in contexts}
         declared = registry_sources(cluster) if sources is None else sources
-        found += lint([*declared, *_sources(cluster, contexts)], cluster=cluster, facts=facts)
+        found += lint(
+            [*declared, *_sources(cluster, contexts)], cluster=cluster, facts=facts, nccl_version=_nccl(facts)
+        )
     return ordered(found)
+
+
+def _nccl(facts: Mapping[str, NodeFacts]) -> str:
+    """Return the oldest NCCL that a node has, so that what only newer ones know is said; else the usual release."""
+    versions = [
+        version for fact in facts.values() for name, version in fact.versions.items() if name.startswith("nvidia-nccl")
+    ]
+    return min(versions, key=catalogue.release, default=catalogue.HOST_NCCL)
 
 
 def _context(cluster: Cluster, node: Node, facts: NodeFacts, need: Need) -> NodeContext:

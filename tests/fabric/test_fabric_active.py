@@ -104,6 +104,18 @@ def test_ranks_that_never_end_are_ended_and_named(tmp_path: Path, monkeypatch: p
     ] == []
 
 
+def test_the_reason_in_the_log_of_nccl_is_told(tmp_path: Path) -> None:
+    """PyTorch's own message is only "invalid usage"."""
+    line = "host:1:2 [0] bootstrap.cc:45 NCCL WARN Bootstrap : no socket interface found"
+    body = (
+        "say(event='listening', port=9)\nsay(event='all-reduce')\n"
+        f"say(event='failed', message='NCCL error: invalid usage', nccl=[{line!r}])"
+    )
+    failed = only(all_reduce_check(lonely(), {}, stand_in(tmp_path, SAY + body), seconds=5), "all-reduce-failed")
+    assert "NCCL_SOCKET_IFNAME matches no running interface" in failed.evidence
+    assert failed.fix == "hlaunch env --explain NCCL_SOCKET_IFNAME"
+
+
 @pytest.mark.parametrize(
     "text",
     [

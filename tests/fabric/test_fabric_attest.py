@@ -44,6 +44,21 @@ SOCKET_228 = f"""\
 {P}Using network Socket
 {P}Channel 00/0 : 0[0] -> 1[0] [send] via NET/Socket/0
 """
+TWO_GPUS_228 = """\
+vm:784:784 [0] NCCL INFO NET/IB : No device found.
+vm:784:784 [0] NCCL INFO NET/IB : Using [RO]; OOB lo:127.0.0.1<0>
+vm:784:784 [0] NCCL INFO NET/Socket : Using [0]lo:127.0.0.1<0>
+vm:784:784 [0] NCCL INFO Assigned NET plugin Socket to comm
+vm:784:784 [0] NCCL INFO Using network Socket
+vm:784:784 [0] NCCL INFO NET/Socket : GPU Direct RDMA Disabled for HCA 0 'lo'
+vm:784:784 [0] NCCL INFO GPU/0-60 :GPU/0-60 (0/5000.0/LOC) NVS/0-0 (1/370.8/NVL) NET/0-0 (3/1.2/PHB)
+vm:784:784 [0] NCCL INFO  0 : NET/0-0 GPU/0-60 NET/0-0
+vm:784:784 [0] NCCL INFO Channel 00/0 : 1[1] -> 0[0] [receive] via NET/Socket/0
+vm:784:784 [0] NCCL INFO Channel 00/0 : 0[0] -> 1[1] [send] via NET/Socket/0
+vm:784:784 [0] NCCL INFO Connected all rings, use ring PXN 0 GDR 0
+vm:690:690 [0] NCCL INFO Channel 03 : 0[0] -> 1[1] via SHM/direct/direct
+"""
+"""As two H200 wrote it with torch 2.11: twice TCP between two made-up hosts, and shared memory within one."""
 PLUGIN = f"{P}Channel 00/0 : 0[0] -> 1[0] [send] via NET/AWS Libfabric/0\n{P}Channel 00/0 : 0[0] -> 1[0] via MNNVL/x\n"
 
 
@@ -75,6 +90,18 @@ def test_a_silent_fallback_to_tcp_is_a_violation() -> None:
     assert found.network.complaints == ("NET/IB : No device found",)
     assert found.violations("required") == ("ranks 0 and 1 use TCP, the fabric says rdma: required",)
     assert found.violations("preferred") == ()
+
+
+def test_a_recorded_log_of_two_gpus() -> None:
+    lines = TWO_GPUS_228.splitlines()
+    found = attest(lines)
+    assert found.network.chosen == "Socket"
+    assert found.network.hcas == ()
+    assert found.network.out_of_band == "lo"
+    assert [edge.way for edge in found.edges] == ["NET/Socket/0", "NET/Socket/0", "SHM/direct/direct"]
+    assert found.pairs == {(0, 1): Transport.SOCKET}
+    assert attest(lines[-1:]).pairs == {(0, 1): Transport.SHM}
+    assert found.unknown == ()
 
 
 def test_one_slow_channel_decides_the_pair() -> None:

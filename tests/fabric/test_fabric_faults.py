@@ -213,6 +213,14 @@ def test_planted_fault_is_found(
     assert [item.headline() for item in found if item.where == "spark-02"] == []
 
 
+def test_the_installed_nccl_decides_what_is_too_new(pair: list[Tree]) -> None:
+    cluster = plain_pair(env={"NCCL_CHECK_MODE": "DEBUG_LOCAL"})
+    assert codes(examine(pair, cluster)) == ["too-new"]
+    for tree in pair:
+        tree.package("nvidia-nccl-cu13", "2.30.7")
+    assert codes(examine(pair, cluster)) == []
+
+
 def test_hostname_on_loopback_matters_only_without_a_named_interface(pair: list[Tree]) -> None:
     pair[0].set("etc/hosts", "127.0.1.1 spark-01\n")
     assert examine(pair) == []
