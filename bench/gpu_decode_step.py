@@ -1,7 +1,7 @@
 """Time the CUDA decode step at gpt-oss-20b's true shape, with random weights and a captured graph of the whole step.
 
-    python bench/gpu_decode_step.py [--rows 1 2 4 8 16] [--context 1152] [--no-kernels] [--tune NAME=VALUE …]
-        [--json FILE]
+    python bench/gpu_decode_step.py [--rows 1 2 4 8 16] [--context 1152] [--no-kernels] [--launches]
+        [--layer-rows N] [--tune NAME=VALUE …] [--json FILE]
 
 Needs one GPU with 16 GB free. Weights are random, so is routing: it touches more experts than a trained router's.
 Times are medians of 7 runs of 20 graph replays. "floor" is bytes / 3.35 TB/s (one H100's specified bandwidth).
@@ -25,6 +25,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from kernels.cuda.decode import DecodeKernels, DecodeShape, DecodeState, LayerWeights
+from kernels.cuda.layers import FASTEST_ROWS, LayerCall
 
 SHAPE = DecodeShape(2880, 2880, 64, 8, 64, 32, 4, 201_088, 32)
 LAYERS = 24
@@ -89,6 +90,12 @@ class Step:
             torch.zeros(self.rows, device="cuda"),
             torch.arange(self.rows, device="cuda"),
         )
+        self.norms = [layer.input_norm for layer in model.layers[1:]] + [model.norm]
+        self.plan = None
+        if kernels.has_layers:
+            windows = [None if index % 2 else WINDOW for index in range(LAYERS)]
+            calls = zip(model.layers, self.caches, [self.table] * LAYERS, windows, self.norms, strict=True)
+            self.plan = kernels.plan_layers([LayerCall(*call) for call in calls])
         self.reset()
 
     def reset(self) -> None:
@@ -96,16 +103,25 @@ class Step:
         self.state.positions.fill_(self.start - 1)
         self.state.seq_lens.fill_(self.start)
 
+    def names(self) -> list[str]:
+        """Name the kernels that this step launches."""
+        if self.plan is not None:
+            return ["embed", "run_layers", "norm_logits", "sample_advance"]
+        return [name for name in bytes_of(1, 1, 1) if name != "run_layers"]
+
     def run(self, only: str | None = None, after_router: Callable[[], None] | None = None) -> None:
         kernels, state, layers = self.kernels, self.state, self.model.layers
-        norms = [layer.input_norm for layer in layers[1:]] + [self.model.norm]
 
         def wanted(name: str) -> bool:
             return only in (None, name)
 
         if wanted("embed"):
             kernels.embed(state, self.model.embedding, layers[0].input_norm)
-        for index, (layer, cache, norm) in enumerate(zip(layers, self.caches, norms, strict=True)):
+        if self.plan is not None:
+            if wanted("run_layers"):
+                kernels.run_layers(state, self.plan)
+            layers = []
+        for index, (layer, cache, norm) in enumerate(zip(layers, self.caches, self.norms, strict=False)):
             if wanted("norm_qkv_rope"):
                 kernels.norm_qkv_rope(state, layer, cache, self.table)
             if wanted("paged_decode_attention"):
@@ -155,6 +171,9 @@ class Step:
         """Count the experts that each layer of one step touches."""
         counts: list[Tensor] = []
         self.reset()
+        if self.plan is not None:
+            self.run()
+            return [int(count) for count in self.plan.active_experts]
         self.run(after_router=lambda: counts.append(self.kernels.active_experts().clone()))
         return [int(count) for count in counts]
 
@@ -164,7 +183,7 @@ def bytes_of(rows: int, context: int, experts: float) -> dict[str, tuple[int, fl
     h, i = SHAPE.hidden, SHAPE.intermediate
     attention, kv = SHAPE.heads * SHAPE.head_dim, SHAPE.kv_heads * SHAPE.head_dim
     keys = rows * (context + WINDOW) / 2
-    return {
+    sizes = {
         "embed": (1, rows * h * 2),
         "norm_qkv_rope": (LAYERS, (attention + 2 * kv) * h * 2),
         "paged_decode_attention": (LAYERS, keys * kv * 4),
@@ -175,18 +194,21 @@ def bytes_of(rows: int, context: int, experts: float) -> dict[str, tuple[int, fl
         "norm_logits": (1, SHAPE.vocab * h * 2),
         "sample_advance": (1, rows * SHAPE.vocab * 4),
     }
+    return {"run_layers": (1, sum(size for count, size in sizes.values() if count == LAYERS) * LAYERS), **sizes}
 
 
 def measure(model: Model, rows: int, options: argparse.Namespace, tuning: dict[str, int]) -> dict[str, object]:
-    step = Step(model, DecodeKernels(SHAPE, rows, tuning=tuning), options.context)
+    layer_rows = 0 if options.launches else options.layer_rows
+    step = Step(model, DecodeKernels(SHAPE, rows, tuning=tuning, layer_rows=layer_rows), options.context)
+    names = step.names()
     experts = step.distinct_experts()
     mean_experts = statistics.mean(experts)
     sizes = bytes_of(rows, options.context, mean_experts)
-    floor = sum(count * size for count, size in sizes.values()) / SPECIFIED
+    floor = sum(count * size for name, (count, size) in sizes.items() if name in names) / SPECIFIED
     seconds = step.seconds()
     print(
         f"B={rows}: {seconds * 1e3:.4f} ms = {rows / seconds:,.0f} tok/s, {floor / seconds:.0%} of floor, "
-        f"{mean_experts:.2f} experts/layer {tuning or ''}",
+        f"{mean_experts:.2f} experts/layer {'one launch' if step.plan else 'six launches a layer'} {tuning or ''}",
         flush=True,
     )
     report: dict[str, object] = {
@@ -199,9 +221,10 @@ def measure(model: Model, rows: int, options: argparse.Namespace, tuning: dict[s
         "distinct_experts_per_layer": mean_experts,
     }
     if not options.no_kernels:
-        last = bytes_of(rows, options.context, experts[-1])
+        last = bytes_of(rows, options.context, mean_experts if step.plan else experts[-1])
         table = {}
-        for name, (count, size) in last.items():
+        for name in names:
+            count, size = last[name]
             each = step.seconds(name) / count
             table[name] = {"microseconds": each * 1e6, "bytes": size, "gigabytes_per_second": size / each / 1e9}
             print(
@@ -217,6 +240,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="*", default=[1, 2, 4, 8, 16])
     parser.add_argument("--context", type=int, default=1152)
+    parser.add_argument("--launches", action="store_true", help="six launches a layer for every batch size")
+    parser.add_argument(
+        "--layer-rows", type=int, default=FASTEST_ROWS, help="one launch of all layers up to so many rows"
+    )
     parser.add_argument("--no-kernels", action="store_true", help="time the whole step only")
     parser.add_argument("--tune", nargs="*", default=[""], help="variants, each NAME=VALUE[,NAME=VALUE…]")
     parser.add_argument("--json", type=Path)

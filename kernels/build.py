@@ -12,7 +12,9 @@ import hashlib
 import importlib
 import os
 import tempfile
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -55,6 +57,21 @@ def compile_cubin(source: str, defines: Mapping[str, int], arch: str) -> Path:
     if not target.is_file():
         _write_whole(target, _compile(nvrtc, source, text, headers, options))
     return target
+
+
+def build_all(jobs: Sequence[tuple[str, Mapping[str, int]]], arch: str, workers: int | None = None) -> float:
+    """Compile many (source, defines) into the cache, on `workers` threads; returns the seconds it took.
+
+    NVRTC compiles outside Python's lock, so threads run at once; by default one for each CPU core of this process.
+    Raises: KernelBuildError, the first of any.
+    """
+    begin = time.monotonic()
+    if workers is None:
+        workers = len(os.sched_getaffinity(0))
+    with ThreadPoolExecutor(max(1, min(workers, len(jobs) or 1))) as pool:
+        for done in [pool.submit(compile_cubin, source, defines, arch) for source, defines in jobs]:
+            done.result()
+    return time.monotonic() - begin
 
 
 def load(source: str, defines: Mapping[str, int]) -> Any:

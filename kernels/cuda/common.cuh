@@ -1,7 +1,7 @@
 // What every kernel here shares: types, streaming loads, bf16 conversion, the tensor-core product, dependent launch.
 //
 // Needs no CUDA header, so NVRTC builds it anywhere. Compiled once per model shape: the shape arrives as macros
-// (H, I, HEADS, KV_HEADS, HEAD_DIM, EXPERTS, TOP_K, VOCAB, BLOCK_SIZE, ROWS; see kernels/cuda/decode.py).
+// (H, I, HEADS, KV_HEADS, HEAD_DIM, EXPERTS, TOP_K, VOCAB, BLOCK_SIZE, ROWS, and GRID, the number of multiprocessors; see kernels/cuda/decode.py).
 #pragma once
 
 typedef unsigned char u8;
@@ -17,6 +17,7 @@ constexpr int WARP = 32;
 constexpr u32 FULL = 0xffffffffu;
 #define MINUS_INFINITY __int_as_float(0xff800000)
 constexpr int HIDDEN_TILES = H / 16;
+constexpr int MOST_SQUARES = HIDDEN_TILES > 2 * GRID ? HIDDEN_TILES : 2 * GRID;  // of a row: see residual.cuh, layers.cu
 
 DEVICE int lane_id() { return threadIdx.x & 31; }
 DEVICE int warp_id() { return threadIdx.x >> 5; }
@@ -76,31 +77,33 @@ DEVICE void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
 // Expert order: eight neighbours 0..7 lie as 0 4 1 5 2 6 3 7, the order in which two shifts unpack eight nibbles.
 DEVICE int expert_order(int index) { return (index & ~7) | ((index & 3) << 1) | ((index >> 2) & 1); }
 
-// 1 / rms of each row, from the sums of squares that each tile of 16 columns left. The warps of a block share the rows;
-// `load` and `reduce` are apart so that other loads can travel in between.
-template <int WARPS>
+// 1 / rms of each row, from the sums of squares that the residual stream's writers left: float32 [ROWS, count], at most
+// MOST a row. The warps of a block share the rows; `load` and `reduce` are apart so that other loads can travel in between.
+template <int WARPS, int MOST = HIDDEN_TILES>
 struct InverseRms {
-  static constexpr int PER_WARP = (ROWS + WARPS - 1) / WARPS, PER_LANE = (HIDDEN_TILES + 31) / 32;
+  static constexpr int PER_WARP = (ROWS + WARPS - 1) / WARPS, PER_LANE = (MOST + 31) / 32;
+  int lane = lane_id(), warp = warp_id() % WARPS;
   float part[PER_WARP][PER_LANE];
 
-  DEVICE void load(const float* squares) {
+  DEVICE int row_of(int i) const { return warp + i * WARPS; }
+  DEVICE void load(const float* squares, int count = HIDDEN_TILES) {
 #pragma unroll
     for (int i = 0; i < PER_WARP; i++)
 #pragma unroll
       for (int j = 0; j < PER_LANE; j++) {
-        const int row = warp_id() + i * WARPS, tile = lane_id() + j * 32;
-        part[i][j] = row < ROWS && tile < HIDDEN_TILES ? load_fresh(squares + row * HIDDEN_TILES + tile) : 0.f;
+        const int row = row_of(i), at = lane + j * 32;
+        part[i][j] = row < ROWS && at < count ? load_fresh(squares + row * count + at) : 0.f;
       }
   }
   DEVICE void reduce(float (&scale)[ROWS], float epsilon) const {
 #pragma unroll
     for (int i = 0; i < PER_WARP; i++) {
-      const int row = warp_id() + i * WARPS;
+      const int row = row_of(i);
       float sum = 0.f;
 #pragma unroll
       for (int j = 0; j < PER_LANE; j++) sum += part[i][j];
       sum = warp_sum(sum);
-      if (row < ROWS && lane_id() == 0) scale[row] = rsqrtf(sum / H + epsilon);
+      if (row < ROWS && lane == 0) scale[row] = rsqrtf(sum / H + epsilon);
     }
   }
 };

@@ -4,12 +4,14 @@ Knows: the kernels' arguments, grids and scratch. Refuses to know: models, reque
 everything here can be captured. Each method's meaning is its twin in `kernels/reference/decode.py`.
 
 Order of a step: embed; per layer norm_qkv_rope, paged_decode_attention, out_proj_add, norm_router_topk, moe_gate_up,
-moe_down_add; norm_logits; sample_advance. A row whose length is 0 is padding: no expert, no cache write, no read.
+moe_down_add, or where `has_layers`, all layers at once by run_layers; norm_logits; sample_advance. A row whose length
+is 0 is padding: no expert, no cache write, no read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import ctypes
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +21,7 @@ from torch import Tensor
 from kernels import build
 from kernels.contract import KernelError
 from kernels.cuda.launch import Kernel, read_int
+from kernels.cuda.layers import FASTEST_ROWS, GROUPS, LayerCall, LayerPlan, StepArguments, layers_unfit
 
 BATCH_SIZES = (1, 2, 4, 8, 16)
 TUNING = {  # measured on an H100: see docs/performance-log.md
@@ -33,7 +36,10 @@ TUNING = {  # measured on an H100: see docs/performance-log.md
     "LOGITS_DEPTH": 4,
     "LOGITS_ASKED": 5,
     "LOGITS_BLOCKS": 3,
+    "IN_FLIGHT": 1,  # stages that run_layers asks for at once, of each group of warps
+    "QKV_PREFETCHED": 5,  # sixteenths of the next layer's qkv weights that run_layers brings to L2 while it routes
 }
+H100_MULTIPROCESSORS = 132
 LARGEST_SCALE = 128  # E8M0: a block scale of 2
 SAMPLE_BLOCKS = 64
 
@@ -65,8 +71,20 @@ class DecodeShape:
         return None
 
 
-def defines_for(shape: DecodeShape, rows: int, tuning: Mapping[str, int], *, stage_bytes: int) -> dict[str, int]:
-    """Give the macros of a compilation; `stage_bytes` of shared memory hold the ring of an expert block."""
+def modules_for(shape: DecodeShape, rows: int, multiprocessors: int = H100_MULTIPROCESSORS) -> tuple[str, ...]:
+    """Name the sources that serve a shape and batch size."""
+    return MODULES if layers_unfit(shape, rows, multiprocessors) is None else MODULES[:-1]
+
+
+def defines_for(
+    shape: DecodeShape,
+    rows: int,
+    tuning: Mapping[str, int] = TUNING,
+    *,
+    shared_bytes: int = 233_472,
+    multiprocessors: int = H100_MULTIPROCESSORS,
+) -> dict[str, int]:
+    """Give the macros of a compilation for a device: shared memory of a multiprocessor in bytes, and their number."""
     return {
         "H": shape.hidden,
         "I": shape.intermediate,
@@ -78,7 +96,8 @@ def defines_for(shape: DecodeShape, rows: int, tuning: Mapping[str, int], *, sta
         "VOCAB": shape.vocab,
         "BLOCK_SIZE": shape.block_size,
         "ROWS": rows,
-        "STAGE_BYTES_BUDGET": stage_bytes,
+        "GRID": multiprocessors,
+        "STAGE_BYTES_BUDGET": shared_bytes // tuning["BLOCKS_PER_SM"] - 14 * 1024,
         **tuning,
     }
 
@@ -136,7 +155,8 @@ class DecodeKernels:
 
     Buffers worth reading: residual float32 [B, H]; query bf16 [B, Hq, D]; attended bf16 [B, Hq * D];
     expert_ids int32 [B, k] (-1 for padding); expert_weights float32 [B, k]; logits float32 [B, V]; tokens int32 [B];
-    `active_experts()`. `tuning` overrides entries of TUNING.
+    `active_experts()`. `tuning` overrides entries of TUNING; up to `layer_rows` rows
+    there is `run_layers`.
     Raises: KernelBuildError, or KernelError for a shape or batch size that is not served.
     """
 
@@ -148,24 +168,23 @@ class DecodeKernels:
         *,
         is_dependent: bool = True,
         tuning: Mapping[str, int] | None = None,
+        layer_rows: int = FASTEST_ROWS,
     ) -> None:
         if reason := shape.unfit():
             raise KernelError(f"decode kernels: {reason}")
         if not 1 <= rows <= BATCH_SIZES[-1]:
             raise KernelError(f"decode kernels: {rows} rows, at most {BATCH_SIZES[-1]}")
         self.shape, self.rows = shape, rows
-        properties = torch.cuda.get_device_properties(device)
         tuned = {**TUNING, **(tuning or {})}
-        blocks_per_sm = tuned["BLOCKS_PER_SM"]
-        budget = properties.shared_memory_per_multiprocessor // blocks_per_sm - 14 * 1024
         self.splits = max(8, 32 // rows)
-        self._expert_grid = (properties.multi_processor_count * blocks_per_sm, 1, 1)
-        defines = defines_for(shape, rows, tuned, stage_bytes=budget)
+        jobs = _jobs(shape, rows, device, tuned, layer_rows)
+        multiprocessors = self._multiprocessors = jobs[0][1]["GRID"]
+        self._expert_grid = (multiprocessors * tuned["BLOCKS_PER_SM"], 1, 1)
 
         def kernel(module: Any, name: str, threads: int, shared_bytes: int = 0) -> Kernel:
             return Kernel(module, name, threads, shared_bytes=shared_bytes, is_dependent=is_dependent)
 
-        loaded = {name: build.load(f"{name}.cu", defines) for name in MODULES}
+        loaded = {source.removesuffix(".cu"): build.load(source, defines) for source, defines in jobs}
         qkv, out, logits = (loaded[name] for name in ("qkv", "out_proj", "logits"))
         attention, experts = loaded["attention"], loaded["experts"]
         self._embed = kernel(loaded["embed"], "embed", 256)
@@ -178,6 +197,14 @@ class DecodeKernels:
         self._logits = kernel(logits, "norm_logits", read_int(logits, "logits_threads"))
         self._logits_rows = read_int(logits, "logits_rows")
         self._sample = kernel(loaded["sample"], "sample_advance", 512)
+        self._layers: Kernel | None = None
+        if layers := loaded.get("layers"):
+            self._layers = kernel(
+                layers, "decode_layers", read_int(layers, "layers_threads"), read_int(layers, "layers_shared")
+            )
+            self._counters_per_layer = read_int(layers, "layers_counters")
+            layout = read_int(layers, "layers_step_bytes"), read_int(layers, "layers_words")
+            assert layout == (ctypes.sizeof(StepArguments), 19), layout
 
         def empty(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.zeros(sizes, dtype=dtype, device=device)
@@ -203,6 +230,14 @@ class DecodeKernels:
         self._tile_tickets = empty(hidden // 16, dtype=torch.int32)
         self._head_tickets = empty(rows * shape.kv_heads, dtype=torch.int32)
         self._row_tickets = empty(rows, dtype=torch.int32)
+        self._final_squares = self._squares
+        if layers:
+            groups = GROUPS * multiprocessors
+            self._expert_input = empty(rows, hidden, dtype=torch.bfloat16)
+            self._group_squares = empty(rows, groups)
+            self._expert_squares = empty(rows, groups)
+            self._router_parts = empty(rows, multiprocessors, shape.experts)
+            self._range_parts = empty(read_int(layers, "layers_parts_bytes"), dtype=torch.uint8)
 
     def active_experts(self) -> Tensor:
         """Count the experts that the last routing touched: int32 [], on the GPU."""
@@ -212,6 +247,7 @@ class DecodeKernels:
         """Start the residual stream from table bf16 [V, H]; `norm` is the first layer's input norm."""
         grid = ((self.shape.hidden + 255) // 256, self.rows, 1)
         self._embed(grid, state.input_ids, table, norm, self.residual, self._scaled, self._squares)
+        self._final_squares = self._squares
 
     def norm_qkv_rope(self, state: DecodeState, weights: LayerWeights, cache: Tensor, table: Tensor) -> None:
         """A: project the normed stream; queries to `query`, keys and values to cache bf16 [slots, 2, K, D].
@@ -322,11 +358,60 @@ class DecodeKernels:
             self._scaled,
             self._squares,
         )
+        self._final_squares = self._squares
+
+    @property
+    def has_layers(self) -> bool:
+        """Whether `run_layers` serves this shape, batch size and device."""
+        return self._layers is not None
+
+    def plan_layers(self, calls: Sequence[LayerCall]) -> LayerPlan:
+        """Lay out layers for `run_layers`, once and outside captures. Their tensors must stay where they are."""
+        if self._layers is None:
+            raise KernelError("decode kernels: this shape or batch size has no persistent kernel")
+        return LayerPlan.create(calls, self._counters_per_layer, self.residual.device)
+
+    def run_layers(self, state: DecodeState, plan: LayerPlan) -> None:
+        """A to F of all layers of a plan, in one launch of a block for each multiprocessor.
+
+        The blocks wait for each other, so nothing may hold a multiprocessor for ever meanwhile, and a plan runs on one
+        stream at a time. Fills every buffer as its last layer leaves it.
+        """
+        assert self._layers is not None
+        shape, first = self.shape, self._final_squares
+        buffers = (
+            plan.table,
+            state.rotations,
+            state.positions,
+            state.seq_lens,
+            self.residual,
+            self._scaled,
+            first,
+            self._group_squares,
+            self.query,
+            self._range_parts,
+            self._head_tickets,
+            self.attended,
+            self._expert_input,
+            self._expert_squares,
+            self._router_parts,
+            self._inverse,
+            self.expert_ids,
+            self.expert_weights,
+            self._act,
+            plan.active_experts,
+            plan.counters,
+        )
+        pointers = [buffer.data_ptr() for buffer in buffers]
+        numbers = len(plan.calls), first.shape[1], shape.epsilon, shape.swiglu_limit, shape.head_dim**-0.5
+        self._layers((self._multiprocessors, 1, 1), StepArguments(*pointers, *numbers))
+        self._final_squares = self._group_squares
 
     def norm_logits(self, lm_head: Tensor) -> None:
         """G: fill `logits` from lm_head bf16 [V, H]; the last layer's `next_norm` must have been the final norm."""
         grid = ((self.shape.vocab + self._logits_rows - 1) // self._logits_rows, 1, 1)
-        self._logits(grid, lm_head, self._scaled, self._squares, self.shape.epsilon, self.logits)
+        squares = self._final_squares
+        self._logits(grid, lm_head, self._scaled, squares, squares.shape[1], self.shape.epsilon, self.logits)
 
     def sample_advance(self, state: DecodeState) -> None:
         """H: sample `tokens` from `logits`; tokens become input_ids, positions and seq_lens grow by one."""
@@ -344,4 +429,28 @@ class DecodeKernels:
         )
 
 
-MODULES = ("embed", "qkv", "attention", "out_proj", "router", "experts", "logits", "sample")
+MODULES = ("embed", "qkv", "attention", "out_proj", "router", "experts", "logits", "sample", "layers")
+
+
+def prebuild(
+    shape: DecodeShape, rows: Iterable[int], device: torch.device | str = "cuda", *, layer_rows: int = FASTEST_ROWS
+) -> float:
+    """Compile what `DecodeKernels` of these batch sizes will load, in parallel; returns the seconds it took.
+
+    A compiled kernel stays on disk: the next call looks files up. Raises: KernelBuildError.
+    """
+    return build.build_all(
+        [job for size in rows for job in _jobs(shape, size, device, TUNING, layer_rows)], build.device_arch()
+    )
+
+
+def _jobs(
+    shape: DecodeShape, rows: int, device: torch.device | str, tuning: Mapping[str, int], layer_rows: int
+) -> list[tuple[str, dict[str, int]]]:
+    properties = torch.cuda.get_device_properties(device)
+    number = properties.multi_processor_count
+    has_layers = properties.major >= 9 and rows <= layer_rows
+    names = modules_for(shape, rows, number) if has_layers else MODULES[:-1]
+    shared = properties.shared_memory_per_multiprocessor
+    defines = defines_for(shape, rows, tuning, shared_bytes=shared, multiprocessors=number)
+    return [(f"{name}.cu", defines) for name in names]

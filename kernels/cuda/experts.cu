@@ -107,7 +107,8 @@ struct Pipeline {
     auto prepared = prepare(item, list.begin[item.index], min(count, 8));
     for (int buffer = 0; number < end; buffer ^= 1) {
       float c[4];
-      work.multiply(await(number - first, item), c);
+      const u8* stage = await(number - first, item);
+      work.multiply(stage, stage + Tile::WEIGHT_BYTES, c);
       const Item current = item;
       const auto extra = prepared;
       const int turn = number - first, begin = list.begin[item.index] + base, here = min(count - base, 8);

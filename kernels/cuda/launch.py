@@ -14,11 +14,12 @@ from torch import Tensor
 
 from kernels.build import KernelBuildError
 
-Argument = Tensor | int | float
+Argument = Tensor | int | float | ctypes.Structure
 
 
 class Kernel:
-    """One kernel of a loaded module: `kernel(grid, *arguments)`, tensors as pointers, int as int32, float as float32.
+    """One kernel of a loaded module: `kernel(grid, *arguments)`, tensors as pointers, int as int32, float as
+    float32, a ctypes structure by value.
 
     `is_dependent` lets it start before its predecessor on the stream has finished; the kernel itself waits.
     """
@@ -68,6 +69,8 @@ def read_int(module: Any, name: str) -> int:
 
 
 def _packed(argument: Argument) -> Any:
+    if isinstance(argument, ctypes.Structure):
+        return argument
     if isinstance(argument, Tensor):
         return ctypes.c_void_p(argument.data_ptr())
     return ctypes.c_int(argument) if isinstance(argument, int) else ctypes.c_float(argument)

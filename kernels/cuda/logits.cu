@@ -7,7 +7,8 @@ typedef Projection<H, WARPS, TILES, LOGITS_DEPTH, LOGITS_ASKED> Product;
 extern "C" __device__ int logits_threads = WARPS * 32, logits_rows = TILES * 16;
 
 KERNEL(WARPS * 32, LOGITS_BLOCKS)
-norm_logits(const u16* weights, const u16* scaled, const float* squares, float epsilon, float* logits) {
+norm_logits(const u16* weights, const u16* scaled, const float* squares, int parts, float epsilon,
+            float* logits) {
   __shared__ Product::Sums sums;
   __shared__ float scale[ROWS];
   Product product;
@@ -20,8 +21,8 @@ norm_logits(const u16* weights, const u16* scaled, const float* squares, float e
   product.prefetch();
   wait_for_previous();
   release_next();
-  InverseRms<WARPS> rms;
-  rms.load(squares);
+  InverseRms<WARPS, MOST_SQUARES> rms;
+  rms.load(squares, parts);
   product.run(scaled);
   product.store(sums);
   rms.reduce(scale, epsilon);

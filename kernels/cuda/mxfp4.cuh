@@ -16,12 +16,13 @@ DEVICE u32 scaled_pair(u32 code, u32 factor) {
   return value;
 }
 
-// Nibbles i and i + 4 of a word, as a bf16 pair.
+// Nibbles i and i + 4 of a word, as a bf16 pair. One product puts a nibble's sign and its magnitude in their places; two
+// masks keep the rest out. Shifts instead would go to the same pipe as the masks, which bounds these kernels.
 template <int i>
 DEVICE u32 unpack(u32 word, u32 factor) {
-  const u32 sign = word << (12 - 4 * i);
-  const u32 magnitude = i < 2 ? word << (6 - 4 * i) : word >> (4 * i - 6);
-  return scaled_pair((sign & 0x80008000u) | (magnitude & 0x01c001c0u), factor);
+  const u32 from = i < 2 ? word : word >> 8;
+  const u32 alone = from & (i % 2 ? 0x00f000f0u : 0x000f000fu);
+  return scaled_pair(alone * (i % 2 ? 0x104u : 0x1040u) & 0x81c081c0u, factor);
 }
 
 // BLOCKS blocks of 32 along K; a block of WARPS warps shares them in steps of 4 (128 k).
@@ -35,7 +36,9 @@ struct ExpertTile {
 
   uint4 x[STEPS][4];  // this lane's activations: its column's block, in expert order
 
-  DEVICE static int block(int step) { return 4 * (warp_id() + WARPS * step) + (lane_id() & 3); }
+  int lane = lane_id(), warp = warp_id() % WARPS;
+
+  DEVICE int block(int step) const { return 4 * (warp + WARPS * step) + (lane & 3); }
 
   // Activations of one column: bf16 [32 * BLOCKS] in expert order, or null for none.
   DEVICE void load(const u16* column) {
@@ -50,18 +53,18 @@ struct ExpertTile {
 
   // c[g] is row 2g, c[g + 8] row 2g + 1 of the tile: gate and up meet in one lane, and 16-byte reads of eight lanes
   // touch each bank once when a row is 90 blocks long.
-  DEVICE void multiply(const u8* stage, float (&c)[4]) const {
-    const int g = lane_id() >> 2;
+  DEVICE void multiply(const u8* weights, const u8* block_scales, float (&c)[4]) const {
+    const int g = lane >> 2;
     float even[4] = {0.f, 0.f, 0.f, 0.f}, odd[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
     for (int step = 0; step < STEPS; step++) {
       const int at = block(step);
-      if (at - (lane_id() & 3) >= BLOCKS) break;  // whole warps leave together
+      if (at - (lane & 3) >= BLOCKS) break;  // whole warps leave together
       const bool valid = at < BLOCKS;
       const int clamped = valid ? at : BLOCKS - 1;
-      const uint4 upper = *(const uint4*)(stage + (2 * g) * ROW_BYTES + clamped * 16);
-      const uint4 lower = *(const uint4*)(stage + (2 * g + 1) * ROW_BYTES + clamped * 16);
-      const u8* scales = stage + WEIGHT_BYTES + 2 * g * BLOCKS + clamped;
+      const uint4 upper = *(const uint4*)(weights + (2 * g) * ROW_BYTES + clamped * 16);
+      const uint4 lower = *(const uint4*)(weights + (2 * g + 1) * ROW_BYTES + clamped * 16);
+      const u8* scales = block_scales + 2 * g * BLOCKS + clamped;
       const u32 s = scale_pair(scales[0]), r = scale_pair(scales[BLOCKS]);
       const u32 a[4] = {upper.x, upper.y, upper.z, upper.w}, b[4] = {lower.x, lower.y, lower.z, lower.w};
 #pragma unroll

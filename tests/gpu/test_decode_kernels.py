@@ -9,7 +9,7 @@ import importlib.util
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -22,6 +22,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from kernels.cuda.decode import DecodeKernels, DecodeShape, DecodeState, LayerWeights
+from kernels.cuda.layers import MAX_ROWS, LayerCall, LayerPlan
 from kernels.reference import decode as reference
 from kernels.triton.reference_sampling import sample as reference_sample
 
@@ -40,7 +41,7 @@ except ModuleNotFoundError:
 F = TypeVar("F", bound=Callable[..., None])
 
 
-def each(names: tuple[str, ...], values: list[object]) -> Callable[[F], F]:
+def each(names: tuple[str, ...], values: Sequence[object]) -> Callable[[F], F]:
     """Parametrise a test, and keep the table for runs as a script."""
 
     def keep(function: F) -> F:
@@ -55,8 +56,8 @@ def randn(*shape: int, scale: float = 1.0, dtype: torch.dtype = torch.bfloat16) 
 
 
 @cache
-def random_layer(shape: DecodeShape) -> LayerWeights:
-    torch.manual_seed(7)
+def random_layer(shape: DecodeShape, seed: int = 7) -> LayerWeights:
+    torch.manual_seed(seed)
     h, i, e = shape.hidden, shape.intermediate, shape.experts
     attention = shape.heads * shape.head_dim
 
@@ -109,7 +110,7 @@ def scene(shape: DecodeShape, rows: int, *, lengths: list[int] | None = None) ->
         torch.tensor([0.0, 0.8] * 8, device="cuda")[:rows].contiguous(),
         torch.arange(rows, device="cuda") * 0x1234567890 - 5,
     )
-    kernels = DecodeKernels(shape, rows)
+    kernels = DecodeKernels(shape, rows, layer_rows=MAX_ROWS)
     return Scene(kernels, state, cache, table, random_layer(shape), randn(shape.vocab, shape.hidden))
 
 
@@ -228,6 +229,193 @@ def test_each_step_matches_its_twin(shape: DecodeShape, rows: int) -> None:
     assert torch.equal(state.seq_lens, lengths + real.int())
 
 
+@each(
+    ("shape", "rows", "lengths"),
+    [
+        *((shape, rows, None) for shape in (TINY, TRUE) for rows in (1, 2, 3, 4, 8)),
+        *((shape, 1, [length]) for shape in (TINY, TRUE) for length in (1, 128, 129, 1153, 9000)),
+        (TRUE, 2, [9001, 5]),
+        (TRUE, 8, [0, 0, 3, 0, 700, 0, 0, 0]),
+    ],
+)
+def test_one_launch_of_a_layer_matches_the_twins(shape: DecodeShape, rows: int, lengths: list[int] | None) -> None:
+    for window in (None, 128):
+        at = scene(shape, rows, lengths=lengths)
+        kernels, state, layer = at.kernels, at.state, at.layer
+        assert kernels.has_layers
+        real = state.seq_lens > 0
+        plan = kernels.plan_layers([LayerCall(layer, at.cache, at.table, window, layer.input_norm)])
+        before, expected_cache = at.cache.clone(), at.cache.clone()
+        kept: list[Tensor] = []
+        for _ in range(3):  # counters and tickets must be as before, and the result the same
+            at.cache.copy_(before)
+            for buffer in (kernels.query, kernels.attended, kernels.expert_weights, kernels._act):
+                buffer.fill_(7)
+            kernels.embed(state, at.embedding, layer.input_norm)
+            kernels.run_layers(state, plan)
+            kernels.norm_logits(at.embedding)
+            now = [kernels.residual[real], kernels.logits[real], at.cache]
+            assert not kept or all(torch.equal(a, b) for a, b in zip(now, kept, strict=True))
+            kept = [tensor.clone() for tensor in now]
+        assert int(plan.counters.abs().max()) == 0
+
+        embedded = at.embedding[state.input_ids.long()].float()
+        query = reference.norm_qkv_rope(
+            embedded,
+            layer.input_norm,
+            layer.qkv,
+            layer.qkv_bias,
+            shape.epsilon,
+            state.rotations,
+            state.positions,
+            state.seq_lens,
+            at.table,
+            shape.block_size,
+            expected_cache,
+        )
+        close(kernels.query[real], query[real])
+        close(at.cache, expected_cache, 2e-3)
+        assert torch.equal((at.cache != before).flatten(1).any(1), (expected_cache != before).flatten(1).any(1))
+        expected = reference.paged_decode_attention(
+            kernels.query,
+            at.cache,
+            layer.sinks,
+            state.seq_lens,
+            at.table,
+            shape.block_size,
+            window,
+            shape.head_dim**-0.5,
+        )
+        close(kernels.attended[real], expected[real])
+        residual = reference.out_proj_add(kernels.attended, layer.out, layer.out_bias, embedded)
+        ids, shares = reference.norm_router_topk(
+            residual, layer.post_norm, layer.router, layer.router_bias, shape.epsilon, shape.top_k, state.seq_lens
+        )
+        normed = residual * torch.rsqrt(residual.pow(2).mean(1, keepdim=True) + shape.epsilon) * layer.post_norm
+        scores = normed @ layer.router.float().T + layer.router_bias.float()
+        chosen = kernels.expert_ids
+        gaps = scores.gather(1, chosen.long().clamp(min=0)) - scores.gather(1, ids.long().clamp(min=0))
+        assert float(gaps[real].abs().max()) < 0.01, (chosen, ids)  # only a near-tie may flip
+        assert torch.equal(chosen[~real], ids[~real])
+        same = (chosen == ids).all(1)
+        close(kernels.expert_weights[same], shares[same], 2e-3)
+        assert int(plan.active_experts[0]) == len(set(chosen.flatten().tolist()) - {-1})
+        act = reference.moe_gate_up(
+            residual,
+            layer.post_norm,
+            shape.epsilon,
+            chosen,
+            layer.gate_up_blocks,
+            layer.gate_up_scales,
+            layer.gate_up_bias,
+            shape.swiglu_limit,
+        )
+        close(kernels.activations()[real], act[real])
+        expected = reference.moe_down_add(
+            kernels.activations(),
+            chosen,
+            kernels.expert_weights,
+            layer.down_blocks,
+            layer.down_scales,
+            layer.down_bias,
+            residual,
+        )
+        close(kernels.residual[real] - embedded[real], expected[real] - embedded[real])
+        logits = reference.norm_logits(kernels.residual, layer.input_norm, at.embedding, shape.epsilon)
+        close(kernels.logits[real], logits[real])
+
+
+def layer_calls(at: Scene) -> list[LayerCall]:
+    other = random_layer(at.kernels.shape, 8)
+    caches = [at.cache, at.cache.clone(), at.cache.clone(), at.cache.clone()]
+    weights = [at.layer, other, at.layer, other]
+    norms = [other.input_norm, at.layer.input_norm, other.input_norm, at.layer.input_norm]
+    windows = (128, None, 128, None)
+    return [LayerCall(*call) for call in zip(weights, caches, [at.table] * 4, windows, norms, strict=True)]
+
+
+@each(("shape", "rows"), [(shape, rows) for shape in (TINY, TRUE) for rows in (1, 2, 5, 8)])
+def test_layers_in_one_launch_equal_launches_of_one_layer(shape: DecodeShape, rows: int) -> None:
+    together, single = scene(shape, rows), scene(shape, rows)
+    calls, single_calls = layer_calls(together), layer_calls(single)
+    plan = together.kernels.plan_layers(calls)
+    plans = [single.kernels.plan_layers([call]) for call in single_calls]
+    real = together.state.seq_lens > 0
+    for _ in range(3):
+        together.kernels.embed(together.state, together.embedding, together.layer.input_norm)
+        together.kernels.run_layers(together.state, plan)
+        single.kernels.embed(single.state, single.embedding, single.layer.input_norm)
+        for one in plans:
+            single.kernels.run_layers(single.state, one)
+        assert torch.equal(together.kernels.residual[real], single.kernels.residual[real])
+        for a, b in zip(calls, single_calls, strict=True):
+            assert torch.equal(a.cache, b.cache)
+        assert [int(n) for n in plan.active_experts] == [int(one.active_experts[0]) for one in plans]
+        for at in (together, single):
+            at.kernels.norm_logits(at.embedding)
+            at.kernels.sample_advance(at.state)
+        assert torch.equal(together.kernels.tokens, single.kernels.tokens)
+
+
+@each(("shape", "rows"), [(TINY, 1), (TINY, 8), (TRUE, 1), (TRUE, 8)])
+def test_a_captured_launch_of_all_layers_equals_the_eager_one(shape: DecodeShape, rows: int) -> None:
+    eager, captured = (scene(shape, rows, lengths=[90 + i for i in range(rows)]) for _ in range(2))
+    plans = [at.kernels.plan_layers(layer_calls(at)) for at in (eager, captured)]
+
+    def run(at: Scene, plan: LayerPlan) -> None:
+        at.kernels.embed(at.state, at.embedding, at.layer.input_norm)
+        at.kernels.run_layers(at.state, plan)
+        at.kernels.norm_logits(at.embedding)
+        at.kernels.sample_advance(at.state)
+
+    for at, plan in zip((eager, captured), plans, strict=True):
+        run(at, plan)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run(captured, plans[1])
+    for _ in range(5):
+        run(eager, plans[0])
+        graph.replay()
+        assert torch.equal(eager.kernels.tokens, captured.kernels.tokens)
+        assert torch.equal(eager.kernels.logits, captured.kernels.logits)
+
+
+@each(("shape", "temperature"), [(TINY, 0.7), (TINY, 1.0), (TINY, 1.6)])
+def test_samples_follow_the_softmax(shape: DecodeShape, temperature: float) -> None:
+    """Chi-square over the likely tokens and bins of the tail; false alarm 1e-6 a case."""
+    rows, launches = 16, 2500
+    at = scene(shape, rows, lengths=[1] * rows)
+    logits = torch.linspace(8.0, -8.0, shape.vocab, device="cuda")[torch.randperm(shape.vocab, device="cuda")]
+    at.state.temperatures.fill_(temperature)
+    counts = torch.zeros(shape.vocab, dtype=torch.int64, device="cuda")
+    ones = torch.ones(rows, dtype=torch.int64, device="cuda")
+    for _ in range(launches):
+        at.kernels.logits.copy_(logits.expand(rows, -1))
+        at.kernels.sample_advance(at.state)
+        counts.index_add_(0, at.kernels.tokens.long(), ones)
+    samples = rows * launches
+    order = logits.argsort(descending=True)
+    share = torch.softmax(logits.double() / temperature, 0)[order].cpu()
+    seen = counts[order].cpu().double()
+    # Bins of at least 40 expected samples, in falling order of probability; the far tail is the last.
+    bin_of = ((share.cumsum(0) - share) * samples / 40).floor().long()
+    bins = int(bin_of.max()) + 1
+    expected = torch.zeros(bins, dtype=torch.float64).index_add_(0, bin_of, share * samples)
+    found = torch.zeros(bins, dtype=torch.float64).index_add_(0, bin_of, seen)
+    keep = expected >= 10
+    expected = torch.cat((expected[keep], expected[~keep].sum()[None]))
+    found = torch.cat((found[keep], found[~keep].sum()[None]))
+    if float(expected[-1]) < 10:
+        expected = torch.cat((expected[:-2], expected[-2:].sum()[None]))
+        found = torch.cat((found[:-2], found[-2:].sum()[None]))
+    statistic = float(((found - expected) ** 2 / expected).sum())
+    freedom = len(expected) - 1
+    limit = freedom * (1 - 2 / (9 * freedom) + 4.75 * (2 / (9 * freedom)) ** 0.5) ** 3  # Wilson and Hilferty
+    assert freedom > 50, freedom
+    assert statistic < limit, (statistic, limit, freedom)
+
+
 def whole_step(at: Scene) -> None:
     kernels, state, layer = at.kernels, at.state, at.layer
     kernels.embed(state, at.embedding, layer.input_norm)
@@ -271,8 +459,10 @@ def test_a_row_does_not_see_its_neighbours(shape: DecodeShape, rows: int) -> Non
 
 
 def main() -> int:
+    """Run all tests, or those whose name contains the first argument."""
     failed = 0
-    for name, function in [(n, f) for n, f in globals().items() if n.startswith("test_")]:
+    wanted = sys.argv[1] if len(sys.argv) > 1 else "test_"
+    for name, function in [(n, f) for n, f in globals().items() if n.startswith("test_") and wanted in n]:
         for arguments in function.table:
             begin = time.monotonic()
             try:
@@ -282,8 +472,8 @@ def main() -> int:
             except Exception:  # noqa: BLE001 - a script reports and goes on, as a test runner does
                 failed += 1
                 outcome = traceback.format_exc(limit=-2)
-            hidden, rows = arguments[0].hidden, arguments[1]
-            print(f"{name}[H={hidden}, B={rows}] {time.monotonic() - begin:.1f}s {outcome}", flush=True)
+            case = ", ".join(str(argument) for argument in arguments[1:])
+            print(f"{name}[H={arguments[0].hidden}, {case}] {time.monotonic() - begin:.1f}s {outcome}", flush=True)
     print(f"{failed} failed")
     return 1 if failed else 0
 

@@ -5,6 +5,7 @@ Through nvcc when it is on the path, else through NVRTC when its wheel is instal
 
 from __future__ import annotations
 
+import itertools
 import re
 import shutil
 import subprocess
@@ -13,12 +14,13 @@ from pathlib import Path
 import pytest
 
 from kernels import build
-from kernels.cuda.decode import MODULES, TUNING, DecodeShape, defines_for
+from kernels.cuda.decode import MODULES, DecodeShape, defines_for, modules_for
 
 NVCC = shutil.which("nvcc")
 SHAPES = {
     "true": (DecodeShape(2880, 2880, 64, 8, 64, 32, 4, 201_088, 32), 1),
-    "tiny": (DecodeShape(224, 288, 16, 2, 32, 8, 2, 2_603, 16), 16),
+    "tiny": (DecodeShape(224, 288, 16, 2, 32, 8, 2, 2_603, 16), 8),
+    "many rows": (DecodeShape(224, 288, 16, 2, 32, 8, 2, 2_603, 16), 16),
 }
 
 
@@ -31,7 +33,7 @@ def nvrtc_is_missing() -> bool:
 
 
 def defines(shape: str) -> dict[str, int]:
-    return defines_for(*SHAPES[shape], TUNING, stage_bytes=100_000)
+    return defines_for(*SHAPES[shape])
 
 
 @pytest.fixture(autouse=True)
@@ -39,12 +41,16 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HLAUNCH_KERNEL_CACHE", str(tmp_path))
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_90a"])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    ("shape", "arch"),
+    [*itertools.product(("true", "tiny"), ("sm_80", "sm_90", "sm_90a")), ("many rows", "sm_90")],
+)
 def test_every_source_compiles(shape: str, arch: str, tmp_path: Path) -> None:
     if NVCC is None and nvrtc_is_missing():
         pytest.skip("neither nvcc nor the NVRTC wheel is here")
-    for module in MODULES:
+    for module in modules_for(*SHAPES[shape]):
+        if module == "layers" and arch < "sm_90":
+            continue
         if NVCC is None:
             build.compile_cubin(f"{module}.cu", defines(shape), arch)
             continue
@@ -66,11 +72,28 @@ def test_every_kernel_of_a_source_is_a_module_of_the_step() -> None:
         assert re.search(r"^KERNEL\(", path.read_text(), re.MULTILINE), path.name
 
 
+def test_the_persistent_kernel_serves_what_it_can() -> None:
+    true = SHAPES["true"][0]
+    assert "layers" in modules_for(true, 8)
+    assert "layers" not in modules_for(true, 9)
+    assert "layers" not in modules_for(true, 1, 64)  # too few multiprocessors to hold the shape
+
+
+def test_many_sources_are_built_at_once() -> None:
+    if nvrtc_is_missing():
+        pytest.skip("the NVRTC wheel is not here")
+    jobs = [("embed.cu", defines(shape)) for shape in SHAPES]
+    build.build_all(jobs, "sm_90", workers=2)
+    assert len(list(build.cache_folder().glob("embed-sm_90-*.cubin"))) == len(jobs)
+    with pytest.raises(build.KernelBuildError, match=r"embed\.cu: .*error"):
+        build.build_all([*jobs, ("embed.cu", {"H": 64})], "sm_90")
+
+
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def absent(name: str) -> None:
         raise ModuleNotFoundError(f"No module named {name!r}")
 
-    monkeypatch.setattr(build.importlib, "import_module", absent)
+    monkeypatch.setattr("importlib.import_module", absent)
     with pytest.raises(build.KernelBuildError, match="cuda-bindings"):
         build.compile_cubin("embed.cu", defines("tiny"), "sm_90")
     with pytest.raises(build.KernelBuildError, match="cupy-cuda13x"):
