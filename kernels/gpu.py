@@ -10,7 +10,16 @@ import torch
 from torch import Tensor
 
 from kernels.build import KernelBuildError
-from kernels.cuda.decode import BATCH_SIZES, LARGEST_SCALE, DecodeKernels, DecodeShape, DecodeState, LayerWeights
+from kernels.cuda.decode import (
+    BATCH_SIZES,
+    LARGEST_SCALE,
+    DecodeKernels,
+    DecodeShape,
+    DecodeState,
+    LayerWeights,
+    prebuild,
+)
+from kernels.cuda.layers import LayerCall, LayerPlan
 from kernels.triton.attention_decode import DecodeWorkspace, paged_decode_attention
 from kernels.triton.attention_prefill import paged_prefill_attention
 from kernels.triton.moe import run_experts
@@ -29,6 +38,8 @@ __all__ = [
     "DecodeState",
     "DecodeWorkspace",
     "KernelBuildError",
+    "LayerCall",
+    "LayerPlan",
     "LayerWeights",
     "SampleWorkspace",
     "add_rms_norm",
@@ -37,6 +48,7 @@ __all__ = [
     "expert_width",
     "paged_decode_attention",
     "paged_prefill_attention",
+    "prebuild",
     "prepare_scales",
     "rms_norm",
     "rope_kv_write",

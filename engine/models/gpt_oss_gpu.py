@@ -1,7 +1,8 @@
 """gpt-oss on one GPU: its weights there, and the two ways through its layers.
 
-`decode_small` runs up to 16 rows, one token each, on the CUDA kernels (six launches a layer); `forward` runs any number
-of tokens on the Triton kernels. Both can be captured. Refuses to know: plans, rows, where weights come from.
+`decode_small` runs up to 16 rows, one token each, on the CUDA kernels: all layers in one launch for the smallest
+batches, six launches a layer for the others. `forward` runs any number of tokens on the Triton kernels. Both can be
+captured. Refuses to know: plans, rows, where weights come from.
 
 Layouts: residual stream float32, activations bfloat16, experts MXFP4 as in the checkpoint with a second copy of their
 scales in the order the Triton kernels read (6 % of the experts' bytes).
@@ -76,30 +77,38 @@ class GptOssGpu:
             tensors |= {t.data_ptr(): t.nbytes for t in (*held, layer.gate_up_scales, layer.down_scales)}
         return sum(tensors.values())
 
+    def layer_calls(self, caches: Sequence[Tensor], tables: Sequence[Tensor]) -> list[gpu.LayerCall]:
+        """Pair each layer with its cache bf16 [S, 2, K, D] and its block table int32 [>= rows, M]."""
+        return [
+            gpu.LayerCall(layer.weights, cache, table, layer.window, self._norm_after(i))
+            for i, (layer, cache, table) in enumerate(zip(self.layers, caches, tables, strict=True))
+        ]
+
     def decode_small(
         self,
         kernels: gpu.DecodeKernels,
         state: gpu.DecodeState,
-        caches: Sequence[Tensor],
-        tables: Sequence[Tensor],
-        after_router: Callable[[int], None] | None = None,
+        calls: Sequence[gpu.LayerCall] | gpu.LayerPlan,
+        after_router: Callable[[], None] | None = None,
     ) -> None:
         """Compute the logits of one token for each row of `kernels`, into `kernels.logits`.
 
-        caches[l] bf16 [S, 2, K, D] and tables[l] int32 [>= rows, M] are layer l's. `after_router` is called with each
-        layer's number once its experts are chosen.
+        `calls` are of `layer_calls`, or the plan that `kernels` made of them. `after_router` is called once a layer's
+        experts are chosen; a plan calls nobody, it counts by itself.
         """
         kernels.embed(state, self.embedding, self.layers[0].weights.input_norm)
-        for i, (layer, cache, table) in enumerate(zip(self.layers, caches, tables, strict=True)):
-            weights = layer.weights
-            kernels.norm_qkv_rope(state, weights, cache, table)
-            kernels.paged_decode_attention(state, weights.sinks, cache, table, layer.window)
-            kernels.out_proj_add(weights)
-            kernels.norm_router_topk(state, weights)
-            if after_router is not None:
-                after_router(i)
-            kernels.moe_gate_up(weights)
-            kernels.moe_down_add(state, weights, self._norm_after(i))
+        if isinstance(calls, gpu.LayerPlan):
+            kernels.run_layers(state, calls)
+        else:
+            for call in calls:
+                kernels.norm_qkv_rope(state, call.weights, call.cache, call.table)
+                kernels.paged_decode_attention(state, call.weights.sinks, call.cache, call.table, call.window)
+                kernels.out_proj_add(call.weights)
+                kernels.norm_router_topk(state, call.weights)
+                if after_router is not None:
+                    after_router()
+                kernels.moe_gate_up(call.weights)
+                kernels.moe_down_add(state, call.weights, call.next_norm)
         kernels.norm_logits(self.lm_head)
 
     def forward(
@@ -153,3 +162,20 @@ class GptOssGpu:
     def _norm_after(self, layer: int) -> Tensor:
         """Give the norm that the stream meets after a layer."""
         return self.layers[layer + 1].weights.input_norm if layer + 1 < len(self.layers) else self.norm
+
+
+def decode_shape(config: ModelConfig, block_size: int) -> gpu.DecodeShape:
+    """Describe a model and its cache blocks to the kernels."""
+    return gpu.DecodeShape(
+        hidden=config.hidden_size,
+        intermediate=config.intermediate_size,
+        heads=config.num_attention_heads,
+        kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        experts=config.num_experts,
+        top_k=config.num_experts_per_token,
+        vocab=config.vocab_size,
+        block_size=block_size,
+        epsilon=config.rms_norm_eps,
+        swiglu_limit=config.swiglu_limit,
+    )

@@ -2,7 +2,7 @@
 
 A graph holds the whole step: embedding, layers, logits, sampling, and moving the inputs on by one, so that the next
 step of the same rows needs nothing from the host. Batch sizes are padded to the next captured one; padding rows have
-length 0, reach no expert, write no cache. Graphs are captured on first use, or ahead by `capture`.
+length 0, reach no expert, write no cache. Graphs are captured by `prepare`, ahead or on first use.
 
 Knows: the static inputs and the graphs over them. Refuses to know: plans, requests, what a row means.
 """
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.models.gpt_oss_gpu import ExpertBuffers, GptOssGpu
+from engine.models.gpt_oss_gpu import ExpertBuffers, GptOssGpu, decode_shape
 from engine.worker.gpu_rows import GpuRows
 from kernels import gpu
 
@@ -103,20 +103,10 @@ class DecodeGraphs:
             temperatures=self.inputs.temperatures,
             seeds=self.inputs.seeds,
         )
-        self._shape = gpu.DecodeShape(
-            hidden=config.hidden_size,
-            intermediate=config.intermediate_size,
-            heads=config.num_attention_heads,
-            kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            experts=config.num_experts,
-            top_k=config.num_experts_per_token,
-            vocab=config.vocab_size,
-            block_size=rows.block_size,
-            epsilon=config.rms_norm_eps,
-            swiglu_limit=config.swiglu_limit,
-        )
+        self._shape = decode_shape(config, rows.block_size)
+        self._calls = model.layer_calls(self._caches, [self.inputs.tables[group] for group in self._groups])
         self._kernels: dict[int, gpu.DecodeKernels] = {}
+        self._plans: dict[int, gpu.LayerPlan] = {}
         self._graphs: dict[tuple[int, bool], DecodeGraph] = {}
         self._pool = None if is_eager else torch.cuda.graph_pool_handle()
         self._buffers = ExpertBuffers.allocate(config, largest, device) if largest > SMALL[-1] else None
@@ -216,7 +206,9 @@ class DecodeGraphs:
         counts: list[Tensor] = []
         if size <= SMALL[-1]:
             kernels = self._kernels[size]
-            self._decode_small(kernels, lambda _: counts.append(kernels.active_experts().clone()))
+            self._decode_small(size, lambda: counts.append(kernels.active_experts().clone()))
+            if size in self._plans:
+                return self._plans[size].active_experts.tolist()
             return [int(count) for count in counts]
         self._decode_large(size, lambda ids: counts.append(ids.clone()))
         return [int(torch.unique(ids[ids >= 0]).numel()) for ids in counts]
@@ -240,9 +232,11 @@ class DecodeGraphs:
         kernels = self._kernels.get(size)
         if kernels is None:
             kernels = self._kernels[size] = gpu.DecodeKernels(self._shape, size, self._logits.device)
+            if kernels.has_layers:
+                self._plans[size] = kernels.plan_layers(self._calls)
 
         def small() -> None:
-            self._decode_small(kernels)
+            self._decode_small(size)
             if has_filters:
                 self._sample(kernels.logits, kernels.tokens)
             else:
@@ -251,9 +245,9 @@ class DecodeGraphs:
 
         return small
 
-    def _decode_small(self, kernels: gpu.DecodeKernels, after_router: Callable[[int], None] | None = None) -> None:
-        tables = [self.inputs.tables[group] for group in self._groups]
-        self._model.decode_small(kernels, self._state, self._caches, tables, after_router)
+    def _decode_small(self, size: int, after_router: Callable[[], None] | None = None) -> None:
+        calls = self._plans.get(size, self._calls)
+        self._model.decode_small(self._kernels[size], self._state, calls, after_router)
 
     def _decode_large(self, size: int, after_router: Callable[[Tensor], None] | None = None) -> None:
         inputs, config = self.inputs, self._model.config

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -58,6 +59,8 @@ class GpuWorker:
         with _packages():
             from engine.models.gpt_oss_gpu_weights import load_gpt_oss_gpu
 
+        # Compilers work while weights travel.
+        self._build = ThreadPoolExecutor(1, "kernels").submit(self._build_kernels)
         config = self._config
         checkpoint = None
         if config.load_format != "dummy":
@@ -124,6 +127,7 @@ class GpuWorker:
         """
         scheduler, decode = self._config.scheduler, self.runner.decode
         with self._memory("activations"), _kernels():
+            self._build.result()
             for graph_rows in decode.sizes:
                 decode.prepare(graph_rows, has_filters=False)
             room = (self._num_blocks - 1) // self._num_groups * self._config.cache.block_size
@@ -137,6 +141,16 @@ class GpuWorker:
         """Start a plan's step; its `wait` gives the result. Raises: OutOfGpuMemory."""
         with self._memory("a step"):
             return self.runner.launch(plan)
+
+    def _build_kernels(self) -> None:
+        """Compile what is not in the kernel cache, on all cores."""
+        from engine.models.gpt_oss_gpu import decode_shape
+        from kernels import gpu
+
+        torch.cuda.set_device(self.device)
+        most = self._config.scheduler.max_num_seqs
+        sizes = [size for size in gpu.BATCH_SIZES if size < 2 * most]
+        gpu.prebuild(decode_shape(self._model_config, self._config.cache.block_size), sizes, self.device)
 
     def _run_prompt(self, length: int) -> None:
         """Compute a prompt of zeros in blocks that nobody has yet, and one token after it."""

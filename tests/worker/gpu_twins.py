@@ -13,11 +13,21 @@ from torch import Tensor
 
 from kernels.contract import KernelError as KernelBuildError
 from kernels.cuda.decode import BATCH_SIZES, LARGEST_SCALE, DecodeShape, DecodeState, LayerWeights
+from kernels.cuda.layers import LayerCall, LayerPlan
 from kernels.reference import basic, decode, moe
 from kernels.reference.attention import attend
 from kernels.reference.mxfp4 import mxfp4_expand
 
-__all__ = ["BATCH_SIZES", "LARGEST_SCALE", "DecodeShape", "DecodeState", "KernelBuildError", "LayerWeights"]
+__all__ = [
+    "BATCH_SIZES",
+    "LARGEST_SCALE",
+    "DecodeShape",
+    "DecodeState",
+    "KernelBuildError",
+    "LayerCall",
+    "LayerPlan",
+    "LayerWeights",
+]
 
 
 def expert_width(width: int) -> int:
@@ -161,6 +171,23 @@ class DecodeKernels:
         self.logits = torch.zeros(rows, shape.vocab)
         self.tokens = torch.zeros(rows, dtype=torch.int32)
         self._ids = torch.zeros(rows, shape.top_k, dtype=torch.int32)
+
+    @property
+    def has_layers(self) -> bool:
+        return self.rows <= 2
+
+    def plan_layers(self, calls: list[LayerCall]) -> LayerPlan:
+        return LayerPlan.create(calls, 1, "cpu")
+
+    def run_layers(self, state: DecodeState, plan: LayerPlan) -> None:
+        for i, call in enumerate(plan.calls):
+            self.norm_qkv_rope(state, call.weights, call.cache, call.table)
+            self.paged_decode_attention(state, call.weights.sinks, call.cache, call.table, call.window)
+            self.out_proj_add(call.weights)
+            self.norm_router_topk(state, call.weights)
+            plan.active_experts[i] = self.active_experts()
+            self.moe_gate_up(call.weights)
+            self.moe_down_add(state, call.weights, call.next_norm)
 
     def active_experts(self) -> Tensor:
         return torch.unique(self._ids[self._ids >= 0]).numel() * torch.ones((), dtype=torch.int32)
