@@ -13,6 +13,7 @@ kept: `MODEL_NAME=x hlaunch` is `up x`, and `--dry-run` goes along.
 from __future__ import annotations
 
 import errno
+import keyword
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -47,6 +48,7 @@ COMMANDS: Mapping[str, str] = {
     "env": "Show the fabric's variables of each node; --lint checks them.",
     "doctor": "Examine the hosts of a cluster, and the fabric between them.",
     "schema": "Print the JSON schema of the registry, or its keys.",
+    "registry": "Add an entry to the registry, or set a value; the rest stays as it is.",
 }
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -75,7 +77,8 @@ class _LazyGroup(TyperGroup):
 
 
 def _load(name: str) -> Any:
-    module_name = f"launcher.commands.{name}"
+    # `import` cannot name a module.
+    module_name = f"launcher.commands.{name}_" if keyword.iskeyword(name) else f"launcher.commands.{name}"
     try:
         module = import_module(module_name)
     except ModuleNotFoundError as error:

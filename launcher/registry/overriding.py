@@ -53,7 +53,7 @@ def environment_layer(environ: Mapping[str, str]) -> tuple[Contribution, list[Is
             issues.append(Issue("warning", "unknown-variable", source, None, None, "", message, hint))
             continue
         try:
-            value = _read(KEYS[key], environ[name])
+            value = read_text(KEYS[key], environ[name])
         except BadValue as error:
             issues.append(Issue("error", error.code, source, None, None, key, error.message, error.hint))
             continue
@@ -83,7 +83,7 @@ def flag_layer(overrides: Sequence[str]) -> tuple[Contribution, list[Issue]]:
                 env[variable] = (_read_override_variable(variable, value), origin)
                 continue
             spec = _overridable(written)
-            typed = _read(spec, value)
+            typed = read_text(spec, value)
             if typed is None:
                 settings.pop(spec.key, None)
             else:
@@ -99,12 +99,7 @@ def _overridable(written: str) -> KeySpec:
         inner = " or ".join(f"--set {name}=value" for name in KEYS if name.startswith(f"{written}."))
         raise BadValue("wrong-type", f"{written} is a mapping", f"write {inner}")
     if key is None:
-        known = [name for name, item in DASHED.items() if not KEYS[item].is_fixed]
-        raise BadValue(
-            "unknown-key",
-            f"{show_text(written)} is not a known option",
-            did_you_mean(written, known) or "`hlaunch schema --keys` lists the known keys",
-        )
+        raise unknown_key(written)
     spec = KEYS[key]
     if spec.is_fixed:
         raise BadValue("fixed-key", f"{key} can only be set in the registry", "edit the entry")
@@ -113,13 +108,23 @@ def _overridable(written: str) -> KeySpec:
     return spec
 
 
+def unknown_key(written: str) -> BadValue:
+    """Make the error for a key that no model has, or that is a group of keys."""
+    if written in GROUPS:
+        inner = " or ".join(f"{name}=value" for name in KEYS if name.startswith(f"{written}."))
+        return BadValue("wrong-type", f"{written} is a mapping", f"write {inner}")
+    known = [name for name, item in DASHED.items() if not KEYS[item].is_fixed]
+    hint = did_you_mean(written, known) or "`hlaunch schema --keys` lists the known keys"
+    return BadValue("unknown-key", f"{show_text(written)} is not a known option", hint)
+
+
 def _read_override_variable(name: str, value: str) -> str | None:
     if _VARIABLE_NAME.fullmatch(name) is None:
         raise BadValue("bad-name", f"{show_text(name)} cannot name a variable", "write --set env.NAME=value")
     return read_variable(Scalar(value, "argument", _NO_MARK)) if value else None
 
 
-def _read(spec: KeySpec, text: str) -> Value:
+def read_text(spec: KeySpec, text: str) -> Value:
     """Type the text of a flag or a variable; empty or `null` leaves the layer silent."""
     scalar = Scalar(text, "argument", _NO_MARK)
     if scalar.is_null:

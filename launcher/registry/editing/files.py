@@ -1,0 +1,56 @@
+"""A registry file is replaced whole, or not at all.
+
+Knows: temporary files, permissions, links. Refuses to know: what changed.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import tempfile
+from pathlib import Path
+
+from launcher.errors import HlaunchError
+from launcher.exit_codes import ExitCode
+from launcher.registry.document import decode
+
+_BOM = b"\xef\xbb\xbf"
+
+
+def read_text(path: Path, source: str) -> str:
+    """Read a registry's text as it is written, line ends included. Raises: DocumentError; OSError."""
+    with path.open("rb") as handle:
+        return decode(handle.read((1 << 20) + 1), source)
+
+
+def write_registry(path: Path, text: str, expected: str | None) -> None:
+    """Replace a registry file atomically, with its permissions; a link keeps pointing at the replaced file.
+
+    `expected` is the text that was edited; None: the file must not exist.
+    Raises: HlaunchError when the file is another one by now, or cannot be written.
+    """
+    target = Path(os.path.realpath(path))
+    try:
+        before = target.read_bytes() if target.exists() else None
+        mode = stat.S_IMODE(target.stat().st_mode) if before is not None else 0o644
+        has_bom = before is not None and before.startswith(_BOM)
+        known = None if expected is None else (_BOM if has_bom else b"") + expected.encode()
+        if before != known:
+            raise HlaunchError(f"{path} was changed by somebody else meanwhile", hint="run the command again")
+        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+        try:
+            with os.fdopen(handle, "wb") as stream:
+                stream.write((_BOM if has_bom else b"") + text.encode())
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.chmod(name, mode)
+            os.replace(name, target)
+        except BaseException:
+            os.unlink(name)
+            raise
+    except OSError as error:
+        raise HlaunchError(
+            f"{path} cannot be written: {error.strerror}",
+            hint="check the permissions of the file and its folder",
+            exit_code=ExitCode.ENGINE_FAILED,
+        ) from error
