@@ -25,6 +25,8 @@ from engine.core.request import EngineRequest, FinishReason, RequestOutput, Sche
 
 PING_INTERVAL_SECONDS = 1.0
 STOP_GRACE_SECONDS = 5.0
+# The core itself looks after ranks in other processes, and must have the time to say which of them hangs.
+RANK_GRACE_SECONDS = 5.0
 ENGINE_DEAD = "engine_dead: the engine process ended"
 
 
@@ -292,6 +294,8 @@ class AsyncEngine:
         await self.ready.wait()
         self._last_heard = time.monotonic()
         limit = self.config.step_timeout_seconds
+        if self.config.has_several_ranks:
+            limit += RANK_GRACE_SECONDS
         interval = min(PING_INTERVAL_SECONDS, limit / 4)
         number = 0
         while self.state is not EngineState.FAILED:

@@ -175,6 +175,11 @@ class EngineConfig:
             _check(getattr(self, name) >= 1, name, "must be at least 1")
         _check(self.data_parallel_rank >= 0, "data_parallel_rank", "must not be negative")
 
+    @property
+    def has_several_ranks(self) -> bool:
+        """Whether an engine may consist of more than one process."""
+        return bool(self.placement) or self.tensor_parallel_size * self.pipeline_parallel_size > 1
+
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2, sort_keys=True)
 

@@ -102,6 +102,7 @@ def main() -> int:
     except Exception as error:  # noqa: BLE001 - the process border: the cause travels, then the process ends
         link.send(ipc.Kind.FATAL, _fatal("serve", error))
         traceback.print_exc()
+        core.stop()
         return EXIT_FAILED
     return 0
 
@@ -117,6 +118,7 @@ def _fatal(phase: str, error: BaseException) -> ipc.FatalMessage:
     message = str(error).splitlines()[0] if str(error) else type(error).__name__
     hint = getattr(error, "hint", "")
     does_not_fit = type(error).__name__ in ("OutOfMemoryPlan", "OutOfGpuMemory") or isinstance(error, MemoryError)
+    does_not_fit = does_not_fit or bool(getattr(error, "does_not_fit", False))
     return ipc.FatalMessage(
         phase=phase,
         error_type=type(error).__name__,
@@ -128,7 +130,8 @@ def _fatal(phase: str, error: BaseException) -> ipc.FatalMessage:
 
 def _serve(link: _Link, core: Any) -> None:
     """Run the loop: drain the inbox, step, publish; park on the inbox when there is nothing to do."""
-    inbox: SimpleQueue[tuple[ipc.Kind, Any] | None] = SimpleQueue()
+    inbox: SimpleQueue[tuple[ipc.Kind, Any] | Exception | None] = SimpleQueue()
+    core.on_failure(inbox.put)
 
     def listen() -> None:
         try:
@@ -162,6 +165,8 @@ def _serve(link: _Link, core: Any) -> None:
                 if message is None:
                     core.stop()
                     return
+                if isinstance(message, Exception):
+                    raise message
                 _handle(link, core, message, outputs)
         if core.has_work:
             outputs.extend(core.step())

@@ -16,7 +16,7 @@ from pathlib import Path
 from engine.config import ConfigError, EngineConfig, ModelConfig, load_model_config, resolve_model_folder
 from engine.core.request import EngineRequest, FinishReason, RequestOutput, SchedulerStats
 from engine.core.scheduler import RequestRejected, Scheduler
-from engine.executor.base import Executor
+from engine.executor.base import Executor, ExecutorError
 from engine.executor.inline import make_executor, make_worker
 from engine.memory import MemoryFit, kv_cache_groups
 from engine.placement import Device, HostSpec, ParallelSizes, Placement, PlacementError, single_rank
@@ -177,6 +177,10 @@ class EngineCore:
 
     def stats(self) -> SchedulerStats:
         return self.scheduler.stats()
+
+    def on_failure(self, callback: Callable[[ExecutorError], None]) -> None:
+        """Have `callback` called, from any thread, when a rank fails, also while the loop waits for requests."""
+        self.executor.on_failure(callback)
 
     def stop(self) -> None:
         self.executor.stop()

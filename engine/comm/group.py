@@ -2,15 +2,10 @@
 
 Knows: slabs, stamps, the fixed order of a sum. Refuses to know: which layer asks, other hosts (`engine.comm.gloo`).
 
-    header   64 B            magic "HLG1" | version u16 | ranks u16 | slot_bytes u32
-    stamps   ranks x 64 B    byte 0 = number of the last stage that rank i has finished, modulo 256
-    parked   ranks x 64 B    byte 0 = rank i sleeps
-    slabs    ranks x 2 x slot_bytes     what rank i gives, in two buffers that take turns
-    sums     2 x slot_bytes             what the ranks summed, each its slice
-
-A stage: write own slab → FENCE → stamp := stage → FENCE → ring who sleeps; wait until every stamp has come to the stage
-→ FENCE → read the others. Ranks are never more than one stage apart, so a byte compared cyclically is enough; and a
-buffer is written again two stages later, when every rank has stamped the stage between and so has read it.
+The memory is drawn in `engine.comm.ends`. A stage: write own slab → FENCE → stamp := stage → FENCE → ring who sleeps;
+wait until every stamp has come to the stage → FENCE → read the others. Ranks are never more than one stage apart, so a
+byte compared cyclically is enough; and a buffer is written again two stages later, when every rank has stamped the
+stage between and so has read it.
 
 Sums are float32 and in rank order on every rank, whatever their size: all ranks hold the same bits, and so do runs.
 """
@@ -19,28 +14,19 @@ from __future__ import annotations
 
 import contextlib
 import os
-import struct
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from engine.comm.board import NoBoard, Notes
-from engine.comm.segment import LINE, Segment, Sleeper, fence, new_bell, wake
+from engine.comm.ends import GROUP_HEADER, GROUP_MAGIC, GROUP_VERSION, GroupEnd, GroupError
+from engine.comm.segment import LINE, Segment, Sleeper, fence, wake
 
-_MAGIC = b"HLG1"
-_VERSION = 1
-_HEADER = struct.Struct("<4sHHI")
-SLOT_BYTES = 1 << 20
 # Elements from which it pays that each rank sums one slice and reads the others' sums, instead of summing everything.
 SLICED_ELEMENTS = 16 << 10
-
-
-class GroupError(Exception):
-    """The group is not what it should be, or a rank of it did not come."""
 
 
 class Group(Protocol):
@@ -60,39 +46,6 @@ class Group(Protocol):
     def close(self) -> None: ...
 
 
-@dataclass(frozen=True, slots=True)
-class GroupEnd:
-    """The descriptors of one rank's place in a group, to be inherited by its process."""
-
-    rank: int
-    segment: int
-    bells: tuple[int, ...]
-
-    @property
-    def fds(self) -> tuple[int, ...]:
-        return (self.segment, *self.bells)
-
-    def close(self) -> None:
-        """Close an end that another process has inherited."""
-        for fd in self.fds:
-            with contextlib.suppress(OSError):
-                os.close(fd)
-
-
-def create_group(size: int, *, slot_bytes: int = SLOT_BYTES) -> list[GroupEnd]:
-    """Make the memory of a group; one end per rank."""
-    if size < 2 or slot_bytes % LINE or slot_bytes < LINE:
-        raise GroupError(f"{size} ranks and slots of {slot_bytes} bytes make no group")
-    segment = Segment.create("hlaunch-group", LINE * (1 + 2 * size) + (2 * size + 2) * slot_bytes)
-    _HEADER.pack_into(segment.view, 0, _MAGIC, _VERSION, size, slot_bytes)
-    bells = [new_bell() for _ in range(size)]
-    ends = [GroupEnd(rank, os.dup(segment.fd), tuple(os.dup(bell) for bell in bells)) for rank in range(size)]
-    for bell in bells:
-        os.close(bell)
-    segment.close()
-    return ends
-
-
 class SharedGroup:
     """One rank's place in a group on its host.
 
@@ -103,8 +56,8 @@ class SharedGroup:
     def __init__(self, end: GroupEnd, *, timeout_seconds: float = 600.0, notes: Notes | None = None) -> None:
         self._segment = Segment(end.segment)
         view = self._view = self._segment.view
-        magic, version, size, slot_bytes = _HEADER.unpack_from(view)
-        if magic != _MAGIC or version != _VERSION or len(end.bells) != size:
+        magic, version, size, slot_bytes = GROUP_HEADER.unpack_from(view)
+        if magic != GROUP_MAGIC or version != GROUP_VERSION or len(end.bells) != size:
             raise GroupError(f"not a group of {len(end.bells)} ranks: {magic!r}, version {version}, {size} ranks")
         self.rank = end.rank
         self.size: int = size

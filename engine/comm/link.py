@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from engine.comm.board import NoBoard, Notes
-from engine.comm.ring import RingEnd, RingError, RingReader, RingWriter, create_ring
-
-PIECE_BYTES = 512 << 10
+from engine.comm.ends import PIECE_BYTES
+from engine.comm.ring import RingEnd, RingError, RingReader, RingWriter
 
 
 class LinkError(Exception):
@@ -34,13 +33,6 @@ class Receiver(Protocol):
     def receive(self, x: Tensor) -> None: ...
 
     def close(self) -> None: ...
-
-
-def create_link() -> tuple[RingEnd, RingEnd]:
-    """Make the sender's and the receiver's end."""
-    # Eight pieces lie in the ring: the next batches of a short pipeline, or a part of a long prefill.
-    ours, (theirs,) = create_ring(1, slots=8, slot_bytes=PIECE_BYTES + 64)
-    return ours, theirs
 
 
 class RingSender:

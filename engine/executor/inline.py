@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from collections.abc import Callable
 from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
@@ -56,6 +57,9 @@ class InlineExecutor:
     def collect(self) -> StepResult:
         return self._results.popleft()
 
+    def on_failure(self, callback: Callable[[ExecutorError], None]) -> None:
+        """Never: the rank lives and dies with this process."""
+
     def stop(self) -> None:
         self._results.clear()
 
@@ -85,6 +89,9 @@ class InlineThreadExecutor:
         if isinstance(result, Exception):
             raise ExecutorError(f"the worker failed: {type(result).__name__}: {result}") from result
         return result
+
+    def on_failure(self, callback: Callable[[ExecutorError], None]) -> None:
+        """Never: the rank lives and dies with this process."""
 
     def stop(self) -> None:
         self._plans.put(None)
@@ -126,6 +133,9 @@ class InlineGpuExecutor:
     def count_experts(self, num_rows: int) -> list[int]:
         """Count the experts that each layer touches in a decode step of the rows last run; for benchmarks."""
         return self._worker.runner.decode.count_experts(num_rows)
+
+    def on_failure(self, callback: Callable[[ExecutorError], None]) -> None:
+        """Never: the rank lives and dies with this process."""
 
     def stop(self) -> None:
         self._pending.clear()

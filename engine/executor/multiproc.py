@@ -104,11 +104,11 @@ class MultiprocExecutor:
         """Process ids, in rank order."""
         return tuple(handle.process.pid for handle in self._handles)
 
-    def on_failure(self, callback: Callable[[], None]) -> None:
+    def on_failure(self, callback: Callable[[ExecutorError], None]) -> None:
         """Have `callback` called, from another thread, when a rank fails; also while no step runs."""
         self._watch.on_failure = callback
         if self._watch.failure is not None:
-            callback()
+            callback(self._watch.failure)
 
     def wait_loaded(self) -> list[LoadedReport]:
         """Wait until all ranks hold their weights; returns their reports in rank order."""
@@ -136,6 +136,7 @@ class MultiprocExecutor:
 
     def collect(self) -> StepResult:
         """Wait for the oldest plan's result, at most for the step's deadline."""
+        self._check()
         plan, submitted_at = self._in_flight[0]
         deadline = max(submitted_at, self._collected_at) + self._timeout
         while True:
@@ -212,15 +213,12 @@ class MultiprocExecutor:
                 if handle.spec.rank in came:
                     continue
                 silent = now - max(handle.heard, began)
-                if silent > self._silence:
-                    self._dump_stacks()
-                    raise self._fail(
-                        RankFailure(
-                            handle.spec,
-                            handle.phase,
-                            f"has said nothing for {silent:.0f} s (waited for: {what}); its stacks are in the log",
-                            seconds=now - handle.since,
-                        )
+                # Nothing can be reported while Python and torch are imported, perhaps from a cold disk.
+                limit = max(self._silence, SILENCE_SECONDS) if handle.phase in ("spawn", "import") else self._silence
+                if silent > limit:
+                    said = f"has said nothing for {silent:.0f} s (waited for: {what}); stacks are in the log"
+                    raise self._fail_with_stacks(
+                        RankFailure(handle.spec, handle.phase, said, seconds=now - handle.since)
                     )
         return list(came.values())
 
@@ -230,8 +228,17 @@ class MultiprocExecutor:
         if self._is_stopped:
             raise ExecutorError("the executor was stopped")
 
-    def _fail(self, failure: RankFailure) -> RankFailure:
+    def _fail_with_stacks(self, failure: RankFailure) -> RankFailure:
+        """Settle on a failure, unless one is known already, and put the stacks of all ranks into the log."""
         self._watch.fail(failure)
+        for handle in self._handles:
+            # Before its first report a process has no handler yet, and the signal would end it.
+            if handle.phase == "spawn" or handle.has_ended:
+                continue
+            print(f"stacks of rank {handle.spec.rank} (pid {handle.process.pid}):", file=sys.stderr, flush=True)
+            with contextlib.suppress(ProcessLookupError):
+                handle.process.send_signal(signal.SIGUSR1)
+            time.sleep(_STACKS_SECONDS / len(self._handles))
         return self._watch.failure or failure
 
     def _end_of_a_rank(self) -> ExecutorError:
@@ -245,23 +252,15 @@ class MultiprocExecutor:
         """Name who holds a step up, with the stacks of all ranks in the log."""
         states = read_board(self._board, len(self._handles))
         blamed = suspects(states, step_id) or states
-        self._dump_stacks()
         first = self._handles[blamed[0].rank]
         others = [str(self._handles[state.rank].spec.rank) for state in blamed[1:]]
         what = f"did not finish step {step_id} within {self._timeout:.0f} s: {blamed[0]}{_kernel_state(first)}"
         what += f" (and ranks {', '.join(others)})" if others else ""
         waiting = [str(self.ranks[state.rank].rank) for state in states if state not in blamed]
         what += f"; ranks {', '.join(waiting)} wait" if waiting else ""
-        return self._fail(
+        return self._fail_with_stacks(
             RankFailure(first.spec, blamed[0].phase, what + "; stacks are in the log", seconds=blamed[0].seconds)
         )
-
-    def _dump_stacks(self) -> None:
-        for handle in self._handles:
-            print(f"stacks of rank {handle.spec.rank} (pid {handle.process.pid}):", file=sys.stderr, flush=True)
-            with contextlib.suppress(ProcessLookupError):
-                handle.process.send_signal(signal.SIGUSR1)
-            time.sleep(_STACKS_SECONDS / len(self._handles))
 
 
 def _spawn(setup: RankSetup, spec: RankSpec, command: Sequence[str], threads: int) -> RankHandle:

@@ -75,7 +75,7 @@ class RankWatch:
         self.reports: SimpleQueue[Report | None] = SimpleQueue()
         self.failure: RankFailure | None = None
         self.bell = new_bell()
-        self.on_failure: Callable[[], None] = lambda: None
+        self.on_failure: Callable[[RankFailure], None] = lambda _: None
         self._handles = handles
         self._on_phase = on_phase
         self._causes: list[tuple[int, float, RankFailure]] = []
@@ -106,7 +106,7 @@ class RankWatch:
             self.failure = failure
         self.reports.put(None)
         os.eventfd_write(self.bell, 1)
-        self.on_failure()
+        self.on_failure(failure)
 
     def _run(self) -> None:
         poll = select.poll()

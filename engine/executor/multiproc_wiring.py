@@ -13,8 +13,7 @@ from collections.abc import Sequence
 import msgspec
 
 from engine.comm.board import create_board
-from engine.comm.group import SLOT_BYTES, GroupEnd, create_group
-from engine.comm.link import create_link
+from engine.comm.ends import SLOT_BYTES, GroupEnd, create_group, create_link
 from engine.comm.ring import RingEnd, create_ring
 from engine.comm.segment import Segment
 from engine.placement import RankSpec

@@ -9,7 +9,8 @@ import time
 
 import torch
 
-from engine.comm.group import GroupEnd, SharedGroup
+from engine.comm.ends import GroupEnd
+from engine.comm.group import SharedGroup
 
 
 def value(rank: int, round_: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from engine.comm.board import Activity, BoardLine, create_board, read_board, suspects
-from engine.comm.group import GroupError, SharedGroup, create_group
-from engine.comm.link import LinkError, RingReceiver, RingSender, create_link
+from engine.comm.ends import GroupError, create_group, create_link
+from engine.comm.group import SharedGroup
+from engine.comm.link import LinkError, RingReceiver, RingSender
 
 PEER = Path(__file__).parent / "group_peer.py"
 

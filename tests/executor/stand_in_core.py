@@ -1,0 +1,20 @@
+"""The process that owns ranks: starts them, prints their ids, and keeps them busy until it is killed."""
+
+from __future__ import annotations
+
+import sys
+
+from executor_support import add_requests, drive, new_scheduler, start
+
+
+def main() -> None:
+    executor = start(int(sys.argv[1]))
+    print(*executor.pids, flush=True)
+    while True:
+        scheduler = new_scheduler()
+        add_requests(scheduler, 8, 200)
+        drive(executor, scheduler)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,196 @@
+"""Ranks as processes: plans out, results back, and every way in which a rank can fail, named and in time."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from executor_support import (
+    HERE,
+    add_requests,
+    drive,
+    is_running,
+    leftovers,
+    new_scheduler,
+    start,
+    wait_until,
+)
+
+from engine.core.request import FinishReason
+from engine.core.scheduler import Scheduler
+from engine.executor.base import ExecutorError
+from engine.executor.multiproc import MultiprocExecutor
+from engine.executor.multiproc_watch import RankFailure
+
+
+@pytest.mark.parametrize(("num_ranks", "num_stages"), [(2, 1), (2, 2)])
+def test_plans_go_out_and_results_come_back(num_ranks: int, num_stages: int) -> None:
+    before = leftovers()
+    executor = start(num_ranks, num_stages=num_stages)
+    scheduler = new_scheduler()
+    add_requests(scheduler, 6, 20)
+    outputs = drive(executor, scheduler)
+    assert sum(len(output.new_token_ids) for output in outputs) == 6 * 20
+    assert sum(output.finish_reason is FinishReason.LENGTH for output in outputs) == 6
+    pids = executor.pids
+    began = time.monotonic()
+    executor.stop()
+    executor.stop()
+    assert time.monotonic() - began < 2.0
+    assert not any(map(is_running, pids))
+    with pytest.raises(ExecutorError, match="stopped"):
+        executor.submit(None)  # type: ignore[arg-type]
+    assert leftovers() == before
+
+
+FAULTS = {
+    "raise": r"rank 1 \(node localhost, cpu:1\) failed: RuntimeError: a kernel went wrong; phase serve",
+    "exit": r"rank 1 \(node localhost, cpu:1\) ended by itself with code 7; phase serve",
+    "kill": r"rank 1 \(node localhost, cpu:1\) was killed by SIGKILL \(out of memory\?\); phase serve",
+    "hang": r"rank 1 \(node localhost, cpu:1\) did not finish step 5 within 1 s: computing in step 5 for [1-3]\.\d s",
+    "stop": r"rank 1 \(node localhost, cpu:1\) did not finish step 5 within 1 s: computing .*, stopped by a signal",
+}
+
+
+@pytest.mark.parametrize(
+    # Stand-ins do not meet each other: the rank that answers does not wait for one that hangs.
+    ("kind", "place"),
+    [("raise", 0), ("raise", 1), ("exit", 1), ("kill", 0), ("kill", 1), ("hang", 0), ("stop", 0)],
+)
+def test_a_rank_that_fails_in_a_step_is_named(
+    kind: str, place: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("STAND_IN_FAULT", f"{place}:{kind}:5")
+    before = leftovers()
+    executor = start(2, step_timeout_seconds=1.0)
+    pids = executor.pids
+    scheduler = new_scheduler()
+    add_requests(scheduler, 4, 5000 // 16)
+    expected = FAULTS[kind].replace("rank 1", f"rank {place}").replace("cpu:1", f"cpu:{place}")
+    began = time.monotonic()
+    with pytest.raises(RankFailure, match=expected) as caught:
+        drive(executor, scheduler)
+    assert time.monotonic() - began < 4.0
+    assert (caught.value.rank, caught.value.phase) == (place, "serve")
+    with pytest.raises(RankFailure):
+        executor.collect()
+    began = time.monotonic()
+    executor.stop()
+    assert time.monotonic() - began < 1.0
+    assert not any(map(is_running, pids))
+    assert leftovers() == before
+    if kind == "hang":
+        log = capfd.readouterr().err
+        assert "stacks of rank 0" in log
+        assert "stand_in_rank.py" in log
+        assert "in execute" in log
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("no load", "rank 1 .* failed: ValueError: the weights are of another model; phase load"),
+        ("silent load", r"rank 1 .* has said nothing for \d s \(waited for: load\).*; phase load"),
+        ("no memory", "rank 1 .* failed: MemoryError: 64 blocks; phase kv"),
+    ],
+)
+def test_a_rank_that_does_not_come_up_is_named(kind: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STAND_IN_FAULT", f"1:{kind}:0")
+    before = leftovers()
+    with pytest.raises(RankFailure, match=expected) as caught:
+        start(2, silence_seconds=1.0 if kind == "silent load" else 30.0)
+    assert caught.value.does_not_fit == (kind == "no memory")
+    assert leftovers() == before
+
+
+def test_a_rank_speaks_before_it_imports_torch() -> None:
+    code = "import sys, engine.executor.multiproc_rank; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=HERE.parents[1])
+    assert done.stdout.strip() == "False"
+
+
+def test_a_death_is_noticed_while_nothing_runs() -> None:
+    executor = start(2)
+    heard = threading.Event()
+    causes: list[ExecutorError] = []
+    executor.on_failure(lambda cause: (causes.append(cause), heard.set()))
+    os.kill(executor.pids[1], signal.SIGKILL)
+    assert heard.wait(2.0)
+    assert "rank 1" in str(causes[0])
+    executor.stop()
+
+
+def drive_for_ever(executor: MultiprocExecutor, scheduler: Scheduler) -> None:
+    while True:
+        drive(executor, scheduler)
+        add_requests(scheduler, 8, 400)
+
+
+def kill_storm(num_kills: int, seed: int) -> None:
+    """Kill a random rank at a random moment under load: the loop must learn of it within five seconds."""
+    source = random.Random(seed)
+    before = leftovers()
+    for _ in range(num_kills):
+        executor = start(source.choice([2, 4]))
+        pids = executor.pids
+        scheduler = new_scheduler()
+        add_requests(scheduler, 8, 400)
+        victim = source.randrange(len(pids))
+        killed_at: list[float] = []
+
+        def kill(pid: int = pids[victim], killed_at: list[float] = killed_at) -> None:
+            killed_at.append(time.monotonic())
+            os.kill(pid, signal.SIGKILL)
+
+        timer = threading.Timer(source.random() * 0.15, kill)
+        timer.start()
+        with pytest.raises(RankFailure, match=f"rank {victim} .* was killed by SIGKILL"):
+            drive_for_ever(executor, scheduler)
+        assert time.monotonic() - killed_at[0] < 5.0
+        timer.join()
+        outputs = scheduler.fail([f"r{index}" for index in range(8)], "engine_dead")
+        assert all(output.finish_reason is FinishReason.ERROR for output in outputs)
+        executor.stop()
+        assert not any(map(is_running, pids))
+        assert leftovers() == before
+
+
+def owner_storm(num_kills: int, seed: int) -> None:
+    """Kill the process that owns the ranks: they go with it."""
+    source = random.Random(seed)
+    names = leftovers()[0]
+    for _ in range(num_kills):
+        owner = subprocess.Popen(
+            [sys.executable, str(HERE / "stand_in_core.py"), "2"],
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(HERE.parents[1])},
+        )
+        try:
+            assert owner.stdout is not None
+            pids = [int(pid) for pid in owner.stdout.readline().split()]
+            assert len(pids) == 2
+            time.sleep(source.random() * 0.1)
+        finally:
+            owner.kill()
+            owner.communicate()
+        assert wait_until(lambda pids=pids: not any(map(is_running, pids)), 5.0)
+        assert leftovers()[0] == names
+
+
+def test_kills_under_load_leave_nothing_behind() -> None:
+    kill_storm(14, seed=1)
+    owner_storm(4, seed=2)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_two_hundred_kills() -> None:
+    kill_storm(150, seed=3)
+    owner_storm(50, seed=4)
