@@ -48,6 +48,7 @@ COMMANDS: Mapping[str, str] = {
     "env": "Show the fabric's variables of each node; --lint checks them.",
     "doctor": "Examine the hosts of a cluster, and the fabric between them.",
     "schema": "Print the JSON schema of the registry, or its keys.",
+    "import": "Turn a vLLM configuration or command line into a registry.",
     "registry": "Add an entry to the registry, or set a value; the rest stays as it is.",
 }
 

@@ -1,0 +1,275 @@
+"""Imports: a valid registry comes out, every option of the source is accounted for, and no secret gets through."""
+
+from __future__ import annotations
+
+import json
+import shlex
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from registry_support import SEED, Here
+
+from launcher.errors import RegistryInvalid
+from launcher.registry import ResolvedEntry, parse_registry, resolve
+from launcher.registry.flags import flags
+from launcher.registry.importing import Imported, ImportRefused, from_config_file, from_model_registry, from_serve_line
+from launcher.registry.importing.changes import entry_name
+
+CONFIG = """\
+# a file as people have it
+model: openai/gpt-oss-20b
+served_model_name: [a, b]
+tensor-parallel-size: 2
+max-model-len: 32K
+swap-space: 4
+enable-lora: true
+no-enable-prefix-caching: true
+api-key: canary-key
+compilation-config: {mode: 3}
+max-num-seqs: 4000
+tensor-paralel-size: 3
+quantization: awq
+trust-remote-code: true
+seed:
+"""
+DOTENV = """\
+# node
+NCCL_IB_HCA=roceP2p1s0f0
+NCCL_IB_GID_INDEX=0
+NCCL_SOCKET_IFNAME="enp1"
+export NCCL_IB_TC=106   # lossless
+NCCL_IB_GDR_DMABUF_ENABLE=1
+NCCL_TIMEOUT=1800
+NCCL_DEBUG=
+HF_TOKEN=canary-token
+RANK=1
+WORLD_SIZE=2
+VLLM_HOST_IP=192.168.100.1
+VLLM_RAY_WORKER_ENV_VARS=NCCL_IB_DISABLE
+RAY_VISIBLE_DEVICES=0
+RAY_ADDRESS=192.168.100.1:6379
+MODEL_NAME=gpt-oss-20b
+EDITOR=vi
+"""
+
+
+def only(imported: Imported) -> ResolvedEntry:
+    registry = parse_registry(imported.text)
+    (name,) = registry.models
+    return resolve(registry, name)
+
+
+def done(imported: Imported) -> dict[str, str]:
+    return {change.source: change.action for change in imported.changes}
+
+
+def test_a_vllm_configuration() -> None:
+    imported = from_config_file(CONFIG, "c.yaml")
+    entry = only(imported)
+    assert entry.name == "gpt-oss-20b"
+    assert entry.model == "openai/gpt-oss-20b"
+    assert entry.texts("served-model-name") == ("a", "b")
+    assert entry.integer("max-model-len") == 32768
+    assert entry.integer("tensor-parallel-size") == 2
+    assert entry.flag("enable-prefix-caching") is False
+    assert str(entry.secret("api-key")) == "${HLAUNCH_API_KEY}"
+    assert done(imported) == {
+        "model: openai/gpt-oss-20b": "kept",
+        "served_model_name: a,b": "renamed",
+        "tensor-parallel-size: 2": "kept",
+        "max-model-len: 32K": "kept",
+        "swap-space: 4": "dropped",
+        "enable-lora: true": "dropped",
+        "no-enable-prefix-caching: true": "renamed",
+        "api-key": "renamed",
+        'compilation-config: {"mode": "3"}': "dropped",
+        "max-num-seqs: 4000": "dropped",
+        "tensor-paralel-size: 3": "dropped",
+        "quantization: awq": "dropped",
+        "trust-remote-code: true": "dropped",
+        "seed: null": "dropped",
+    }
+    assert all(change.reason for change in imported.changes if change.action == "dropped")
+    assert "canary" not in imported.text + repr(imported.changes)
+    typo = next(change for change in imported.changes if "paralel" in change.source)
+    assert "did you mean 'tensor-parallel-size'" in typo.reason
+
+
+LINES = [
+    ("vllm serve org/m", {"model": "org/m"}),
+    ("vllm serve org/m --port 9000", {"port": 9000}),
+    ("vllm serve --port=9000 org/m", {"port": 9000}),
+    ("vllm serve org/m -tp 4 -pp2 -dp=2",
+     {"tensor-parallel-size": 4, "pipeline-parallel-size": 2, "data-parallel-size": 2}),
+    ("vllm serve org/m --enforce-eager --no-async-scheduling", {"enforce-eager": True, "async-scheduling": False}),
+    ("vllm serve org/m --enable-prefix-caching=false", {"enable-prefix-caching": False}),
+    ("vllm serve org/m --max_num_seqs 4", {"max-num-seqs": 4}),
+    ("vllm serve org/m --max-model-len 4k --max-num-batched-tokens 8K",
+     {"max-model-len": 4000, "max-num-batched-tokens": 8192}),
+    ("vllm serve org/m --max-model-len -1", {"max-model-len": "auto"}),
+    ("vllm serve org/m --kv-cache-memory-bytes 4G", {"kv-cache-memory-bytes": 4 << 30}),
+    ("vllm serve org/m --served-model-name a b --seed 1", {"served-model-name": ("a", "b"), "seed": 1}),
+    ("vllm serve org/m \\\n  --port 1 \\\n  --seed 2", {"port": 1, "seed": 2}),
+    ("$ sudo env A=1 /opt/vllm/bin/vllm serve org/m --seed 2 2>&1 | tee log --port 3", {"seed": 2, "port": 8000}),
+    ("python -m vllm.entrypoints.openai.api_server --model org/m --port 7", {"port": 7}),
+    ("docker run --gpus all -p 8000:8000 -e A=B vllm/vllm-openai:v0.11 --model org/m --seed 3", {"seed": 3}),
+    ("vllm serve org/m --compilation-config.mode 3 --seed 1", {"seed": 1}),
+    ("vllm serve org/m --lora-modules a=b c=d --seed 1", {"seed": 1}),
+    ("vllm serve org/m --bogus 3 --seed 1", {"seed": 1}),
+    ("vllm serve org/m --hf-overrides '{\"a\": {\"b\": 1}}' --seed 1", {"seed": 1}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("line", "values"), LINES, ids=[str(number) for number in range(len(LINES))])
+def test_command_lines_as_people_write_them(line: str, values: dict[str, object]) -> None:
+    entry = only(from_serve_line(line))
+    assert entry.model == "org/m"
+    assert {key: entry[key] for key in values} == values
+
+
+def test_variables_before_the_command_become_env() -> None:
+    imported = from_serve_line("NCCL_DEBUG=INFO HF_TOKEN=canary vllm serve org/m --api-key canary --hf-token canary")
+    entry = only(imported)
+    assert {name: item.value for name, item in entry.env.items()} == {"NCCL_DEBUG": "INFO"}
+    assert "canary" not in imported.text + repr(imported.changes)
+
+
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [
+        ("", "no `vllm serve` line"),
+        ("vllm bench serve", "no `vllm serve` line"),
+        ("vllm serve", "names no model"),
+        ("vllm serve --port 3", "names no model"),
+        ("vllm serve 'org/m", "not a command line"),
+        ("vllm serve ''", "cannot be a model"),
+    ],
+)
+def test_what_is_no_serve_line_is_refused(line: str, why: str) -> None:
+    with pytest.raises(ImportRefused, match=why) as caught:
+        from_serve_line(line)
+    assert caught.value.exit_code == 2
+
+
+def test_the_seeds_registry_and_its_env() -> None:
+    imported = from_model_registry(SEED.read_text(), "seed.yml", DOTENV)
+    entry = only(imported)
+    plain = resolve(parse_registry(SEED.read_text()), "gpt-oss-20b")
+    assert {key: item.value for key, item in entry.values.items()} == {
+        key: item.value for key, item in plain.values.items()
+    }
+    assert {name: item.value for name, item in entry.env.items()} == {"NCCL_IB_TC": "106", "NCCL_DMABUF_ENABLE": "1"}
+    actions = {change.source.partition("=")[0]: change for change in imported.changes}
+    assert actions["NCCL_IB_GDR_DMABUF_ENABLE"].action == "renamed"
+    for name in ("NCCL_TIMEOUT", "VLLM_RAY_WORKER_ENV_VARS", "RAY_VISIBLE_DEVICES", "RANK", "WORLD_SIZE", "HF_TOKEN"):
+        assert actions[name].action == "dropped"
+        assert actions[name].reason
+    assert "hcas" in actions["NCCL_IB_HCA"].reason
+    assert "ifname" in actions["NCCL_SOCKET_IFNAME"].reason
+    assert "canary" not in imported.text + repr(imported.changes)
+    names = [line.split("=")[0].removeprefix("export ") for line in DOTENV.splitlines() if "=" in line]
+    assert set(names) <= set(actions)
+
+
+def test_a_registry_with_unusable_parts() -> None:
+    text = "x: 1\nmodels:\n  a b: {model: org/a, temperature: 1}\n  c: {dtype: auto}\n  d: [x]\n"
+    imported = from_model_registry(text, "r.yml")
+    assert list(parse_registry(imported.text).models) == ["a-b"]
+    assert done(imported) == {
+        "x:": "dropped",
+        "a b": "renamed",
+        "model: org/a": "kept",
+        "temperature: 1": "dropped",
+        "models.c": "dropped",
+        "models.d": "dropped",
+    }
+
+
+@pytest.mark.parametrize("text", ["", "- a", "x", "models: []", "models: {a: {}}", "models: {}"])
+def test_what_is_no_registry_is_refused(text: str) -> None:
+    with pytest.raises(ImportRefused) as caught:
+        from_model_registry(text, "r.yml")
+    assert caught.value.exit_code == 2
+    with pytest.raises(ImportRefused):
+        from_config_file(text, "r.yml")
+
+
+def test_broken_yaml_has_its_place() -> None:
+    with pytest.raises(RegistryInvalid) as caught:
+        from_config_file("model: [\n", "c.yaml")
+    assert (caught.value.issues[0].line, caught.value.issues[0].column) == (1, 9)
+    with pytest.raises(RegistryInvalid):
+        from_model_registry("a: !!python/none x", "c.yaml")
+
+
+def test_every_option_of_the_table_is_accounted_for() -> None:
+    for flag in flags().values():
+        if flag.name == "model":
+            continue
+        imported = from_serve_line(f"vllm serve org/m --{flag.name}=1")
+        (change,) = imported.changes[1:]
+        assert change.action == "dropped" or flag.status == "native"
+        assert change.action != "dropped" or change.reason
+        parse_registry(imported.text)
+
+
+WORDS = st.one_of(
+    st.sampled_from([f"--{name}" for name in flags()]),
+    st.sampled_from(["-tp", "-O3", "--", "-", "1", "true", "{}", "=", "a=b", "org/m", "--no-x", "|", "${X}", "auto"]),
+    st.text(max_size=10),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(WORDS, max_size=12))
+def test_any_command_line_gives_a_registry_or_a_refusal(words: list[str]) -> None:
+    try:
+        imported = from_serve_line("vllm serve " + " ".join(map(shlex.quote, words)))
+    except ImportRefused:
+        return
+    parse_registry(imported.text)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.dictionaries(st.one_of(st.sampled_from(sorted(flags())), st.text(max_size=8)), st.text(max_size=12), max_size=6)
+)
+def test_any_configuration_gives_a_registry(options: dict[str, str]) -> None:
+    text = json.dumps({"model": "org/m", **{key: value for key, value in options.items() if "model" not in key}})
+    try:
+        imported = from_config_file(text, "c.yaml")
+    except RegistryInvalid:
+        return
+    assert len(imported.changes) >= 1
+    parse_registry(imported.text)
+
+
+def test_names_of_entries() -> None:
+    names = {"openai/gpt-oss-20b": "gpt-oss-20b", "/srv/My Model/": "my-model", "~/x": "x", "//": "model", "a:b": "a-b"}
+    assert {model: entry_name(model) for model in names} == names
+
+
+def test_the_commands(here: Here) -> None:
+    (here.folder / "model_registry.yml").unlink()
+    here.write(CONFIG, "c.yaml")
+    shown = here("import", "vllm-config", "c.yaml")
+    assert shown.code == 0
+    parse_registry(shown.out)
+    assert shown.err.splitlines()[-1] == "3 kept, 3 renamed, 8 dropped"
+    assert here("import", "vllm-config", "c.yaml", "--name", "mine", "-o", "model_registry.yml").code == 0
+    assert here("validate").out == "model_registry.yml: valid, 1 model\n"
+    assert here("show", "mine").code == 0
+    assert here("import", "vllm-config", "c.yaml", "-o", "model_registry.yml").code == 2
+    assert here("import", "vllm-serve", "vllm serve org/x", "-o", "model_registry.yml", "--force").code == 0
+    facts = json.loads(here("import", "vllm-serve", "vllm serve org/x --seed 1 --swap-space 2", "--json").out)
+    parse_registry(facts["registry"])
+    assert [change["action"] for change in facts["changes"]] == ["kept", "kept", "dropped"]
+    here.write(DOTENV, ".env")
+    here.write(SEED.read_bytes(), "seed.yml")
+    assert here("import", "mixvllm", "seed.yml", "--env", ".env").code == 0
+    assert here("import", "mixvllm", "absent.yml").code == 2
+    assert here("import", "vllm-serve", "ls").code == 2
+    here.write("model: [", "broken.yaml")
+    assert here("import", "vllm-config", "broken.yaml").code == 3
+    assert here("import", "--help").code == 0
