@@ -62,10 +62,17 @@ class RequestStream(Protocol):
 class EngineClient(Protocol):
     """What the HTTP server sees of an engine."""
 
-    model: ModelConfig
-    max_model_len: int
-    state: EngineState
-    load_fraction: float
+    @property
+    def model(self) -> ModelConfig: ...
+
+    @property
+    def max_model_len(self) -> int: ...
+
+    @property
+    def state(self) -> EngineState: ...
+
+    @property
+    def load_fraction(self) -> float: ...
 
     def submit(self, request: EngineRequest) -> RequestStream: ...
 
@@ -124,16 +131,23 @@ def _merge(into: RequestOutput, new: RequestOutput) -> None:
 
 PhaseCallback = Callable[[ipc.PhaseMessage], None]
 FatalCallback = Callable[[ipc.FatalMessage], None]
+StatsCallback = Callable[[SchedulerStats], None]
 
 
 class AsyncEngine:
     """One engine core in a process of its own.
 
     Lifetime: `spawn` (cheap, before anything heavy is imported) → `run_reader` in the event loop → READY → `stop`.
-    `on_phase` and `on_fatal` are called from the event loop.
+    `on_phase`, `on_fatal` and `on_stats` are called from the event loop.
     """
 
-    def __init__(self, config: EngineConfig, on_phase: PhaseCallback, on_fatal: FatalCallback) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        on_phase: PhaseCallback,
+        on_fatal: FatalCallback,
+        on_stats: StatsCallback = lambda _: None,
+    ) -> None:
         self.config = config
         folder = resolve_model_folder(config.model)
         if folder is None:
@@ -147,6 +161,7 @@ class AsyncEngine:
         self.ready = asyncio.Event()
         self._on_phase = on_phase
         self._on_fatal = on_fatal
+        self._on_stats = on_stats
         self._streams: dict[str, OutputStream] = {}
         self._stats = SchedulerStats()
         self._last_heard = time.monotonic()
@@ -256,6 +271,7 @@ class AsyncEngine:
         if kind is ipc.Kind.OUTPUTS or kind is ipc.Kind.PONG:
             if body.stats is not None:
                 self._stats = body.stats
+                self._on_stats(body.stats)
             for output in body.outputs:
                 stream = self._streams.get(output.request_id)
                 if stream is not None:

@@ -55,7 +55,8 @@ class EngineRequest:
     Units: `arrival_time` is a monotonic second of the sender and only orders requests. `priority`: lower runs first.
     `seed` is always set (drawn by the sender when the client gave none). `stop_token_ids` holds eos and the client's
     stop ids; the engine finishes with STOP after emitting one of them (unless fewer than `min_tokens` were made).
-    `max_tokens` is resolved: never above the room in the context.
+    `max_tokens` is resolved: never above the room in the context. Requests of one `conversation` go to the same one of
+    several engines, where their common prefix lies.
     """
 
     request_id: str
@@ -67,6 +68,7 @@ class EngineRequest:
     priority: int = 0
     arrival_time: float = 0.0
     cache_salt: str = ""
+    conversation: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ from pathlib import Path
 from engine import ipc
 from engine.async_engine import AsyncEngine
 from engine.config import MAX_CONFIG_BYTES, ConfigError, EngineConfig, load_generation_defaults
+from engine.data_parallel import DataParallelEngine, open_engine
 from engine.process import StatusPipe, die_with_parent, dump_stacks_on_signal
 
 EXIT_OK = 0
@@ -103,7 +104,7 @@ async def _serve(config: EngineConfig, status: StatusPipe) -> None:
 
     status.phase("spawn", "begin")
     try:
-        engine = AsyncEngine(config, on_phase, on_fatal)
+        engine = open_engine(config, on_phase, on_fatal)
     except ConfigError as error:
         raise _Fatal("config", "ConfigError", str(error), error.hint) from error
     try:
@@ -115,7 +116,9 @@ async def _serve(config: EngineConfig, status: StatusPipe) -> None:
         raise _Fatal(cause.phase, cause.error_type, cause.message, cause.hint, cause.exit_code)
 
 
-async def _serve_engine(config: EngineConfig, status: StatusPipe, engine: AsyncEngine, failed: asyncio.Event) -> None:
+async def _serve_engine(
+    config: EngineConfig, status: StatusPipe, engine: AsyncEngine | DataParallelEngine, failed: asyncio.Event
+) -> None:
     engine.start()
     from engine.server.app import create_app
     from engine.server.listen import bind, serve, url_of

@@ -83,7 +83,7 @@ def storm(num_messages: int, num_readers: int, num_kills: int, seed: int) -> Non
 
 @pytest.mark.parametrize("seed", [1, 2])
 def test_nothing_is_lost_or_torn_while_readers_pause_and_die(seed: int) -> None:
-    storm(20_000, num_readers=3, num_kills=2, seed=seed)
+    storm(50_000, num_readers=3, num_kills=2, seed=seed)
 
 
 @pytest.mark.slow

@@ -1,0 +1,205 @@
+"""Several engines behind one face: each request goes to one of them, and one that dies is started anew.
+
+Knows: which engine serves, when to try again. Refuses to know: how the choice is made (`engine.core.load_balancer`),
+text, HTTP, torch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Coroutine
+from dataclasses import fields, replace
+from typing import Any
+
+from engine import ipc
+from engine.async_engine import AsyncEngine, EngineState, EngineUnavailable, FatalCallback, OutputStream, PhaseCallback
+from engine.config import ConfigError, EngineConfig
+from engine.core.load_balancer import LoadBalancer
+from engine.core.request import EngineRequest, SchedulerStats
+from engine.placement import Placement, PlacementError
+
+RESTARTS = 5
+RESTART_WINDOW_SECONDS = 600.0
+FIRST_BACKOFF_SECONDS = 1.0
+LAST_BACKOFF_SECONDS = 60.0
+
+
+def num_engines(config: EngineConfig) -> int:
+    """Count the data-parallel engines of a configuration. Raises: ConfigError on a placement that is none."""
+    if not config.placement:
+        return config.data_parallel_size
+    try:
+        return Placement.from_json(config.placement).data_parallel_size
+    except PlacementError as error:
+        raise ConfigError("placement", error.message) from error
+
+
+def open_engine(
+    config: EngineConfig, on_phase: PhaseCallback, on_fatal: FatalCallback
+) -> AsyncEngine | DataParallelEngine:
+    """Spawn the engine that a configuration describes. Raises: ConfigError when the model is nowhere."""
+    count = num_engines(config)
+    return AsyncEngine(config, on_phase, on_fatal) if count == 1 else DataParallelEngine(config, on_phase, on_fatal)
+
+
+class DataParallelEngine:
+    """As many cores as the placement has engines, seen as one `EngineClient`.
+
+    Ready once all have started; an engine that cannot start the first time ends everything, since the next could not
+    either. Later one that dies ends its own requests only, and is started again after 1, 2, 4 … 60 s, at most 5 times
+    in 10 minutes; `on_fatal` is called when none is left to serve.
+    """
+
+    def __init__(self, config: EngineConfig, on_phase: PhaseCallback, on_fatal: FatalCallback) -> None:
+        count = num_engines(config)
+        threads = config.cpu_threads
+        if config.device == "cpu" and not config.has_several_ranks and not threads:
+            threads = max(1, (len(os.sched_getaffinity(0)) - 1) // count)
+        self.config = config
+        self.ready = asyncio.Event()
+        self._configs = [replace(config, data_parallel_rank=rank, cpu_threads=threads) for rank in range(count)]
+        self._on_phase = on_phase
+        self._on_fatal = on_fatal
+        self._balancer = LoadBalancer(count, config.cache.block_size)
+        self._restarts: list[deque[float]] = [deque() for _ in range(count)]
+        self._is_lost = [False] * count
+        self._has_been_ready = False
+        self._is_ending = False
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.engines = [self._spawn(rank) for rank in range(count)]
+        self.folder = self.engines[0].folder
+        self.model = self.engines[0].model
+
+    @property
+    def max_model_len(self) -> int:
+        return min(engine.max_model_len for engine in self.engines)
+
+    @property
+    def state(self) -> EngineState:
+        """READY while one engine serves, once all have."""
+        states = [engine.state for engine in self.engines]
+        for state in (EngineState.STOPPED, EngineState.DRAINING):
+            if state in states:
+                return state
+        if not self._has_been_ready:
+            return EngineState.FAILED if EngineState.FAILED in states else EngineState.STARTING
+        if EngineState.READY in states:
+            return EngineState.READY
+        return EngineState.STARTING if not all(self._is_lost) else EngineState.FAILED
+
+    @property
+    def load_fraction(self) -> float:
+        return min(engine.load_fraction for engine in self.engines)
+
+    @property
+    def facts(self) -> dict[str, float | int | str]:
+        """The first engine's figures; bytes and blocks of all together."""
+        facts: dict[str, float | int | str] = {"engines": len(self.engines), **self.engines[0].facts}
+        for name in ("weight_bytes", "kv_bytes", "num_blocks"):
+            facts[name] = sum(int(engine.facts.get(name, 0)) for engine in self.engines)
+        return facts
+
+    @property
+    def num_unfinished(self) -> int:
+        return sum(engine.num_unfinished for engine in self.engines)
+
+    @property
+    def core_pids(self) -> tuple[int, ...]:
+        return tuple(engine.core_pid for engine in self.engines)
+
+    def start(self) -> None:
+        """Begin to read the cores' frames; call once, from the event loop."""
+        for engine in self.engines:
+            engine.start()
+        self._watch(self._await_all())
+
+    def submit(self, request: EngineRequest) -> OutputStream:
+        """Send a request to the engine that suits it best. Raises: EngineUnavailable, as `AsyncEngine.submit`."""
+        for load, engine in zip(self._balancer.loads, self.engines, strict=True):
+            load.is_available = self._has_been_ready and engine.state is EngineState.READY
+            load.in_flight = engine.num_unfinished
+        chosen = self._balancer.choose(request)
+        if chosen is not None:
+            return self.engines[chosen].submit(request)
+        state = self.state
+        if state is EngineState.STARTING:
+            raise EngineUnavailable("loading", "the model is still loading")
+        if state is EngineState.FAILED:
+            raise EngineUnavailable("engine_dead", "no engine is running")
+        raise EngineUnavailable("draining", "the server is shutting down")
+
+    def stats(self) -> SchedulerStats:
+        """The sum of all engines' figures."""
+        total = SchedulerStats()
+        for engine in self.engines:
+            stats = engine.stats()
+            for item in fields(stats):
+                setattr(total, item.name, getattr(total, item.name) + getattr(stats, item.name))
+        return total
+
+    def begin_drain(self) -> None:
+        """Take no new request; running ones go on."""
+        self._is_ending = True
+        for engine in self.engines:
+            engine.begin_drain()
+
+    def abort_all(self, error: str) -> None:
+        """End every open stream with an error."""
+        for engine in self.engines:
+            engine.abort_all(error)
+
+    async def stop(self) -> None:
+        """End all cores; returns once they are gone."""
+        self._is_ending = True
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*(engine.stop() for engine in self.engines))
+
+    def _spawn(self, rank: int) -> AsyncEngine:
+        return AsyncEngine(
+            self._configs[rank],
+            self._on_phase,
+            lambda message: self._on_engine_fatal(rank, message),
+            self._on_stats(rank),
+        )
+
+    def _on_stats(self, rank: int) -> Callable[[SchedulerStats], None]:
+        return lambda stats: self._balancer.loads[rank].update(stats)
+
+    async def _await_all(self) -> None:
+        await asyncio.gather(*(engine.ready.wait() for engine in self.engines))
+        self._has_been_ready = True
+        self.ready.set()
+
+    def _on_engine_fatal(self, rank: int, message: ipc.FatalMessage) -> None:
+        named = replace(message, message=f"engine {rank}: {message.message}")
+        if self._is_ending or not self._has_been_ready:
+            self._on_fatal(named)
+            return
+        self._balancer.forget(rank)
+        restarts, now = self._restarts[rank], time.monotonic()
+        while restarts and now - restarts[0] > RESTART_WINDOW_SECONDS:
+            restarts.popleft()
+        if len(restarts) >= RESTARTS:
+            self._is_lost[rank] = True
+            if all(self._is_lost):
+                self._on_fatal(named)
+            return
+        backoff = min(LAST_BACKOFF_SECONDS, FIRST_BACKOFF_SECONDS * 2 ** len(restarts))
+        restarts.append(now)
+        self._watch(self._restart(rank, backoff))
+
+    async def _restart(self, rank: int, backoff_seconds: float) -> None:
+        await self.engines[rank].stop()
+        await asyncio.sleep(backoff_seconds)
+        self.engines[rank] = engine = self._spawn(rank)
+        engine.start()
+
+    def _watch(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.ensure_future(work)
+        # The loop keeps only weak references to tasks.
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)

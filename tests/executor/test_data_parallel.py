@@ -1,0 +1,114 @@
+"""Two engines behind one face: the same tokens, shared load, and one that dies comes back while the other serves."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from dataclasses import replace
+
+from executor_support import is_running, wait_until
+from test_async_ranks import CONFIG
+from test_parallel_tokens import BASE, requests, run
+
+from engine import ipc
+from engine.async_engine import EngineState
+from engine.core.request import EngineRequest, FinishReason, RequestOutput
+from engine.data_parallel import DataParallelEngine, open_engine
+from engine.engine_core import EngineCore
+
+TWO = replace(BASE, data_parallel_size=2, cpu_threads=1)
+
+
+async def answer(engine: DataParallelEngine, request: EngineRequest) -> tuple[list[int], RequestOutput]:
+    tokens: list[int] = []
+    last = None
+    async for output in engine.submit(request):
+        tokens += output.new_token_ids
+        last = output
+    assert last is not None
+    return tokens, last
+
+
+async def started(config: object = TWO) -> tuple[DataParallelEngine, list[ipc.FatalMessage]]:
+    causes: list[ipc.FatalMessage] = []
+    engine = open_engine(config, lambda _: None, causes.append)  # type: ignore[arg-type]
+    assert isinstance(engine, DataParallelEngine)
+    assert engine.state is EngineState.STARTING
+    engine.start()
+    await asyncio.wait_for(engine.ready.wait(), 60)
+    assert engine.state is EngineState.READY
+    return engine, causes
+
+
+def test_two_engines_say_what_one_says_and_share_the_load() -> None:
+    items = requests(3)
+    core = EngineCore.start(BASE)
+    expected = run(core, items)
+
+    async def serve() -> dict[str, list[int]]:
+        engine, causes = await started()
+        assert engine.facts["engines"] == 2
+        assert engine.facts["num_blocks"] == 2 * 256
+        found = await asyncio.gather(*(answer(engine, item) for item in items))
+        shares = [part.stats().generation_tokens for part in engine.engines]
+        await engine.stop()
+        assert not causes
+        # Eight requests of 32 tokens each.
+        assert sorted(shares) == [4 * 32, 4 * 32]
+        return {item.request_id: tokens for item, (tokens, _) in zip(items, found, strict=True)}
+
+    assert asyncio.run(serve()) == expected
+
+
+def test_a_dead_engine_ends_its_own_requests_and_comes_back() -> None:
+    async def serve() -> None:
+        engine, causes = await started(replace(TWO, max_model_len=2048, cache=replace(TWO.cache, num_blocks=2048)))
+        items = [replace(item, max_tokens=1500) for item in requests(3)]
+        running = [asyncio.ensure_future(answer(engine, item)) for item in items]
+        await asyncio.sleep(0.2)
+        victim = engine.core_pids[1]
+        os.kill(victim, signal.SIGKILL)
+        struck = time.monotonic()
+        await asyncio.sleep(0.3)
+        # The other goes on taking requests.
+        assert engine.state is EngineState.READY
+        _, last = await answer(engine, replace(items[0], request_id="new", max_tokens=5))
+        assert last.finish_reason is FinishReason.LENGTH
+        ends = [(await task)[1] for task in running]
+        errors = [end for end in ends if end.finish_reason is FinishReason.ERROR]
+        assert len(errors) == 4
+        assert all((end.error or "").startswith("engine_dead") for end in errors)
+        while engine.engines[1].state is not EngineState.READY:
+            assert time.monotonic() - struck < 10.0
+            await asyncio.sleep(0.05)
+        again = [
+            await answer(engine, replace(item, request_id=f"again {item.request_id}", max_tokens=3)) for item in items
+        ]
+        assert all(end.finish_reason is FinishReason.LENGTH for _, end in again)
+        assert engine.engines[1].stats().generation_tokens > 0
+        pids = engine.core_pids
+        await engine.stop()
+        assert not causes
+        assert wait_until(lambda: not any(map(is_running, [*pids, victim])), 5.0)
+
+    asyncio.run(serve())
+
+
+def test_an_engine_that_cannot_start_ends_everything() -> None:
+    async def serve() -> ipc.FatalMessage:
+        causes: list[ipc.FatalMessage] = []
+        config = replace(CONFIG, tensor_parallel_size=1, data_parallel_size=2, max_model_len=1 << 20)
+        engine = open_engine(config, lambda _: None, causes.append)
+        engine.start()
+        deadline = time.monotonic() + 30
+        while not causes and time.monotonic() < deadline:
+            await asyncio.sleep(0.05)
+        assert engine.state is EngineState.FAILED
+        await engine.stop()
+        return causes[0]
+
+    cause = asyncio.run(serve())
+    assert cause.message.startswith("engine ")
+    assert "positions" in cause.message
