@@ -37,7 +37,7 @@ TUNING = {  # measured on an H100: see docs/performance-log.md
     "LOGITS_ASKED": 5,
     "LOGITS_BLOCKS": 3,
     "IN_FLIGHT": 1,  # stages that run_layers asks for at once, of each group of warps
-    "QKV_PREFETCHED": 5,  # sixteenths of the next layer's qkv weights that run_layers brings to L2 while it routes
+    "QKV_PREFETCHED": 2,  # rotary pairs of the next layer's qkv weights that each group brings to L2 before routing
 }
 H100_MULTIPROCESSORS = 132
 LARGEST_SCALE = 128  # E8M0: a block scale of 2

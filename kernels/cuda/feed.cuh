@@ -2,10 +2,9 @@
 #pragma once
 #include "whole.cuh"
 
-// One thread: bring the first `sixteenths` of a group's share of a layer's qkv weights to L2.
-DEVICE void prefetch_qkv(const Layer& layer, Range pairs, int sixteenths) {
-  const int count = pairs.count() * sixteenths / 16;
-  for (int pair = pairs.begin; pair < pairs.begin + count; pair++)
+// One thread: bring the last of a group's pairs of a layer's qkv weights to L2, those that the ring has no room for.
+DEVICE void prefetch_qkv(const Layer& layer, Range pairs, int count) {
+  for (int pair = max(pairs.begin, pairs.end - count); pair < pairs.end; pair++)
 #pragma unroll
     for (int half = 0; half < 2; half++) {
       const u16* from = layer.qkv + (size_t)(pair / HALF * HEAD_DIM + pair % HALF + half * HALF) * H;

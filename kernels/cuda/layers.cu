@@ -39,19 +39,30 @@ extern "C" __device__ int layers_step_bytes = sizeof(Step);
 // Products of up to 16 staged bf16 rows with the activations, K shared by a group's warps: activations stay in registers.
 template <int K>
 struct Product {
-  static constexpr int K_CHUNKS = K / 32, STEPS = ((K_CHUNKS + 1) / 2 + WARPS - 1) / WARPS * 2;
-  uint4 x[STEPS];
-
+  static constexpr int K_CHUNKS = K / 32, STEPS = steps_of(K);
+  uint4 x[IS_SINGLE ? 1 : STEPS];
+  uint4* const held;
   const int warp, g, t;
 
-  DEVICE explicit Product(const Worker& worker) : warp(worker.warp), g(worker.lane >> 2), t(worker.lane & 3) {}
+  DEVICE explicit Product(const Worker& worker)
+      : held(worker.held()), warp(worker.warp), g(worker.lane >> 2), t(worker.lane & 3) {}
   DEVICE int chunk(int step) const { return 2 * (warp + WARPS * (step >> 1)) + (step & 1); }
   DEVICE void load(const u16* activations) {
+    if constexpr (IS_SINGLE) {
 #pragma unroll
-    for (int step = 0; step < STEPS; step++) {
-      const int at = chunk(step);
-      x[step] = at < K_CHUNKS && g < ROWS ? load_fresh((const uint4*)(activations + g * K + at * 32 + t * 8))
-                                          : make_uint4(0, 0, 0, 0);
+      for (int first = 0; first < STEPS * 4; first += 32) {
+        const int unit = first + g * 4 + t, at = chunk(unit / 4);
+        if (unit < STEPS * 4)
+          held[unit] = at < K_CHUNKS ? load_fresh((const uint4*)(activations + at * 32 + t * 8)) : make_uint4(0, 0, 0, 0);
+      }
+      __syncwarp();
+    } else {
+#pragma unroll
+      for (int step = 0; step < STEPS; step++) {
+        const int at = chunk(step);
+        x[step] = at < K_CHUNKS && g < ROWS ? load_fresh((const uint4*)(activations + g * K + at * 32 + t * 8))
+                                            : make_uint4(0, 0, 0, 0);
+      }
     }
   }
   // `upper` and `lower` are this lane's rows g and g + 8 of the tile in shared memory. A row that is not there may be any:
@@ -60,11 +71,11 @@ struct Product {
     float d[4][4] = {};  // chains of dependent products
 #pragma unroll
     for (int step = 0; step < STEPS; step++) {
-      const int at = chunk(step);
-      if (at >= K_CHUNKS) break;
+      const int at = min(chunk(step), K_CHUNKS - 1);  // past the end the activations are zero
       const uint4 a = *(const uint4*)(upper + at * 64 + t * 16), b = *(const uint4*)(lower + at * 64 + t * 16);
-      mma(d[step & 1], a.x, b.x, a.y, b.y, x[step].x, x[step].y);
-      mma(d[2 + (step & 1)], a.z, b.z, a.w, b.w, x[step].z, x[step].w);
+      const uint4 k = IS_SINGLE ? held[step * 4 + t] : x[IS_SINGLE ? 0 : step];  // a single row stands in every column
+      mma(d[step & 1], a.x, b.x, a.y, b.y, k.x, k.y);
+      mma(d[2 + (step & 1)], a.z, b.z, a.w, b.w, k.z, k.w);
     }
 #pragma unroll
     for (int i = 0; i < 4; i++)
@@ -306,21 +317,35 @@ DEVICE void route(const Worker& worker, const Step& step, const Layer& layer, in
   worker.block_barrier();
 }
 
-DEVICE void gate_up(const Worker& worker, const Step& step, const Layer& layer, int number, GateUpTile& work) {
+// A single row's input of the experts, where gate_up looks for it: [step][word][lane % 4], to touch each bank once.
+DEVICE void hold_input(const Worker& worker, const u16* input) {
+  uint4* held = worker.held();
+#pragma unroll
+  for (int first = 0; first < GateUpTile::STEPS * 16; first += 32) {
+    const int unit = first + worker.lane, block = 4 * (worker.warp + WARPS * (unit / 16)) + unit % 4;
+    if (unit < GateUpTile::STEPS * 16)
+      held[unit] = block < H / 32 ? load_fresh((const uint4*)(input + block * 32) + unit / 4 % 4) : make_uint4(0, 0, 0, 0);
+  }
+  __syncwarp();
+}
+
+DEVICE void gate_up(const Worker& worker, const Step& step, const Layer& layer, int number) {
   constexpr int TILES = 2 * I / 16;
   const Rest& rest = worker.shared.rest;
   const Routing& list = rest.routing;
   const Range tiles = worker.share(list.active * TILES);
   Products& shared = worker.scratch().products;
   const int g = worker.lane >> 2, i = worker.thread & 7, n = worker.thread >> 3;
-  int index = tiles.begin / TILES, tile = tiles.begin % TILES, base = 0, held = -1, left = tiles.count();
+  int index = tiles.begin / TILES, tile = tiles.begin % TILES, base = 0, loaded = -1, left = tiles.count();
+  GateUpTile work{{}, worker.lane, worker.warp};
+  const uint4* held = worker.held();
   if (left > 0) {
     int count = list.begin[index + 1] - list.begin[index];
     u32 biases = 0;
     auto load = [&] {  // what the coming pass needs
-      if (ROWS > 1 && (held != index || count > 8))
+      if (!IS_SINGLE && (loaded != index || count > 8))
         work.load(base + g < count ? step.expert_input + list.pair[list.begin[index] + base + g] / TOP_K * H : nullptr);
-      held = index;
+      loaded = index;
       if (n < min(count - base, 8))
         biases = *(const u32*)(layer.gate_up_bias + (size_t)list.expert[index] * 2 * I + tile * 16 + 2 * i);
     };
@@ -328,7 +353,11 @@ DEVICE void gate_up(const Worker& worker, const Step& step, const Layer& layer, 
     for (int buffer = 0; left > 0; buffer ^= 1) {
       float c[4];
       const u8* stage = worker.await();
-      work.multiply(stage, stage + GateUpTile::WEIGHT_BYTES, c);
+      if (IS_SINGLE)
+        work.multiply(stage, stage + GateUpTile::WEIGHT_BYTES, c,
+                      [&](int step, int word) { return held[(step * 4 + word) * 4 + (worker.lane & 3)]; });
+      else
+        work.multiply(stage, stage + GateUpTile::WEIGHT_BYTES, c);
       const int first = list.begin[index] + base, here = min(count - base, 8), output = tile * 8 + i;
       const u32 bias = biases;
       base += 8;
@@ -449,14 +478,13 @@ DEVICE void compute(Shared& shared, const Step& step) {
     const KeyPlace keys = project_qkv(here(), step, layer, number);
     attend(here(), layer, number, keys, step.attention_scale, step.query, step.parts, step.tickets, step.attended);
     project_out(here(), step, layer, number, x);
-    GateUpTile work{{}, here().lane, here().warp};
-    if (ROWS == 1) {  // a single row's activations are every expert's
+    if (IS_SINGLE) {  // a single row's activations are every expert's
       const Worker worker = here();
       worker.wait(number, OUT, GRID);
-      work.load(worker.lane < 4 ? step.expert_input : nullptr);
+      hold_input(worker, step.expert_input);
     }
     route(here(), step, layer, number);
-    gate_up(here(), step, layer, number, work);
+    gate_up(here(), step, layer, number);
     down(here(), step, layer, number, x);
   }
   const Worker worker = here();

@@ -54,6 +54,11 @@ struct ExpertTile {
   // c[g] is row 2g, c[g + 8] row 2g + 1 of the tile: gate and up meet in one lane, and 16-byte reads of eight lanes
   // touch each bank once when a row is 90 blocks long.
   DEVICE void multiply(const u8* weights, const u8* block_scales, float (&c)[4]) const {
+    multiply(weights, block_scales, c, [&](int step, int word) { return x[step][word]; });
+  }
+  // `held(step, word)` gives a lane's activations, when they are kept elsewhere.
+  template <typename Held>
+  DEVICE void multiply(const u8* weights, const u8* block_scales, float (&c)[4], Held held) const {
     const int g = lane >> 2;
     float even[4] = {0.f, 0.f, 0.f, 0.f}, odd[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
@@ -69,10 +74,11 @@ struct ExpertTile {
       const u32 a[4] = {upper.x, upper.y, upper.z, upper.w}, b[4] = {lower.x, lower.y, lower.z, lower.w};
 #pragma unroll
       for (int word = 0; word < 4; word++) {
+        const uint4 k = held(step, word);
         mma(even, unpack<0>(a[word], s), unpack<0>(b[word], r), unpack<1>(a[word], s), unpack<1>(b[word], r),
-            x[step][word].x, x[step][word].y);
+            k.x, k.y);
         mma(odd, unpack<2>(a[word], s), unpack<2>(b[word], r), unpack<3>(a[word], s), unpack<3>(b[word], r),
-            x[step][word].z, x[step][word].w);
+            k.z, k.w);
       }
     }
 #pragma unroll

@@ -79,11 +79,16 @@ struct Ranges {
   float largest[SPLITS][HEADS_PER_KV], sum[SPLITS][HEADS_PER_KV];
 };
 typedef float Sums[WARPS][16][COLUMNS];
+// A single row would fill a register with four useful lanes of 32: its activations wait in shared memory instead.
+constexpr bool IS_SINGLE = ROWS == 1;
+__host__ __device__ constexpr int steps_of(int k) { return ((k / 32 + 1) / 2 + WARPS - 1) / WARPS * 2; }  // of 32 k, of a warp
+constexpr int HELD_UNITS = IS_SINGLE ? at_least(4 * at_least(steps_of(H), steps_of(WIDTH)), 16 * GateUpTile::STEPS) : 1;
 struct Products {
   Sums sums[2];
   float parts[PAIRS][16];                            // of each pair, this group's columns of the down projection
   float columns[ROWS][GROUPS * 16];                  // group 0's copy: the block's columns of the normed stream
   float logits[CONSUMERS / 32][EXPERT_ROUNDS * 32];  // group 0's copy: sums over some blocks
+  uint4 x[WARPS][HELD_UNITS];                        // a single row's activations, each warp's share of K
 };
 union alignas(16) Scratch {
   Attention attention;
@@ -117,9 +122,11 @@ constexpr int MOST_SPINS = 1 << 24;  // some seconds: a block that never comes i
 DEVICE int* counter(int* counters, int layer, int stage, int part) {
   return counters + ((layer * NUM_STAGES + stage) * SPREAD + part) * LINE;
 }
-DEVICE int load_acquire(const int* p) {
+// Not an acquire, which would empty L1 at every look: what blocks hand to each other is read past L1 (`load_fresh`), and a
+// load after the look is sent after the look returned.
+DEVICE int look(const int* p) {
   int value;
-  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(p) : "memory");
+  asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(p) : "memory");
   return value;
 }
 // One thread, after a barrier of those whose writes it announces.
@@ -130,7 +137,7 @@ DEVICE void announce(int* counters, int layer, int stage, int part) {
 DEVICE void wait_for(int* counters, int layer, int stage, int target, int lane) {
   const int* mine = counter(counters, layer, stage, lane % SPREAD);
   for (int spins = 0;; spins++) {
-    const int seen = lane < SPREAD ? load_acquire(mine) : 0;
+    const int seen = lane < SPREAD ? look(mine) : 0;
     if ((int)__reduce_add_sync(FULL, seen) >= target) break;
     if (spins > MOST_SPINS) __trap();
   }
@@ -172,6 +179,7 @@ struct Worker {
   }
   DEVICE Range share(int total) const { return share_of(total, block, group); }
 
+  DEVICE uint4* held() const { return shared.scratch[group].products.x[warp]; }
   DEVICE Scratch& scratch() const { return shared.scratch[group]; }
   DEVICE void group_barrier() const {
     asm volatile("bar.sync %0, %1;" ::"r"(1 + group), "n"(GROUP_THREADS) : "memory");
