@@ -19,6 +19,7 @@ from launcher.registry.findings import Finding, Values, highest, whole
 from launcher.registry.suggest import did_you_mean
 from launcher.registry.types import DeclaredCluster
 
+_UNIFIED_SHARE = 0.85
 _SIZES = ("tensor-parallel-size", "pipeline-parallel-size", "data-parallel-size")
 
 
@@ -34,6 +35,7 @@ def placement_findings(values: Values, declared: DeclaredCluster | None) -> Iter
     unknown = list(_node_names(values, cluster))
     yield from unknown
     yield from _ports(values, cluster)
+    yield from _shared_memory(values, cluster)
     if not unknown and not shape_problems:
         yield from _ranks(values, cluster, shape)
 
@@ -129,6 +131,14 @@ def _ports(values: Values, cluster: Cluster) -> Iterator[Finding]:
     if EPHEMERAL_PORTS[0] <= port <= EPHEMERAL_PORTS[1]:
         message = f"{port} is in Linux's range for outgoing connections ({'-'.join(map(str, EPHEMERAL_PORTS))})"
         yield Finding("warning", "ephemeral-overlap", "port", message, "choose a port below 32768")
+
+
+def _shared_memory(values: Values, cluster: Cluster) -> Iterator[Finding]:
+    """On a machine whose GPU and CPU share one memory, the usual share starves the system while weights load."""
+    share = values["gpu-memory-utilization"].value
+    if cluster.platform == "gb10" and isinstance(share, float) and share > _UNIFIED_SHARE:
+        message = f"{share} of a memory that the system needs too: nodes of {cluster.name} may kill processes or hang"
+        yield Finding("warning", "unified-memory", "gpu-memory-utilization", message, f"use at most {_UNIFIED_SHARE}")
 
 
 def _ranks(values: Values, cluster: Cluster, shape: ModelConfig | None) -> Iterator[Finding]:

@@ -177,6 +177,9 @@ class _Stack:
             self.cluster = registry.clusters.get(name) if is_lenient else find_cluster(registry, name)
         declared = self.cluster.cluster.platform if self.cluster is not None else "auto"
         self.platform = platform if declared == "auto" or (is_lenient and platform) else declared
+        if self.platform != declared != "auto":
+            # An override for another platform than the cluster's is judged as on some other host.
+            self.cluster = None
 
     def merged(self, node: str | None = None) -> tuple[Resolved, Resolved]:
         """Merge all layers into values and variables. Raises: UnknownName for the node."""

@@ -161,6 +161,7 @@ RULES = [
     ("port-clash", pair(port=15000), 14, 11, "outside"),
     ("ephemeral-overlap", pair(port=40000), 14, 11, "32768"),
     ("backend-ranks", pair("    ray: {}\n", "", distributed_executor_backend="ray"), 13, 35, "ray: {}"),
+    ("unified-memory", pair("generic", "gb10", gpu_memory_utilization=0.9), 14, 29, "0.85"),
     ("tp-over-slow-link", pair("rdma: required", "rdma: off", tp=4), 14, 9, "tp 2 pp 2"),
 ]
 
