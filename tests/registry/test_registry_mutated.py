@@ -107,7 +107,9 @@ def lines_of(text: str) -> list[Line]:
 LINES = lines_of(SOUND)
 LEAVES = [line for line in LINES if line.value]
 NUMBERS = [
-    line for line in LEAVES if line.value.replace(".", "").isdigit() and line.key not in ("ip", "dashboard-host", "seed")
+    line
+    for line in LEAVES
+    if line.value.replace(".", "").isdigit() and line.key not in ("ip", "dashboard-host", "seed")
 ]
 CHOICES = [line for line in LEAVES if line.key in ("dtype", "platform", "rdma", "ipc", "gpu-mode", "role", "device",
                                                    "kv-cache-dtype", "scheduling-policy", "strategy")]  # fmt: skip

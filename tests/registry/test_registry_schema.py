@@ -165,3 +165,16 @@ def test_our_registry_and_the_seed_satisfy_the_committed_schema() -> None:
     schema = json.loads((ROOT / "model_registry.schema.json").read_text(encoding="utf-8"))
     for path in (REGISTRY, Path(__file__).parent / "seed.yml", ROOT / "examples" / "two-nodes.yml"):
         jsonschema.Draft202012Validator(schema).validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+
+
+def test_the_page_names_every_code_that_a_registry_can_get() -> None:
+    page = (ROOT / "docs" / "registry.md").read_text(encoding="utf-8")
+    rows = [line.split("|")[1] for line in page.partition("## Codes")[2].splitlines() if line.startswith("| `")]
+    table = set(re.findall(r"`([a-z0-9-]+)`", " ".join(rows)))
+    source = "".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "launcher" / "registry").glob("*.py")))
+    words = set(re.findall(r'"((?:[a-z0-9]+-)+[a-z0-9]+|empty|syntax|unreadable)"', source))
+    keys = {part for key in (*KEYS, *CLUSTER.specs, *NODE.specs) for part in (key, key.partition(".")[2])}
+    others = {"utf-8", "utf-8-sig", "ray-cgraph", "strict-pack", "strict-spread", "secret-unset", "built-in", "auto-pin",
+              "prefill-context-parallel-size", "decode-context-parallel-size", "num-scheduler-steps", "spark-01",
+              "tiny-oss", "gpt-oss-20b"}  # fmt: skip
+    assert words - keys - others == table
