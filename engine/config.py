@@ -137,6 +137,7 @@ class EngineConfig:
 
     More than one rank: `placement` is the JSON of an `engine.placement.Placement` and says everything; without it the
     sizes do, with all ranks on this host. `data_parallel_rank` is the engine of the placement that this process runs.
+    CPU ranks talk through shared memory, or over TCP by Gloo, bound to `node_address`.
     """
 
     model: str
@@ -154,6 +155,8 @@ class EngineConfig:
     data_parallel_size: int = 1
     data_parallel_rank: int = 0
     enable_expert_parallel: bool = False
+    cpu_communicator: Literal["shared_memory", "gloo"] = "shared_memory"
+    node_address: str = "127.0.0.1"
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
     server: ServerConfig = field(default_factory=ServerConfig)

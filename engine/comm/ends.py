@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import struct
 from dataclasses import dataclass
 
@@ -64,6 +65,32 @@ def create_group(size: int, *, slot_bytes: int = SLOT_BYTES) -> list[GroupEnd]:
         os.close(bell)
     segment.close()
     return ends
+
+
+@dataclass(frozen=True, slots=True)
+class Rendezvous:
+    """Where ranks that talk over TCP find each other. `listener` is the store's socket on the rank that keeps it."""
+
+    host: str
+    port: int
+    listener: int = -1
+
+    @property
+    def fds(self) -> tuple[int, ...]:
+        return (self.listener,) if self.listener >= 0 else ()
+
+    def close(self) -> None:
+        """Close what another process has inherited."""
+        for fd in self.fds:
+            with contextlib.suppress(OSError):
+                os.close(fd)
+
+
+def create_rendezvous(host: str, num_ranks: int) -> list[Rendezvous]:
+    """Open the store's socket on a free port of `host`; the first rank will keep it."""
+    listener = socket.create_server((host, 0))
+    port = listener.getsockname()[1]
+    return [Rendezvous(host, port, listener.detach()), *(Rendezvous(host, port) for _ in range(1, num_ranks))]
 
 
 def create_link() -> tuple[RingEnd, RingEnd]:

@@ -73,7 +73,7 @@ class MultiprocExecutor:
         self._silence = silence_seconds
         self._has_stages = placement.pipeline_parallel_size > 1
         threads = config.cpu_threads or _threads_per_rank(self.ranks)
-        wiring = Wiring(self.ranks, replace(config, cpu_threads=threads).to_json(), placement.to_json())
+        wiring = Wiring(self.ranks, replace(config, cpu_threads=threads), placement.to_json())
         self._board = wiring.board
         self._handles: list[RankHandle] = []
         self._is_stopped = False

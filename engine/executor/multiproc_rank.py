@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import msgspec
 
 from engine.comm.board import BoardLine
+from engine.comm.ends import Rendezvous
 from engine.comm.ring import RingClosed, RingReader, RingWriter
 from engine.comm.segment import Segment
 from engine.config import EngineConfig, ModelConfig
@@ -106,12 +107,34 @@ def connect(rank: Rank) -> RankLinks:
     from engine.comm.ranks import RankLinks
 
     setup = rank.setup
+    if setup.rendezvous is not None:
+        return _connect_over_tcp(rank, setup.rendezvous)
     return RankLinks(
         stage=rank.placement.stage(rank.spec.dp_rank, rank.spec.pp_rank),
         group=SharedGroup(setup.group, notes=rank.line) if setup.group is not None else None,
         receiver=RingReceiver(setup.previous, notes=rank.line) if setup.previous is not None else None,
         sender=RingSender(setup.next) if setup.next is not None else None,
     )
+
+
+def _connect_over_tcp(rank: Rank, rendezvous: Rendezvous) -> RankLinks:
+    from engine.comm.gloo import GlooGroup, GlooReceiver, GlooSender, open_gloo, open_store
+    from engine.comm.ranks import RankLinks
+
+    spec, placement, host = rank.spec, rank.placement, rank.config.node_address
+    store = open_store(rendezvous)
+    links = RankLinks(stage=placement.stage(spec.dp_rank, spec.pp_rank))
+    size = len(links.stage)
+    if size > 1:
+        gloo = open_gloo(store, f"stage {spec.pp_rank}", spec.tp_rank, size, host)
+        links.group = GlooGroup(gloo, spec.tp_rank, size, rank.line)
+    if placement.pipeline_parallel_size > 1:
+        gloo = open_gloo(store, "pipeline", rank.setup.index, len(rank.setup.members), host)
+        if spec.pp_rank > 0:
+            links.receiver = GlooReceiver(gloo, rank.setup.index - size, rank.line)
+        if spec.pp_rank < placement.pipeline_parallel_size - 1:
+            links.sender = GlooSender(gloo, rank.setup.index + size)
+    return links
 
 
 class _Control:

@@ -13,9 +13,10 @@ from collections.abc import Sequence
 import msgspec
 
 from engine.comm.board import create_board
-from engine.comm.ends import SLOT_BYTES, GroupEnd, create_group, create_link
+from engine.comm.ends import SLOT_BYTES, GroupEnd, Rendezvous, create_group, create_link, create_rendezvous
 from engine.comm.ring import RingEnd, create_ring
 from engine.comm.segment import Segment
+from engine.config import EngineConfig
 from engine.placement import RankSpec
 
 RESULT_SLOT_BYTES = 256 << 10
@@ -25,7 +26,7 @@ class RankSetup(msgspec.Struct):
     """Everything that a rank's process is told: configurations as JSON, its place among `members`, its ends.
 
     `members` are the ranks of its engine, in order; `index` is its own among them. `results` belongs to the one rank
-    that answers: tensor rank 0 of the last stage.
+    that answers: tensor rank 0 of the last stage. With a `rendezvous` groups and links are made over TCP instead.
     """
 
     config: str
@@ -39,17 +40,21 @@ class RankSetup(msgspec.Struct):
     group: GroupEnd | None = None
     previous: RingEnd | None = None
     next: RingEnd | None = None
+    rendezvous: Rendezvous | None = None
+
+    @property
+    def _ends(self) -> list[RingEnd | GroupEnd | Rendezvous]:
+        ends = (self.plans, self.results, self.group, self.previous, self.next, self.rendezvous)
+        return [end for end in ends if end is not None]
 
     @property
     def fds(self) -> tuple[int, ...]:
-        ends = [end.fds for end in (self.plans, self.results, self.group, self.previous, self.next) if end is not None]
-        return (self.board, *(fd for end in ends for fd in end))
+        return (self.board, *(fd for end in self._ends for fd in end.fds))
 
     def close(self) -> None:
         """Close what the rank's process has inherited."""
-        for end in (self.plans, self.results, self.group, self.previous, self.next):
-            if end is not None:
-                end.close()
+        for end in self._ends:
+            end.close()
         with contextlib.suppress(OSError):
             os.close(self.board)
 
@@ -57,7 +62,8 @@ class RankSetup(msgspec.Struct):
 class Wiring:
     """The engine's own ends, and each rank's setup in rank order."""
 
-    def __init__(self, ranks: Sequence[RankSpec], config_json: str, placement_json: str) -> None:
+    def __init__(self, ranks: Sequence[RankSpec], config: EngineConfig, placement_json: str) -> None:
+        config_json = config.to_json()
         self.board: Segment = create_board(len(ranks))
         self.plans, readers = create_ring(len(ranks))
         answer, (self.results,) = create_ring(1, slot_bytes=RESULT_SLOT_BYTES)
@@ -69,17 +75,21 @@ class Wiring:
         stages: dict[int, list[int]] = {}
         for index, rank in enumerate(ranks):
             stages.setdefault(rank.pp_rank, []).append(index)
-        for indices in stages.values():
+        ordered = [stages[stage] for stage in sorted(stages)]
+        self.setups[ordered[-1][0]].results = answer
+        if config.cpu_communicator == "gloo":
+            for setup, place in zip(self.setups, create_rendezvous(config.node_address, len(ranks)), strict=True):
+                setup.rendezvous = place
+            return
+        for indices in ordered:
             if len(indices) > 1:
                 widest = max(ranks[index].vocab[1] - ranks[index].vocab[0] for index in indices)
                 slot_bytes = max(SLOT_BYTES, -(-4 * widest // 4096) * 4096)
                 for index, end in zip(indices, create_group(len(indices), slot_bytes=slot_bytes), strict=True):
                     self.setups[index].group = end
-        ordered = [stages[stage] for stage in sorted(stages)]
         for before, after in zip(ordered, ordered[1:], strict=False):
             for source, target in zip(before, after, strict=True):
                 self.setups[source].next, self.setups[target].previous = create_link()
-        self.setups[ordered[-1][0]].results = answer
 
     def close(self) -> None:
         """Close everything, where not all ranks could be started."""

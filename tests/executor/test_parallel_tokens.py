@@ -78,7 +78,7 @@ def answers(config: EngineConfig) -> dict[str, list[int]]:
         pytest.param(2, 1, False, id="tp2"),
         pytest.param(4, 1, False, id="tp4, each KV head on two ranks"),
         pytest.param(1, 2, False, id="pp2, stages without the same layers of each group"),
-        pytest.param(1, 3, False, id="pp3"),
+        pytest.param(1, 3, False, id="pp3", marks=pytest.mark.slow),
         pytest.param(2, 2, False, id="tp2 pp2"),
         pytest.param(2, 1, True, id="ep2"),
         pytest.param(8, 1, False, id="tp8", marks=pytest.mark.slow),
@@ -96,6 +96,12 @@ def test_equal_splits(alone: dict[str, list[int]], tensor: int, pipeline: int, i
         pipeline_parallel_size=pipeline,
         enable_expert_parallel=is_expert_parallel,
     )
+    assert answers(config) == alone
+
+
+@pytest.mark.parametrize(("tensor", "pipeline"), [(2, 2)])
+def test_splits_over_tcp(alone: dict[str, list[int]], tensor: int, pipeline: int) -> None:
+    config = replace(BASE, tensor_parallel_size=tensor, pipeline_parallel_size=pipeline, cpu_communicator="gloo")
     assert answers(config) == alone
 
 
