@@ -22,7 +22,7 @@ DOORWAYS = {
     "prometheus_client": ("engine/server/",),
     "safetensors": ("engine/models/", "engine/worker/"),
     "tokenizers": ("engine/text/",),
-    "ray": (),
+    "ray": ("engine/executor/ray_",),
     "cupy": ("kernels/",),
     "transformers": (),
 }

@@ -28,13 +28,16 @@ class EngineProcess:
     ) -> None:
         self._process = process
         self._oom_kills_before = procfs.oom_kills()
+        self._cgroup_oom_kills_before = procfs.cgroup_oom_kills()
         self.identity = identity
         self.status_fd = status_fd
         self.output_fd = output_fd
 
     @classmethod
-    def start(cls, argv: Sequence[str], environment: Mapping[str, str], working_folder: str) -> EngineProcess:
-        """Spawn the engine.
+    def start(
+        cls, argv: Sequence[str], environment: Mapping[str, str], working_folder: str, *, what: str = "engine"
+    ) -> EngineProcess:
+        """Spawn the engine, or another child of which only the output is heard (`what` names it in messages).
 
         Raises: EngineFailed when the program cannot be executed.
         """
@@ -42,19 +45,19 @@ class EngineProcess:
         output_read, output_write = os.pipe()
         try:
             process = subprocess.Popen(
-                [*argv, "--status-fd", str(status_write)],
+                [*argv, "--status-fd", str(status_write)] if what == "engine" else list(argv),
                 stdin=subprocess.DEVNULL,
                 stdout=output_write,
                 stderr=output_write,
                 env=dict(environment),
                 cwd=working_folder,
-                pass_fds=(status_write,),
+                pass_fds=(status_write,) if what == "engine" else (),
                 start_new_session=True,
             )
         except OSError as error:
             os.close(status_read)
             os.close(output_read)
-            raise EngineFailed(f"the engine cannot be started: {argv[0]}: {error.strerror}") from error
+            raise EngineFailed(f"the {what} cannot be started: {argv[0]}: {error.strerror}") from error
         finally:
             os.close(status_write)
             os.close(output_write)
@@ -103,6 +106,9 @@ class EngineProcess:
             name = signal.Signals(-status).name
         except ValueError:
             name = f"signal {-status}"
-        if status == -signal.SIGKILL and procfs.oom_kills() > self._oom_kills_before:
-            return "was killed by the kernel: out of memory (SIGKILL)"
+        if status == -signal.SIGKILL:
+            if procfs.cgroup_oom_kills() > self._cgroup_oom_kills_before:
+                return "was killed by the kernel: out of memory in its container (SIGKILL)"
+            if procfs.oom_kills() > self._oom_kills_before:
+                return "was killed by the kernel: out of memory (SIGKILL)"
         return f"was killed by {name}"

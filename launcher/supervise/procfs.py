@@ -140,14 +140,24 @@ def oom_kills() -> int:
     return 0
 
 
-def command_line(pid: int) -> str:
-    """Return a process's command line on one line, at most 120 characters; empty when it cannot be read."""
+def cgroup_oom_kills(root: Path = Path("/sys/fs/cgroup")) -> int:
+    """Count the out-of-memory kills inside our own control group, as a container sees it (cgroup v2, else v1)."""
+    for name in ("memory.events", "memory/memory.oom_control"):
+        with contextlib.suppress(OSError, ValueError):
+            for line in (root / name).read_text().splitlines():
+                if line.startswith("oom_kill "):
+                    return int(line.split()[1])
+    return 0
+
+
+def command_line(pid: int, limit: int = 120) -> str:
+    """Return a process's command line on one line, at most `limit` characters; empty when it cannot be read."""
     try:
         raw = (_PROC / str(pid) / "cmdline").read_bytes()
     except OSError:
         return ""
     text = " ".join(part.decode(errors="replace") for part in raw.split(b"\0") if part)
-    return "".join(ch if ch.isprintable() else "?" for ch in text)[:120]
+    return "".join(ch if ch.isprintable() else "?" for ch in text)[:limit]
 
 
 def listener_of(port: int) -> int | None:

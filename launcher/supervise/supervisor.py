@@ -104,7 +104,7 @@ class Supervisor:
         log = BoundedLog(self._folder.log_file)
         log.begin(f"{self._spec.name}: {time.strftime('%Y-%m-%d %H:%M:%S')}")
         try:
-            with _signal_wakeups() as wakeups:
+            with signal_wakeups() as wakeups:
                 self._process = EngineProcess.start(self._spec.argv, self._spec.environment, self._spec.working_folder)
                 spawned = time.monotonic()
                 self._timeline.mark("launch", self._timeline.began, spawned)
@@ -297,7 +297,7 @@ class Supervisor:
 
 
 @contextlib.contextmanager
-def _signal_wakeups() -> Iterator[socket.socket]:
+def signal_wakeups() -> Iterator[socket.socket]:
     """Turn signals into bytes on a socket; the old handlers return afterwards.
 
     SIGCHLD is among them, so that the exit of the engine wakes the loop at once.

@@ -1,0 +1,417 @@
+"""One loop that keeps one node of a cluster: Ray, on the head also the engine, from the first wait to the last kill.
+
+Knows: the order (head reachable -> Ray -> all nodes -> engine -> ready), the deadlines, and that the engine drains
+before Ray goes. Refuses to know: compose, ssh, terminals, Ray's and the engine's insides.
+
+Single-threaded: pipes, signals, child exits and the control socket arrive at one `select`. When a child ends that was
+not asked to, the node ends with that cause and a non-zero status, so that whoever restarts nodes sees it. Ranks on
+several nodes will be the engine's own children (through its executor); this loop only has to keep Ray under them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import selectors
+import shutil
+import signal
+import socket
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import cast
+
+import engine
+from launcher.errors import HlaunchError
+from launcher.exit_codes import ExitCode
+from launcher.supervise import procfs
+from launcher.supervise.cluster_view import ClusterView, ViewProcess
+from launcher.supervise.control import ControlServer
+from launcher.supervise.engine_process import EngineProcess
+from launcher.supervise.node_report import NodeReport
+from launcher.supervise.node_spec import NodeSpec
+from launcher.supervise.ray_process import ray_argv, ray_cause, ray_environment
+from launcher.supervise.status import Fatal, LineSplitter, Phase, Ready, parse_record
+from launcher.supervise.supervisor import signal_wakeups
+
+TICK_SECONDS = 0.5
+RAY_START_SECONDS = 90.0
+ENGINE_GRACE_SECONDS = 5.0
+"""What the engine gets beyond its drain timeout."""
+RAY_GRACE_SECONDS = 4.0
+LOST_SECONDS = 20.0
+"""How long our own node may be missing from the cluster before we call it lost."""
+LAST_WORDS_SECONDS = 5.0
+NUM_LAST_LINES = 400
+"""Ray names what died first, then prints the tails of its logs."""
+_STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class _Failure(Exception):
+    """The one cause of this node's end."""
+
+    def __init__(self, cause: str, hint: str = "", exit_code: int = ExitCode.ENGINE_FAILED) -> None:
+        super().__init__(cause)
+        self.cause, self.hint, self.exit_code = cause, hint, exit_code
+
+
+class NodeSupervisor:
+    """Runs one node to its end. `run` blocks and belongs on the main thread. `say` takes one line for the log."""
+
+    def __init__(
+        self, spec: NodeSpec, environ: Mapping[str, str], engine_config: Path | None, say: Callable[[str], None]
+    ) -> None:
+        self._spec = spec
+        self._environ = ray_environment(spec, environ) if spec.ray is not None else dict(environ)
+        self._engine_config = engine_config
+        self._say = say
+        self._folder = Path(spec.run_folder)
+        self._working_folder = str(Path(engine.__file__).parent.parent)
+        self.report = NodeReport(spec)
+        self._selector = selectors.DefaultSelector()
+        self._view: ViewProcess | None = None
+        self._last_view = ClusterView(error="unreachable", message="not asked yet")
+        self._ray: EngineProcess | None = None
+        self._engine: EngineProcess | None = None
+        self._ray_lines: deque[str] = deque(maxlen=NUM_LAST_LINES)
+        self._engine_fatal: Fatal | None = None
+        self._fatal_deadline: float | None = None
+        self._splitters: dict[int, LineSplitter] = {}
+        self._num_signals = 0
+        self._seen: dict[str, frozenset[str]] = {}
+        self._lost_since: float | None = None
+        self._stage = self._await_head if spec.ray is not None and not spec.is_head else self._start_ray
+        self._deadline = time.monotonic() + spec.join_timeout_seconds
+
+    def run(self) -> int:
+        """Start everything, stay, end everything; return the exit code. The cause is in `report`."""
+        self._control = ControlServer(self._folder, self.report.to_data)
+        self.report.read_previous(self._folder)
+        if (own := procfs.ProcessIdentity.of(os.getpid())) is not None:
+            self.report.processes["node"] = own
+        self._control.attach(self._selector)
+        try:
+            with signal_wakeups() as wakeups:
+                self._selector.register(wakeups, selectors.EVENT_READ)
+                try:
+                    self._prepare()
+                    self._loop(wakeups)
+                except _Failure as failure:
+                    self._fail(failure.cause, failure.hint, failure.exit_code)
+                except HlaunchError as error:
+                    self._fail(error.message, error.hint, error.exit_code)
+                finally:
+                    self._end(wakeups)
+        finally:
+            self.report.write_end(self._folder)
+            self._control.publish()
+            self._control.close()
+            self._selector.close()
+        return self.report.exit_code or ExitCode.OK
+
+    # Start.
+
+    def _prepare(self) -> None:
+        spec = self._spec
+        if spec.ray is None:
+            return
+        # A session of an earlier run holds nothing that lives; Ray would only pile the next one beside it.
+        shutil.rmtree(spec.ray_folder, ignore_errors=True)
+        token = Path(spec.token_file)
+        try:
+            if not token.read_text(encoding="utf-8").strip():
+                raise _Failure(f"the Ray token {token} is empty", "hlaunch up makes it", ExitCode.PREFLIGHT)
+        except OSError as error:
+            raise _Failure(
+                f"the Ray token {token} cannot be read: {error.strerror}",
+                "mode 0600, owned by the user that this node runs as (HLAUNCH_UID)",
+                ExitCode.PREFLIGHT,
+            ) from error
+        self._view = ViewProcess(spec, self._environ, self._working_folder)
+        self._selector.register(self._view.fd, selectors.EVENT_READ)
+        if not spec.is_head:
+            self.report.begin("head", f"waiting for {spec.head.name} at {spec.head_address}")
+
+    def _await_head(self) -> None:
+        """Workers: no Ray before the head answers and takes our token."""
+        view = self._last_view
+        if view.error == "refused":
+            raise _Failure(view.message, "copy the head's ray_token here; all nodes share one", ExitCode.PREFLIGHT)
+        if not view.error and view.is_alive(self._spec.head.ip):
+            self.report.end("head", f"{self._spec.head.name} at {self._spec.head_address}")
+            self._stage = self._start_ray
+            self._start_ray()
+        elif time.monotonic() > self._deadline:
+            raise _Failure(
+                f"the head {self._spec.head.name} ({self._spec.head_address}) did not answer within "
+                f"{self._spec.join_timeout_seconds:g} s: {view.message or 'it has not joined its own cluster'}",
+                "is it up, and does a firewall let the port through? hlaunch doctor",
+                ExitCode.NOT_READY,
+            )
+
+    def _start_ray(self) -> None:
+        spec = self._spec
+        if spec.ray is None:
+            self._start_engine()
+            return
+        self.report.begin("ray", "starting")
+        self._ray = EngineProcess.start(ray_argv(spec), self._environ, self._working_folder, what="Ray")
+        self.report.processes["ray"] = self._ray.identity
+        self._selector.register(self._ray.output_fd, selectors.EVENT_READ)
+        self._deadline = time.monotonic() + RAY_START_SECONDS
+        self._stage = self._await_ray
+        self._say(f"node: {' '.join(ray_argv(spec))}")
+
+    def _await_ray(self) -> None:
+        spec = self._spec
+        if self._last_view.is_alive(spec.ip):
+            self.report.end("ray", f"{spec.ip} joined")
+            if spec.is_head:
+                self.report.begin("nodes")
+                self._deadline = time.monotonic() + spec.join_timeout_seconds
+                self._stage = self._await_nodes
+                self._await_nodes()
+            else:
+                self._serve()
+        elif time.monotonic() > self._deadline:
+            raise _Failure(
+                f"Ray did not bring {spec.ip} into the cluster within {RAY_START_SECONDS:g} s: "
+                f"{self._last_view.message or 'no word from it'}",
+                "see the ray lines of the log",
+                ExitCode.NOT_READY,
+            )
+
+    def _await_nodes(self) -> None:
+        """Head: every declared node is alive under its address, with the GPUs it was declared with."""
+        spec, view = self._spec, self._last_view
+        missing = view.missing(spec.peers)
+        short = view.short_of_gpus(spec.peers)
+        num_here = len(spec.peers) - len(missing)
+        if not missing and not short:
+            self.report.end("nodes", f"{num_here} of {len(spec.peers)}")
+            self._start_engine()
+            return
+        waiting = ", ".join([f"{peer.name} ({peer.ip})" for peer in missing] + list(short))
+        self.report.progress(
+            "nodes", num_here / len(spec.peers), f"{num_here} of {len(spec.peers)}; waiting: {waiting}"
+        )
+        if time.monotonic() > self._deadline:
+            reasons = [f"{peer.name}: {words}" for peer in missing if (words := view.last_words(peer.ip))]
+            strangers = view.strangers(spec.peers)
+            raise _Failure(
+                f"{num_here} of {len(spec.peers)} nodes joined within {spec.join_timeout_seconds:g} s; not there: "
+                f"{waiting}" + "".join(f"; {reason}" for reason in reasons),
+                f"undeclared nodes are there: {', '.join(strangers)}; wrong ip?" if strangers else "hlaunch logs NAME",
+                ExitCode.NOT_READY,
+            )
+
+    def _start_engine(self) -> None:
+        if not self._spec.is_head or self._engine_config is None:
+            self._serve()
+            return
+        argv = (sys.executable, "-m", "engine.server", "--config", str(self._engine_config))
+        self._engine = EngineProcess.start(argv, self._environ, self._working_folder)
+        self.report.processes["engine"] = self._engine.identity
+        for fd in (self._engine.status_fd, self._engine.output_fd):
+            self._selector.register(fd, selectors.EVENT_READ)
+        self._deadline = time.monotonic() + self._spec.ready_timeout_seconds
+        self._stage = self._await_engine
+
+    def _await_engine(self) -> None:
+        if time.monotonic() > self._deadline and self._engine is not None:
+            self._engine.send_all(signal.SIGUSR1)
+            time.sleep(0.5)
+            raise _Failure(
+                f"the engine was not ready after {self._spec.ready_timeout_seconds:g} s",
+                "its stacks are in the log; a longer deadline: --set ready.timeout=30m",
+                ExitCode.NOT_READY,
+            )
+
+    def _serve(self) -> None:
+        self.report.mark_ready()
+        self._stage = self._watch_cluster
+        self._say("node: ready")
+
+    def _watch_cluster(self) -> None:
+        """Name who comes and goes; end only when this node itself is lost."""
+        spec, view = self._spec, self._last_view
+        if spec.ray is None or view.error:
+            return
+        if spec.is_head:
+            missing = view.missing(spec.peers)
+            self.report.state = "degraded" if missing else "ready"
+        if view.is_alive(spec.ip):
+            self._lost_since = None
+        elif self._lost_since is None:
+            self._lost_since = time.monotonic()
+        elif time.monotonic() - self._lost_since > LOST_SECONDS:
+            raise _Failure(f"the cluster lost this node: {view.last_words(spec.ip) or 'it is no longer listed'}")
+
+    # The loop.
+
+    def _loop(self, wakeups: socket.socket) -> None:
+        while self._num_signals == 0:
+            self._step(wakeups, TICK_SECONDS)
+            if self._num_signals:
+                return
+            self._check_children()
+            self._stage()
+            self._control.publish()
+
+    def _step(self, wakeups: socket.socket, seconds: float) -> None:
+        for key, mask in self._selector.select(seconds):
+            if key.data is self._control:
+                self._control.on_event(cast(socket.socket, key.fileobj), mask)
+            elif key.fileobj is wakeups:
+                numbers = wakeups.recv(4096)
+                self._num_signals += sum(1 for number in numbers if number in _STOP)
+            elif self._view is not None and key.fd == self._view.fd:
+                self._read_view()
+            elif not self._read_child(key.fd):
+                self._selector.unregister(key.fd)
+
+    def _read_view(self) -> None:
+        assert self._view is not None
+        views, is_there = self._view.read()
+        for view in views:
+            self._on_view(view)
+        if not is_there:
+            self._selector.unregister(self._view.fd)
+            self._view.close()
+            self._view = None
+            if self._num_signals == 0 and self.report.cause == "":
+                raise _Failure("the Ray view ended", "is Ray installed here? pip install 'hlaunch[ray]'")
+
+    def _on_view(self, view: ClusterView) -> None:
+        self._last_view = view
+        if view.error:
+            return
+        for peer in self._spec.peers:
+            ids, before = view.ids(peer.ip), self._seen.get(peer.ip)
+            who = f"{peer.role} {peer.name} ({peer.ip})"
+            if before is None and ids:
+                self._tell(f"{who} joined")
+            elif before and not ids:
+                words = view.last_words(peer.ip)
+                self._tell(f"{who} left" + (f": {words}" if words else ""))
+            elif before is not None and ids - before:
+                self._tell(f"{who} was restarted and joined again")
+            if ids or before is not None:
+                self._seen[peer.ip] = ids
+        self.report.nodes = [
+            {"name": peer.name, "ip": peer.ip, "role": peer.role, "is_alive": view.is_alive(peer.ip)}
+            for peer in self._spec.peers
+        ]
+
+    def _tell(self, text: str) -> None:
+        self.report.event(text)
+        self._say(f"node: {text}")
+
+    def _read_child(self, fd: int) -> bool:
+        """Take what a child's pipe holds. Returns False at its end."""
+        try:
+            data = os.read(fd, 1 << 16)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        splitter = self._splitters.setdefault(fd, LineSplitter())
+        for line in splitter.feed(data):
+            self._on_line(fd, line)
+        return bool(data)
+
+    def _on_line(self, fd: int, line: bytes) -> None:
+        if self._engine is not None and fd == self._engine.status_fd:
+            self._on_record(line)
+            return
+        text = line.decode("utf-8", errors="replace")
+        if self._ray is not None and fd == self._ray.output_fd:
+            self._ray_lines.append(text)
+            self._say(f"ray: {text}")
+        else:
+            self._say(f"engine: {text}")
+
+    def _on_record(self, line: bytes) -> None:
+        record = parse_record(line, time.monotonic())
+        if isinstance(record, Fatal):
+            self._engine_fatal = self._engine_fatal or record
+            self._fatal_deadline = time.monotonic() + LAST_WORDS_SECONDS
+        elif isinstance(record, Ready):
+            self.report.url, self.report.model, self.report.facts = record.url, record.model, record.facts
+            if self._stage == self._await_engine:
+                self._serve()
+        elif isinstance(record, Phase):
+            self.report.phase(record)
+
+    def _check_children(self) -> None:
+        """A child that is gone ends the node, with the child's own words where it left some."""
+        if self._engine is not None and (status := self._engine.poll()) is not None:
+            self._drain(self._engine)
+            fatal = self._engine_fatal
+            if fatal is not None:
+                raise _Failure(f"engine failed: {fatal.message}", fatal.hint, fatal.exit_code)
+            raise _Failure(f"the engine {self._engine.describe_exit(status)}")
+        if self._fatal_deadline is not None and time.monotonic() > self._fatal_deadline and self._engine is not None:
+            self._engine.send_all(signal.SIGKILL)
+        if self._ray is not None and (status := self._ray.poll()) is not None:
+            self._drain(self._ray)
+            cause = ray_cause(self._ray_lines, self._ray.describe_exit(status))
+            code = ExitCode.PREFLIGHT if cause.is_permanent else ExitCode.ENGINE_FAILED
+            raise _Failure(cause.text, "the ray lines of the log say more", code)
+
+    def _drain(self, child: EngineProcess) -> None:
+        for fd in (child.status_fd, child.output_fd):
+            while self._read_child(fd):
+                with selectors.DefaultSelector() as ready:
+                    with contextlib.suppress(OSError, ValueError):
+                        ready.register(fd, selectors.EVENT_READ)
+                    if not ready.get_map() or not ready.select(0):
+                        break
+
+    # The end.
+
+    def _fail(self, cause: str, hint: str, exit_code: int) -> None:
+        self.report.state, self.report.cause, self.report.hint = "failed", cause, hint
+        self.report.exit_code = int(exit_code)
+        self._control.publish()
+
+    def _end(self, wakeups: socket.socket) -> None:
+        """Engine first (it drains), then Ray, then whatever is left of either; a second signal shortens all of it."""
+        if self.report.cause == "":
+            self.report.state = "stopping"
+            self._control.publish()
+        was_asked = self.report.cause == ""
+        drain = self._spec.drain_timeout_seconds if was_asked else 0.0
+        if self._engine is not None:
+            self._stop(self._engine, wakeups, drain + ENGINE_GRACE_SECONDS)
+        if self._ray is not None:
+            self._stop(self._ray, wakeups, RAY_GRACE_SECONDS)
+        if self._view is not None:
+            with contextlib.suppress(KeyError, ValueError):
+                self._selector.unregister(self._view.fd)
+            self._view.close()
+            self._view = None
+        if was_asked:
+            self.report.state, self.report.exit_code = "stopped", int(ExitCode.OK)
+            # After a failure Ray's own logs are the evidence, so they stay for one run.
+            if self._spec.ray is not None:
+                shutil.rmtree(self._spec.ray_folder, ignore_errors=True)
+
+    def _stop(self, child: EngineProcess, wakeups: socket.socket, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        began_with = self._num_signals
+        if child.poll() is None:
+            child.send(signal.SIGTERM)
+        while child.poll() is None and time.monotonic() < deadline:
+            with contextlib.suppress(_Failure):
+                self._step(wakeups, min(0.1, TICK_SECONDS))
+            if self._num_signals > max(began_with, 1):
+                break
+        self._drain(child)
+        child.kill_all()
+        for fd in (child.status_fd, child.output_fd):
+            with contextlib.suppress(KeyError, ValueError):
+                self._selector.unregister(fd)
+        child.close()
