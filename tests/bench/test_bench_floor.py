@@ -106,7 +106,7 @@ def test_short_prompts_are_bound_by_weights() -> None:
 
 
 def test_large_batches_are_bound_by_arithmetic() -> None:
-    """A sequence at 1k context costs 8.4 µs of bytes and 9.3 of arithmetic; the weights' 3.8 ms part them until 4,400."""
+    """A sequence at 1k context costs 8.4 µs of bytes and 9.3 of arithmetic; the weights' 3.8 ms last until 4,400."""
 
     def memory(n: int) -> float:
         return floor.decode_floor_seconds(SMALL, n, 1024, 3.35e12)
