@@ -20,6 +20,9 @@ def register(app: typer.Typer) -> None:
         ] = None,
         strict: Annotated[bool, typer.Option("--strict", help="Fail on warnings too.")] = False,
         as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+        as_sarif: Annotated[
+            bool, typer.Option("--sarif", help="Print SARIF 2.1.0, which code hosts show beside the line.")
+        ] = False,
     ) -> None:
         """Check a registry and report every problem."""
         from launcher.registry import check_registry, find_registry
@@ -32,7 +35,12 @@ def register(app: typer.Typer) -> None:
         warnings = sum(issue.severity == "warning" for issue in issues)
         is_valid = errors == 0 and not (strict and warnings)
         source = display_path(path, invocation.cwd)
-        if as_json:
+        if as_sarif:
+            from launcher import __version__
+            from launcher.registry.sarif import sarif
+
+            invocation.console.json(sarif(issues, __version__))
+        elif as_json:
             invocation.console.json(
                 {
                     "file": source,

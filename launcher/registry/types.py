@@ -211,8 +211,8 @@ class ResolvedEntry:
         return self.values[key].value
 
     def is_set(self, key: str) -> bool:
-        """Say whether any layer above the built-in one set `key`."""
-        return self.values[key].origin.layer is not Layer.BUILT_IN
+        """Say whether somebody set `key`; a built-in value and a platform's preset are nobody's."""
+        return self.values[key].origin.layer not in (Layer.BUILT_IN, Layer.PLATFORM)
 
     def origin(self, key: str) -> Origin:
         return self.values[key].origin

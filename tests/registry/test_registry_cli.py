@@ -237,3 +237,24 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
 )
 def test_the_seeds_bare_form_and_global_options(args: list[str], model: str, expected: list[str]) -> None:
     assert arrange(args, {"MODEL_NAME": model}) == expected
+
+
+def test_validate_speaks_sarif(tmp_path: Path) -> None:
+    (tmp_path / "r.yml").write_text("models: {m: {model: x, prot: 1, host: 0.0.0.0, swap-space: 4}}\n")
+    done = hlaunch("validate", "r.yml", "--sarif", cwd=tmp_path)
+    assert done.returncode == 3
+    assert done.stderr == ""
+    log = json.loads(done.stdout)
+    assert log["version"] == "2.1.0"
+    (run,) = log["runs"]
+    assert {(item["ruleId"], item["level"]) for item in run["results"]} == {
+        ("unknown-key", "error"),
+        ("open-server", "warning"),
+        ("accepted-flag", "note"),
+    }
+    for item in run["results"]:
+        assert run["tool"]["driver"]["rules"][item["ruleIndex"]]["id"] == item["ruleId"]
+        place = item["locations"][0]["physicalLocation"]
+        assert place["artifactLocation"]["uri"] == "r.yml"
+        assert place["region"]["startLine"] == 1
+        assert place["region"]["startColumn"] > 1
