@@ -75,7 +75,7 @@ def notes(entry: ResolvedEntry, device: str) -> tuple[str, ...]:
         ("enforce-eager", "no effect on CPU: there are no CUDA graphs"),
     ):
         # A general `defaults:` is not a statement about this model on this machine.
-        if entry.origin(key).layer not in (Layer.BUILT_IN, Layer.DEFAULTS):
+        if entry.origin(key).layer not in (Layer.BUILT_IN, Layer.PLATFORM, Layer.DEFAULTS):
             found.append(f"{key}: {why}")
     return tuple(found)
 
