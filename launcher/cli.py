@@ -40,6 +40,7 @@ COMMANDS: Mapping[str, str] = {
     "bench": "Measure latency and throughput of a model.",
     "synth": "Write a checkpoint of a model's true shape with random weights.",
     "fit": "Show whether a model fits, and what would make it fit.",
+    "render": "Write the compose files of head and workers.",
     "topo": "Rank the ways to split a model over a cluster.",
     "inventory": "Show cores, memory, GPUs and NICs; --json saves it.",
     "list": "List the models of the registry.",

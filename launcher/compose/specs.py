@@ -17,8 +17,8 @@ from launcher.registry.values import is_secret_name
 from launcher.supervise.node_spec import NodeSpec, Peer
 
 JOIN_TIMEOUT_SECONDS = 300.0
-SECRET_PATHS = frozenset({"RAY_AUTH_TOKEN_PATH"})
-"""Variables that name a file; their name alone sounds like a secret."""
+NOT_SECRET = frozenset({"RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE"})
+"""A path and a word, although their names sound like secrets."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,4 +117,4 @@ def node_environment(node: NodePlan) -> Mapping[str, str]:
 
 def is_secret(name: str) -> bool:
     """Whether a variable's value must not stand in a file."""
-    return is_secret_name(name) and name not in SECRET_PATHS
+    return is_secret_name(name) and name not in NOT_SECRET

@@ -1,0 +1,114 @@
+"""`hlaunch render`: write the compose files of a launch, or say how written ones differ. Starts nothing, asks nobody.
+
+Knows: folders, drift, lint. Refuses to know: what stands in the files (`launcher.compose`).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from launcher.commands import Invocation, invocation_of
+
+if TYPE_CHECKING:
+    from launcher.plan.cluster_plan import ClusterPlan
+
+
+def register(app: typer.Typer) -> None:
+    @app.command("render")
+    def render(
+        ctx: typer.Context,
+        name: Annotated[str, typer.Argument(metavar="NAME", help="A model's name or alias.")],
+        cluster: Annotated[str | None, typer.Option("--cluster", metavar="NAME", help="The cluster to run on.")] = None,
+        output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Where to write.")] = Path("deploy"),
+        overrides: Annotated[
+            list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key; may repeat.")
+        ] = None,
+        check: Annotated[bool, typer.Option("--check", help="Write nothing; exit 10 when DIR differs.")] = False,
+        for_host: Annotated[
+            bool, typer.Option("--for-host", help="Also an override file with what this host cannot do.")
+        ] = False,
+        as_json: Annotated[bool, typer.Option("--json", help="Print the files as JSON; write nothing.")] = False,
+    ) -> int:
+        """Write the compose files of head and workers."""
+        from launcher.compose.lint import lint
+        from launcher.compose.render import render as render_files
+        from launcher.exit_codes import ExitCode
+
+        invocation = invocation_of(ctx)
+        plan = cluster_plan_for(invocation, name, list(overrides or []), cluster)
+        for problem in plan.problems:
+            raise problem
+        files = render_files(plan)
+        for path, content in files.items():
+            if path.endswith(".yml"):
+                invocation.console.issues(lint(content.decode(), path))
+        if as_json:
+            invocation.console.json({path: content.decode() for path, content in files.items()})
+            return ExitCode.OK
+        if check:
+            return _check(invocation, files, output)
+        if for_host:
+            files |= _overrides(invocation, files)
+        _write(invocation, files, output)
+        return ExitCode.OK
+
+
+def cluster_plan_for(invocation: Invocation, name: str, overrides: list[str], cluster: str | None) -> ClusterPlan:
+    """Plan a launch that has a cluster. Raises: UsageError when it has none."""
+    from launcher.errors import UsageError
+    from launcher.plan.cluster_plan import ClusterPlan
+    from launcher.plan.gather import plan_for
+
+    plan = plan_for(invocation, name, overrides, cluster, [])
+    if not isinstance(plan, ClusterPlan):
+        raise UsageError(
+            f"{name} has no cluster: it runs on this host without compose files",
+            hint="add --cluster NAME, and declare it under 'clusters:' (examples/two-nodes.yml)",
+        )
+    return plan
+
+
+def _check(invocation: Invocation, files: dict[str, bytes], folder: Path) -> int:
+    from launcher.exit_codes import ExitCode
+
+    changed = [path for path, content in files.items() if _read(folder / path) != content]
+    for path in changed:
+        invocation.console.data(f"{folder / path}: {'differs' if (folder / path).is_file() else 'is missing'}")
+    return ExitCode.PLAN_CHANGED if changed else ExitCode.OK
+
+
+def _read(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return None
+
+
+def _overrides(invocation: Invocation, files: dict[str, bytes]) -> dict[str, bytes]:
+    from launcher.compose.host import OVERRIDE_FILE, host_override
+    from launcher.supervise.docker import read_host_facts
+
+    override = host_override(read_host_facts(invocation.environ))
+    if not override.text:
+        invocation.console.note("this host needs no override file")
+        return {}
+    for reason in override.reasons:
+        invocation.console.note(f"override: {reason}")
+    folders = {path.partition("/")[0] for path in files}
+    return {f"{folder}/{OVERRIDE_FILE}": override.text.encode() for folder in sorted(folders)}
+
+
+def _write(invocation: Invocation, files: dict[str, bytes], folder: Path) -> None:
+    from launcher.errors import PreflightError
+
+    for path, content in files.items():
+        target = folder / path
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(content)
+        except OSError as error:
+            raise PreflightError(f"{target} cannot be written: {error.strerror}") from error
+        invocation.console.data(str(target))

@@ -1,0 +1,94 @@
+"""Docker as a command: the Compose binary to call, what the daemon may do, containers by label.
+
+Knows: argv and the JSON that Docker prints. Refuses to know: what is in the containers, ssh (a `Shell` is handed in).
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from launcher.compose.host import HostFacts
+from launcher.errors import PreflightError
+
+FACTS_SCRIPT = """\
+pid=$(cat /var/run/docker.pid 2>/dev/null || pidof dockerd | tr ' ' '\\n' | tail -1)
+grep CapEff /proc/$pid/status 2>/dev/null
+grep 'Max open files' /proc/$pid/limits 2>/dev/null
+docker version --format 'engine {{.Server.Version}}' 2>/dev/null
+test -e /dev/infiniband && echo rdma
+true
+"""
+"""POSIX sh without arguments: nothing of ours is ever put into it."""
+_CAP_SYS_RESOURCE = 24
+
+
+def read_host_facts(environ: Mapping[str, str]) -> HostFacts:
+    """Ask this host what Docker may do on it."""
+    done = subprocess.run(
+        ["sh", "-c", FACTS_SCRIPT], env=dict(environ), capture_output=True, text=True, timeout=20, check=False
+    )
+    return parse_host_facts(done.stdout)
+
+
+def parse_host_facts(text: str) -> HostFacts:
+    """Read what the script printed; what is missing counts as able."""
+    can_raise, engine, nofile, has_rdma = True, 0, 0, False
+    for line in text.splitlines():
+        words = line.split()
+        if line.startswith("CapEff:") and len(words) == 2:
+            can_raise = bool(int(words[1], 16) >> _CAP_SYS_RESOURCE & 1)
+        elif line.startswith("Max open files") and len(words) >= 5 and words[4].isdigit():
+            nofile = int(words[4])
+        elif line.startswith("engine ") and words[1].split(".")[0].isdigit():
+            engine = int(words[1].split(".")[0])
+        elif line == "rdma":
+            has_rdma = True
+    return HostFacts(can_raise, engine, nofile, has_rdma)
+
+
+def compose_argv(environ: Mapping[str, str]) -> list[str]:
+    """Choose this host's Compose v2: HLAUNCH_COMPOSE, Docker's plugin, or a docker-compose on the PATH.
+
+    Raises: PreflightError when there is none.
+    """
+    if own := environ.get("HLAUNCH_COMPOSE"):
+        return [own]
+    if shutil.which("docker", path=environ.get("PATH")) and _works(["docker", "compose", "version"], environ):
+        return ["docker", "compose"]
+    if found := shutil.which("docker-compose", path=environ.get("PATH")):
+        return [found]
+    raise PreflightError("Docker Compose v2 is not here", hint="install docker-compose-plugin, or set HLAUNCH_COMPOSE")
+
+
+def _works(argv: Sequence[str], environ: Mapping[str, str]) -> bool:
+    try:
+        done = subprocess.run(argv, env=dict(environ), capture_output=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return done.returncode == 0
+
+
+def parse_containers(text: str) -> list[dict[str, Any]]:
+    """Read `docker ps --format '{{json .}}'`, one object a line."""
+    found = []
+    for line in text.splitlines():
+        try:
+            loaded = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(loaded, dict):
+            found.append(loaded)
+    return found
+
+
+def secret_file(folder: Path, name: str, secret: str) -> Path:
+    """Write a secret of mode 0600 into a folder of ours."""
+    from launcher.supervise.instance import write_private
+
+    write_private(folder / name, secret)
+    return folder / name

@@ -1,0 +1,65 @@
+"""The repository's deploy/ is what `hlaunch render` makes of the example cluster; the command and its exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from compose_support import compose
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLE = ROOT / "examples" / "two-nodes.yml"
+
+
+def hlaunch(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "launcher.cli", *args],
+        cwd=cwd,
+        env={"PATH": os.environ["PATH"], "HOME": str(cwd), "PYTHONPATH": str(ROOT), "HLAUNCH_API_KEY": "canary-key"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_the_deploy_folder_has_not_drifted(tmp_path: Path) -> None:
+    done = hlaunch("--file", str(EXAMPLE), "render", "gpt-oss-20b", "-o", str(ROOT / "deploy"), "--check", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, ""), (
+        f"{done.stdout}{done.stderr}run: hlaunch --file examples/two-nodes.yml render gpt-oss-20b -o deploy"
+    )
+
+
+@pytest.mark.parametrize("role", ["head", "worker"])
+def test_compose_takes_the_deploy_folder(role: str) -> None:
+    variables = {"HLAUNCH_MODEL_DIR": "/srv/models", "HLAUNCH_API_KEY": "x"}
+    done = compose("config", "-q", cwd=ROOT / "deploy" / role, variables=variables)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_render_writes_checks_and_keeps_secrets(tmp_path: Path) -> None:
+    common = ("--file", str(EXAMPLE), "render", "tiny-oss")
+    written = hlaunch(*common, "-o", "out", cwd=tmp_path)
+    assert written.returncode == 0, written.stderr
+    assert written.stdout.splitlines()[0] == "out/head/.env.example"
+    assert hlaunch(*common, "-o", "out", "--check", cwd=tmp_path).returncode == 0
+    file = tmp_path / "out" / "head" / "docker-compose.yml"
+    file.write_text(file.read_text() + "# edited\n")
+    drifted = hlaunch(*common, "-o", "out", "--check", cwd=tmp_path)
+    assert (drifted.returncode, drifted.stdout) == (10, "out/head/docker-compose.yml: differs\n")
+    printed = hlaunch(*common, "--json", cwd=tmp_path)
+    assert set(json.loads(printed.stdout)) == {line[4:] for line in written.stdout.splitlines()}
+    everything = written.stdout + written.stderr + printed.stdout + printed.stderr
+    assert "canary" not in everything + file.read_text()
+
+
+def test_a_model_without_a_cluster_says_so(tmp_path: Path) -> None:
+    registry = tmp_path / "model_registry.yml"
+    registry.write_text("models: {tiny-oss: {model: tiny-oss}}\n")
+    done = hlaunch("render", "tiny-oss", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "has no cluster" in done.stderr
