@@ -15,7 +15,6 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 
 import torch
 
@@ -55,8 +54,8 @@ def be_a_rank(text: str) -> None:
 
 
 def measure(way: str, size: int) -> dict[str, tuple[float, float]]:
-    ends: Sequence[GroupEnd | Rendezvous]
-    ends = create_group(size) if way == "shared memory" else create_rendezvous("127.0.0.1", size)
+    ends: list[GroupEnd | Rendezvous] = []
+    ends += create_group(size) if way == "shared memory" else create_rendezvous("127.0.0.1", size)
     peers = []
     for rank, end in enumerate(ends):
         setup: dict[str, object] = {"way": way, "rank": rank, "size": size}

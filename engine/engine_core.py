@@ -262,6 +262,12 @@ def place(config: EngineConfig, model: ModelConfig) -> Placement:
             f"{config.data_parallel_rank}: the placement has {placement.data_parallel_size} engines",
         )
     ranks = placement.engine(config.data_parallel_rank)
+    if len(nodes := sorted({rank.node for rank in ranks})) > 1:
+        raise ConfigError(
+            "placement",
+            f"the ranks of engine {config.data_parallel_rank} are on {', '.join(nodes)}: processes start on one host only",
+            "place each engine inside a node",
+        )
     if len(ranks) > 1 and any(rank.backend != "cpu" for rank in ranks):
         raise ConfigError("placement", f"{placement.sizes}: several ranks serve on CPUs only", "use one GPU per engine")
     return placement

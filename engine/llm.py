@@ -132,7 +132,8 @@ class LLM:
 
     `model` is a bundled name (`tiny-oss`) or a checkpoint folder. `device="auto"` takes the first CUDA GPU, else the
     CPU. `kv_blocks=0` sizes the KV pool from free memory. `load_format="dummy"` makes weights up. With `skip_tokenizer`
-    prompts and answers are token ids only, and the folder needs no tokenizer.
+    prompts and answers are token ids only, and the folder needs no tokenizer. With parallel sizes above 1 the model is
+    split over processes of their own.
     Raises: ConfigError, CheckpointError; each names what is wrong, where, and the fix.
     """
 
@@ -149,6 +150,9 @@ class LLM:
         async_scheduling: bool = False,
         seed: int | None = None,
         cpu_threads: int = 0,
+        tensor_parallel_size: int = 1,
+        pipeline_parallel_size: int = 1,
+        enable_expert_parallel: bool = False,
         device: str = "auto",
         load_format: Literal["auto", "safetensors", "dummy"] = "auto",
         gpu_memory_utilization: float = 0.9,
@@ -163,6 +167,9 @@ class LLM:
             max_model_len=max_model_len,
             seed=seed,
             cpu_threads=cpu_threads,
+            tensor_parallel_size=tensor_parallel_size,
+            pipeline_parallel_size=pipeline_parallel_size,
+            enable_expert_parallel=enable_expert_parallel,
             scheduler=SchedulerConfig(
                 max_num_seqs=max_num_seqs,
                 max_num_batched_tokens=max(max_num_batched_tokens, max_num_seqs),

@@ -7,10 +7,11 @@ from dataclasses import replace
 
 import pytest
 
-from engine.config import CacheConfig, EngineConfig, SchedulerConfig
+from engine.config import CacheConfig, ConfigError, EngineConfig, SchedulerConfig
 from engine.core.request import EngineRequest
 from engine.core.sampling_params import SamplingParams
 from engine.engine_core import EngineCore, open_model
+from engine.llm import LLM
 from engine.placement import Device, HostSpec, ParallelSizes, PlacementOptions, Shares, place
 
 BASE = EngineConfig(
@@ -142,3 +143,37 @@ def test_a_starved_pipeline_preempts_and_says_the_same() -> None:
         assert core.stats().num_preemptions > 0
     finally:
         core.stop()
+
+
+def test_the_offline_face_takes_the_sizes() -> None:
+    options = SamplingParams(temperature=0.0, max_tokens=12)
+    answers_of = []
+    for tensor in (1, 2):
+        llm = LLM(
+            "tiny-oss", device="cpu", cpu_threads=1, kv_blocks=128, max_model_len=256, tensor_parallel_size=tensor
+        )
+        answers_of.append([result.outputs[0].token_ids for result in llm.generate(["Hello", "What is"], options)])
+        llm.close()
+    assert answers_of[0] == answers_of[1]
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (replace(BASE, tensor_parallel_size=3), "tp 3: 16 attention heads do not divide by it"),
+        (replace(BASE, pipeline_parallel_size=7), "pp 7: the model has 6 layers"),
+        (replace(BASE, placement="{}"), "not a placement"),
+        (replace(BASE, data_parallel_rank=1), "the placement has 1 engines"),
+        (replace(BASE, tensor_parallel_size=2, device="cuda:0"), "several ranks serve on CPUs only"),
+    ],
+)
+def test_what_cannot_be_placed_is_refused_before_anything_starts(config: EngineConfig, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        EngineCore.start(config)
+
+
+def test_an_engine_across_nodes_is_refused() -> None:
+    hosts = [HostSpec(name, (Device("cpu:0"),)) for name in ("a", "b")]
+    placement = place(open_model(BASE)[1], ParallelSizes(1, 2, 1), hosts)
+    with pytest.raises(ConfigError, match="are on a, b"):
+        EngineCore.start(replace(BASE, placement=placement.to_json()))
