@@ -265,7 +265,7 @@ def place(config: EngineConfig, model: ModelConfig) -> Placement:
     if len(nodes := sorted({rank.node for rank in ranks})) > 1:
         raise ConfigError(
             "placement",
-            f"the ranks of engine {config.data_parallel_rank} are on {', '.join(nodes)}: processes start on one host only",
+            f"the ranks of engine {config.data_parallel_rank} are on {', '.join(nodes)}: they start on one host only",
             "place each engine inside a node",
         )
     if len(ranks) > 1 and any(rank.backend != "cpu" for rank in ranks):
