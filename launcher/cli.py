@@ -39,6 +39,7 @@ COMMANDS: Mapping[str, str] = {
     "chat": "Talk to a model in the terminal.",
     "bench": "Measure latency and throughput of a model.",
     "synth": "Write a checkpoint of a model's true shape with random weights.",
+    "explain": "Say which kernel serves each op, and why not the others.",
     "fit": "Show whether a model fits, and what would make it fit.",
     "render": "Write the compose files of head and workers.",
     "topo": "Rank the ways to split a model over a cluster.",
