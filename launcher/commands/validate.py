@@ -51,7 +51,9 @@ def register(app: typer.Typer) -> None:
             )
         else:
             invocation.console.issues(issues)
-            counts = ", ".join(part for part in (_count(errors, "error"), _count(warnings, "warning")) if part)
+            notes = sum(issue.severity == "info" for issue in issues)
+            found = (_count(errors, "error"), _count(warnings, "warning"), _count(notes, "note"))
+            counts = ", ".join(part for part in found if part)
             if is_valid and registry is not None:
                 models = _count(len(registry.models), "model")
                 invocation.console.data(f"{source}: valid, {', '.join(part for part in (models, counts) if part)}")

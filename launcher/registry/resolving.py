@@ -57,7 +57,7 @@ def quoted(name: str) -> str:
 def unknown_name(noun: str, name: str, known: Iterable[str], where: str) -> UnknownName:
     """Make the error for a profile, cluster or node that nobody declared."""
     names = tuple(known)
-    hint = did_you_mean(name, names) or f"declared: {', '.join(names) or 'none'}"
+    hint = did_you_mean(name, names) or f"declare it under {noun}s:"
     return UnknownName(f"{noun} {quoted(name)} is not in {where}", available=names, hint=hint)
 
 

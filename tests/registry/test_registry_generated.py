@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from launcher.errors import Issue, OverrideError, RegistryInvalid, UnknownName
 from launcher.registry import Registry, parse_registry, resolve
-from launcher.registry.keys import ENVIRONMENT, KEYS, SPELLINGS, KeySpec, Kind, show_value
+from launcher.registry.keys import CLUSTER, ENVIRONMENT, KEYS, NODE, SPELLINGS, KeySpec, Kind, show_value
 
 NASTY = ["", "~", "null", "yes", "off", "0755", "0x1F", "1_000", ".inf", ".nan", "22:30", "-1", "auto", "128k", "4GiB",
          "1e3", "1e999", "true", "[]", "{}", "[a]", "{a: b}", "'", '"', "*a", "&a x", "!t x", "- x", "a: b", "#", "|",
@@ -19,6 +19,23 @@ NASTY = ["", "~", "null", "yes", "off", "0755", "0x1F", "1_000", ".inf", ".nan",
 
 SCALARS = st.one_of(st.sampled_from(NASTY), st.text(max_size=12), st.integers().map(str), st.floats().map(str))
 KEY_NAMES = st.one_of(st.sampled_from(sorted(SPELLINGS)), SCALARS)
+
+
+CLUSTER_KEYS = sorted({key.split(".")[0] for key in CLUSTER.spellings})
+NODE_KEYS = sorted(NODE.spellings)
+CLUSTER_VALUES = st.sampled_from(
+    [
+        "cpu",
+        "{port: 7000}",
+        "{rdma: off}",
+        "{subnet: 10.0.0.0/24}",
+        "{worker-ports: [1, 2]}",
+        "{A: 1}",
+        "head",
+        "[m_0]",
+        "9",
+    ]
+)
 
 
 @st.composite
@@ -29,11 +46,25 @@ def torn_registries(draw: st.DrawFn) -> str:
         draw(st.sampled_from(["defaults:", "x-d:"])),
     ]
     lines += [f"  {draw(KEY_NAMES)}: {draw(SCALARS)}" for _ in range(draw(st.integers(0, 3)))]
+    if draw(st.booleans()):
+        lines += ["clusters:", f"  {draw(st.one_of(st.just('c'), SCALARS))}:"]
+        keys = draw(st.lists(st.one_of(st.sampled_from(CLUSTER_KEYS), KEY_NAMES), max_size=3))
+        lines += [f"    {key}: {draw(st.one_of(SCALARS, CLUSTER_VALUES))}" for key in keys]
+        lines += ["    nodes:"]
+        for _ in range(draw(st.integers(0, 3))):
+            lines += [
+                f"      - name: {draw(st.one_of(st.sampled_from('ab'), SCALARS))}",
+                f"        {draw(st.sampled_from(NODE_KEYS))}: {draw(st.one_of(SCALARS, CLUSTER_VALUES))}",
+                f"        ip: {draw(st.one_of(st.sampled_from(['10.0.0.1', '10.0.0.2', '::1']), SCALARS))}",
+            ]
+    if draw(st.booleans()):
+        lines += ["profiles:", f"  {draw(SCALARS)}: {{{draw(KEY_NAMES)}: {draw(SCALARS)}}}"]
     lines += ["models:"]
     for _ in range(draw(st.integers(0, 3))):
         lines += [
             f"  {draw(st.one_of(st.just('m'), SCALARS))}:",
             f"    model: {draw(st.one_of(st.just('x'), SCALARS))}",
+            f"    {draw(st.sampled_from(['cluster: c', 'extends: m', 'extends: [m, n]', 'cluster: none', '']))}",
         ]
         lines += [f"    {draw(KEY_NAMES)}: {draw(SCALARS)}" for _ in range(draw(st.integers(0, 4)))]
     text = "\n".join(lines) + "\n"
