@@ -22,6 +22,7 @@ from kernels.reference import rope as _rope
 from kernels.reference.mxfp4 import MAX_SCALE, mxfp4_quantize
 from kernels.reference.rope import YarnScaling, inverse_frequencies, pair_order, rope_table
 from kernels.registry import Candidate, Op
+from kernels.triton.register import register as _register_triton
 
 __all__ = [
     "ALL_OPS",
@@ -37,6 +38,7 @@ __all__ = [
     "embedding",
     "explain",
     "gates_first",
+    "gelu_tanh",
     "inverse_frequencies",
     "kv_write",
     "linear",
@@ -53,6 +55,7 @@ __all__ = [
     "rope_table",
     "rotate_",
     "router_topk",
+    "silu_mul",
     "swiglu",
 ]
 
@@ -65,6 +68,8 @@ linear_add = Op(
 )
 logits = Op(_basic.logits, {"x": "float [B, H]", "weight": "float [V, H]"})
 embedding = Op(_basic.embedding, {"ids": "int64 [T]", "table": "float [V, H]"})
+silu_mul = Op(_basic.silu_mul, {"gate_up": "float [T, N]"})
+gelu_tanh = Op(_basic.gelu_tanh, {"x": "float [T, N]"})
 rotate_ = Op(_rope.rotate_, {"x": "float [T, N, D]", "rotation": "complex64 [T, 1, D/2]"})
 qkv_project = Op(
     _rope.qkv_project,
@@ -89,6 +94,8 @@ ALL_OPS: tuple[Op[..., Any], ...] = (
     linear_add,
     logits,
     embedding,
+    silu_mul,
+    gelu_tanh,
     rotate_,
     qkv_project,
     kv_write,
@@ -101,6 +108,7 @@ ALL_OPS: tuple[Op[..., Any], ...] = (
 
 
 _register_cpu({op.name: op for op in ALL_OPS})
+_register_triton({op.name: op for op in ALL_OPS})
 
 
 class Ops:

@@ -1,4 +1,4 @@
-"""Norm, linear, embedding: the reference. float32 inside, the input's dtype outside."""
+"""Norm, linear, embedding, activations: the reference. float32 inside, the input's dtype outside."""
 
 from __future__ import annotations
 
@@ -45,3 +45,14 @@ def logits(x: Tensor, weight: Tensor) -> Tensor:
 def embedding(ids: Tensor, table: Tensor) -> Tensor:
     """Look up rows. Shapes: ids int64 [T] within the table, table [V, H]; returns a new [T, H]."""
     return table.index_select(0, ids)
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """Combine gates [T, 0:I] and ups [T, I:2I] to [T, I]: silu(gate) · up, as in Llama and Qwen."""
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    return (F.silu(gate) * up).to(gate_up.dtype)
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """Apply GELU in its tanh form to x [T, N]: x/2 · (1 + tanh(√(2/π) · (x + 0.044715 x³)))."""
+    return F.gelu(x.float(), approximate="tanh").to(x.dtype)

@@ -110,3 +110,29 @@ def test_a_weight_freed_and_another_at_its_address_are_not_confused() -> None:
     for value in range(50):
         weight = torch.full((16, 32), float(value))
         assert torch.equal(bound.logits(x, weight), torch.full((4, 16), 32.0 * value))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_activations(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(1)
+    x = (torch.randn(5, 64, generator=generator) * 4).to(dtype)
+    x[0, 0], x[0, 32], x[1, 1] = -100.0, 3.0, 100.0
+    gate, up = x.double().chunk(2, dim=-1)
+    tolerance = 1e-6 if dtype is torch.float32 else 5e-3
+    silu = gate / (1 + (-gate).exp()) * up
+    assert torch.allclose(ops.silu_mul(x).double(), silu, rtol=tolerance, atol=1e-7)
+    wide = x.double()
+    gelu = wide / 2 * (1 + ((2 / torch.pi) ** 0.5 * (wide + 0.044715 * wide**3)).tanh())
+    assert torch.allclose(
+        ops.gelu_tanh(x).double(), gelu, rtol=tolerance, atol=1e-5 if dtype is torch.bfloat16 else 1e-6
+    )
+
+
+def test_activations_on_a_gpu_are_served_by_triton_or_the_reference_says_why() -> None:
+    for name in ("silu_mul", "gelu_tanh"):
+        chosen, other = ops.explain(ops.Platform("cuda", torch.bfloat16), name)
+        if chosen.name == "reference":
+            assert "Triton is not installed" in other.reason
+        else:
+            assert chosen.name == "triton"
+        assert "CUDA" in next(line.reason for line in ops.explain(CPU, name) if line.name == "triton")
