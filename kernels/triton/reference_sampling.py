@@ -32,8 +32,8 @@ def sample(
     logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor, thresholds: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Sample as `sampling.sample` does."""
-    nan = logits.isnan().any(-1)
     scores = torch.where(logits.isnan(), float("-inf"), logits.float())
+    nan = logits.isnan().any(-1) | ~scores.amax(-1).isfinite()
     if thresholds is not None:
         scores = torch.where(scores < thresholds[:, None], float("-inf"), scores)
     noise = gumbel_noise(seeds, positions, logits.shape[1])
@@ -54,12 +54,13 @@ def sampling_thresholds(logits: Tensor, temperature: Tensor, top_k: Tensor, top_
         if 0 < k < values.shape[0]:
             values = values[values >= values[k - 1]]
             out[row] = values[-1]
+        if m > 0:
+            bound = min(largest, largest + torch.tensor(m).log() * heat)
+            values = values[values >= bound]
+            out[row] = max(out[row], bound)
         if p < 1:
             mass = ((values - largest).double() / heat).exp().cumsum(0)
             out[row] = values[int((mass < mass[-1] * p).sum())]
-        if m > 0:
-            out[row] = max(out[row], largest + torch.tensor(m).log() * heat)
-        out[row] = min(out[row], largest)
     return out
 
 

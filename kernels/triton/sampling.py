@@ -1,8 +1,8 @@
 """Sampling without a sort: argmax, Gumbel noise from a counter-based hash, thresholds by radix search, penalties.
 
 A sampled token is argmax(logit / T + g), g = -log(-log u) with u a hash of (seed, position, token id) alone: the same
-request gives the same tokens in any batch and at any row. Top-k, top-p and min-p become one threshold on the logits;
-ties at the threshold all stay in. Twins in torch: `reference_sampling.py`.
+request gives the same tokens in any batch and at any row. Top-k, min-p and top-p, in this order, become one threshold
+on the logits; ties at the threshold all stay in. Twins in torch: `reference_sampling.py`.
 """
 
 # Device code has no Python types.
@@ -41,7 +41,7 @@ def _gumbel(key, token):
     return -tl.log(exponential)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["vocab", "chunks"])
 def _partial_kernel(
     logits_ptr,
     temperature_ptr,
@@ -84,7 +84,7 @@ def _partial_kernel(
     tl.store(flags_ptr + row * chunks + part, flag)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["vocab", "chunks"])
 def _final_kernel(scores_ptr, ids_ptr, flags_ptr, out_ptr, nan_ptr, vocab, chunks, block: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, block)
@@ -95,7 +95,9 @@ def _final_kernel(scores_ptr, ids_ptr, flags_ptr, out_ptr, nan_ptr, vocab, chunk
     best = tl.max(score, axis=0)
     best_id = tl.min(tl.where(score == best, ids, 2147483647), axis=0)
     tl.store(out_ptr + row, tl.minimum(best_id, vocab - 1))
-    tl.store(nan_ptr + row, tl.max(flag, axis=0))
+    # No finite maximum: every logit -inf, or one +inf.
+    is_bad = (best == float("-inf")) | (best == float("inf"))
+    tl.store(nan_ptr + row, tl.maximum(tl.max(flag, axis=0), is_bad.to(tl.int32)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +162,8 @@ def greedy(
 ) -> tuple[Tensor, Tensor]:
     """Take the largest logit of each row, the lower id among equals.
 
-    Shapes: logits float32 or bfloat16 [B, V]; returns ids int32 [B] and int32 [B], 1 where the row holds a NaN.
+    Shapes: logits float32 or bfloat16 [B, V]; returns ids int32 [B] and int32 [B], 1 where the row holds a NaN
+    or its largest logit is not finite.
     """
     return _sample(logits, None, None, out, workspace)
 
@@ -236,7 +239,7 @@ def _search(row_ptr, vocab, target, floor, largest, inverse, is_mass: tl.constex
     return found
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["vocab"])
 def _threshold_kernel(
     logits_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, out_ptr, vocab, row_stride, block: tl.constexpr
 ):
@@ -260,6 +263,8 @@ def _threshold_kernel(
         floor = tl.full([], 0, tl.uint32)
         if cuts_k:
             floor = _search(row_ptr, vocab, top_k.to(tl.float32), floor, largest, inverse, False, block)
+        if min_p > 0.0:
+            floor = tl.maximum(floor, _ordered(tl.minimum(largest + tl.log(min_p) * temperature, largest)))
         if cuts_p:
             mass = tl.zeros([block], tl.float32)
             for start in range(0, vocab, block):
@@ -269,19 +274,15 @@ def _threshold_kernel(
             # At least the most likely token stays, whatever top_p says; it weighs 1.
             target = tl.maximum(tl.sum(mass, axis=0) * top_p, 1e-30)
             floor = _search(row_ptr, vocab, target, floor, largest, inverse, True, block)
-        if cuts_k | cuts_p:
-            bits = tl.where(floor >> 31 == 1, floor & 0x7FFFFFFF, floor ^ 0xFFFFFFFF)
-            threshold = bits.to(tl.float32, bitcast=True)
-        if min_p > 0.0:
-            threshold = tl.maximum(threshold, largest + tl.log(min_p) * temperature)
-        threshold = tl.minimum(threshold, largest)
+        bits = tl.where(floor >> 31 == 1, floor & 0x7FFFFFFF, floor ^ 0xFFFFFFFF)
+        threshold = tl.minimum(bits.to(tl.float32, bitcast=True), largest)
     tl.store(out_ptr + row, threshold)
 
 
 def sampling_thresholds(
     logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, *, out: Tensor | None = None
 ) -> Tensor:
-    """Find the smallest logit of each row that may be sampled: top-k, then top-p of what is left, then min-p.
+    """Find the smallest logit of each row that may be sampled: top-k and min-p, then top-p of what these left.
 
     Shapes: logits [B, V]; temperature, top_p (1: off) and min_p (0: off) float32 [B], top_k int32 [B] (0: off); returns
     float32 [B], -inf where nothing is cut. Rows that cut nothing cost nothing.
@@ -295,7 +296,7 @@ def sampling_thresholds(
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["entries"])
 def _adjust_kernel(
     logits_ptr,
     ids_ptr,
