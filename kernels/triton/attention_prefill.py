@@ -75,7 +75,7 @@ def _visit(
     return acc, largest, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "max_blocks", "window"])
 def _prefill_kernel(
     query_ptr,
     cache_ptr,

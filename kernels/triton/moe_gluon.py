@@ -63,6 +63,68 @@ def _copy_tokens(tile, x_ptr, x_rows, column, is_real):
 
 
 @gluon.jit
+def _load_weights(
+    codes_ptr,
+    scales_ptr,
+    code_at,
+    scale_at,
+    row_ok,
+    lane,
+    i,
+    num_rows: gl.constexpr,
+    num_blocks: gl.constexpr,
+    iterations: gl.constexpr,
+):
+    """Ask for K group i: codes int16 [M, 4, 8] and scales uint8 [M, 4], zeros past the end."""
+    block_ok = row_ok & (lane + i * 4 < num_blocks)[None, :]
+    # 32-bit offsets until the last moment: a pointer per row would cost twice the registers.
+    codes = gl.load(codes_ptr + (code_at + i * 32), mask=block_ok.expand_dims(2), other=0)
+    scales = gl.load(scales_ptr + (scale_at + i * (num_rows * 4)), mask=row_ok & (i < iterations), other=0)
+    return codes, scales
+
+
+@gluon.jit
+def _step(
+    acc,
+    codes,
+    scales,
+    i,
+    tile,
+    ahead_tile,
+    x_ptr,
+    x_rows,
+    is_real,
+    codes_ptr,
+    scales_ptr,
+    code_at,
+    scale_at,
+    row_ok,
+    lane,
+    num_rows: gl.constexpr,
+    num_blocks: gl.constexpr,
+    iterations: gl.constexpr,
+    ring: gl.constexpr,
+    block_m: gl.constexpr,
+    warps: gl.constexpr,
+    operand: gl.constexpr,
+):
+    """Multiply K group i, and ask for the weights of group i + ring and the tokens of group i + ring - 1."""
+    acc = warpgroup_mma_init(warpgroup_mma_wait(0, deps=[acc]))
+    async_copy.wait_group(ring - 2)
+    fence_async_shared()
+    gl.thread_barrier()
+    # Only now: a product in flight still reads its registers, and nothing but program order protects them.
+    weights = _unpack(codes, scales, block_m, warps, operand)
+    codes, scales = _load_weights(
+        codes_ptr, scales_ptr, code_at, scale_at, row_ok, lane, i + ring, num_rows, num_blocks, iterations
+    )
+    ahead = i + ring - 1
+    _copy_tokens(ahead_tile, x_ptr, x_rows, ahead * 128, is_real & (ahead < iterations))
+    acc = warpgroup_mma(weights, tile.permute([1, 0]), acc, is_async=True)
+    return acc, codes, scales
+
+
+@gluon.jit
 def _expert_kernel(
     x_ptr,
     order_ptr,
@@ -81,7 +143,7 @@ def _expert_kernel(
     is_gate_up: gl.constexpr,
     block_m: gl.constexpr,
     block_t: gl.constexpr,
-    stages: gl.constexpr,
+    ring: gl.constexpr,
     warps: gl.constexpr,
 ):
     tile_at = tiles_ptr + gl.program_id(1) * 4
@@ -104,8 +166,10 @@ def _expert_kernel(
     layer = expert.to(gl.int64) * (num_rows * num_blocks)
     iterations: gl.constexpr = (num_blocks + 3) // 4
     scale_layer = expert.to(gl.int64) * (num_rows * iterations * 4)
-    scale_at = scales_ptr + scale_layer + row[:, None] * 4 + lane[None, :]
-    code_at = codes_ptr + layer * 8 + at.expand_dims(2) * 8 + half.expand_dims(0).expand_dims(0)
+    scales_ptr += scale_layer
+    codes_ptr += layer * 8
+    scale_at = row[:, None] * 4 + lane[None, :]
+    code_at = at.expand_dims(2) * 8 + half.expand_dims(0).expand_dims(0)
 
     # Tokens: 16 bytes per copy.
     copy_layout: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [warps, 1], [1, 0])
@@ -115,19 +179,34 @@ def _expert_kernel(
     x_rows = (flat // x_div)[:, None] * x_stride + column[None, :]
     is_real = (start + token < end)[:, None]
     shared: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-    buffers = gl.allocate_shared_memory(gl.bfloat16, [stages, block_t, 128], shared)
+    # One allocation for each place of the ring, used by name: the compiler sees that they do not overlap and needs no
+    # barrier between reading one and filling another.
+    tile0 = gl.allocate_shared_memory(gl.bfloat16, [block_t, 128], shared)
+    tile1 = gl.allocate_shared_memory(gl.bfloat16, [block_t, 128], shared)
+    tile2 = gl.allocate_shared_memory(gl.bfloat16, [block_t, 128], shared)
+    if ring == 4:
+        tile3 = gl.allocate_shared_memory(gl.bfloat16, [block_t, 128], shared)
 
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [warps, 1], [16, block_t, 16])
     operand: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
 
-    for stage in gl.static_range(stages - 1):
-        _copy_tokens(buffers.index(stage), x_ptr, x_rows, stage * 128, is_real & (stage < iterations))
-    near_ok = row_ok & (lane < num_blocks)[None, :]
-    codes_a = gl.load(code_at, mask=near_ok.expand_dims(2), other=0)
-    scales_a = gl.load(scale_at, mask=row_ok, other=0)
-    next_ok = row_ok & (lane + 4 < num_blocks)[None, :]
-    codes_b = gl.load(code_at + 32, mask=next_ok.expand_dims(2), other=0)
-    scales_b = gl.load(scale_at + num_rows * 4, mask=row_ok & (iterations > 1), other=0)
+    _copy_tokens(tile0, x_ptr, x_rows, 0, is_real)
+    _copy_tokens(tile1, x_ptr, x_rows, 128, is_real & (iterations > 1))
+    if ring == 4:
+        _copy_tokens(tile2, x_ptr, x_rows, 256, is_real & (iterations > 2))
+    codes0, scales0 = _load_weights(
+        codes_ptr, scales_ptr, code_at, scale_at, row_ok, lane, 0, num_rows, num_blocks, iterations
+    )
+    codes1, scales1 = _load_weights(
+        codes_ptr, scales_ptr, code_at, scale_at, row_ok, lane, 1, num_rows, num_blocks, iterations
+    )
+    codes2, scales2 = _load_weights(
+        codes_ptr, scales_ptr, code_at, scale_at, row_ok, lane, 2, num_rows, num_blocks, iterations
+    )
+    if ring == 4:
+        codes3, scales3 = _load_weights(
+            codes_ptr, scales_ptr, code_at, scale_at, row_ok, lane, 3, num_rows, num_blocks, iterations
+        )
 
     reps: gl.constexpr = block_m // (16 * warps)
     m = gl.arange(0, block_m, gl.SliceLayout(1, mma))
@@ -140,23 +219,54 @@ def _expert_kernel(
     out_flat = gl.load(order_ptr + start + out_token, mask=out_ok, other=0)
 
     acc = warpgroup_mma_init(gl.zeros([block_m, block_t], gl.float32, mma))
-    for i in range(iterations):
-        far_ok = row_ok & (lane + (i + 2) * 4 < num_blocks)[None, :]
-        codes_c = gl.load(code_at + (i + 2) * 32, mask=far_ok.expand_dims(2), other=0)
-        scales_c = gl.load(scale_at + (i + 2) * (num_rows * 4), mask=row_ok & (i + 2 < iterations), other=0)
-        acc = warpgroup_mma_init(warpgroup_mma_wait(0, deps=[acc]))
-        async_copy.wait_group(stages - 2)
-        fence_async_shared()
-        gl.thread_barrier()
-        # Only now: a product in flight still reads its registers, and nothing but program order protects them.
-        weights = _unpack(codes_a, scales_a, block_m, warps, operand)
-        codes_a = codes_b
-        scales_a = scales_b
-        codes_b = codes_c
-        scales_b = scales_c
-        acc = warpgroup_mma(weights, buffers.index(i % stages).permute([1, 0]), acc, is_async=True)
-        ahead = i + stages - 1
-        _copy_tokens(buffers.index(ahead % stages), x_ptr, x_rows, ahead * 128, is_real & (ahead < iterations))
+    # Unrolled over the ring, so that what is loaded stays in its registers until it is used. Moving it along instead
+    # would wait for it an iteration after it was asked for.
+    rounds: gl.constexpr = iterations // ring * ring
+    for i in range(0, rounds, ring):
+        if ring == 4:
+            acc, codes0, scales0 = _step(
+                acc, codes0, scales0, i, tile0, tile3, x_ptr, x_rows, is_real, codes_ptr, scales_ptr, code_at,
+                scale_at, row_ok, lane, num_rows, num_blocks, iterations, ring, block_m, warps, operand,
+            )  # fmt: skip
+        else:
+            acc, codes0, scales0 = _step(
+                acc, codes0, scales0, i, tile0, tile2, x_ptr, x_rows, is_real, codes_ptr, scales_ptr, code_at,
+                scale_at, row_ok, lane, num_rows, num_blocks, iterations, ring, block_m, warps, operand,
+            )  # fmt: skip
+        acc, codes1, scales1 = _step(
+            acc, codes1, scales1, i + 1, tile1, tile0, x_ptr, x_rows, is_real, codes_ptr, scales_ptr, code_at,
+            scale_at, row_ok, lane, num_rows, num_blocks, iterations, ring, block_m, warps, operand,
+        )  # fmt: skip
+        acc, codes2, scales2 = _step(
+            acc, codes2, scales2, i + 2, tile2, tile1, x_ptr, x_rows, is_real, codes_ptr, scales_ptr, code_at,
+            scale_at, row_ok, lane, num_rows, num_blocks, iterations, ring, block_m, warps, operand,
+        )  # fmt: skip
+        if ring == 4:
+            acc, codes3, scales3 = _step(
+                acc, codes3, scales3, i + 3, tile3, tile2, x_ptr, x_rows, is_real, codes_ptr, scales_ptr, code_at,
+                scale_at, row_ok, lane, num_rows, num_blocks, iterations, ring, block_m, warps, operand,
+            )  # fmt: skip
+    if iterations % ring > 0:
+        if ring == 4:
+            acc, codes0, scales0 = _step(
+                acc, codes0, scales0, rounds, tile0, tile3, x_ptr, x_rows, is_real, codes_ptr, scales_ptr, code_at,
+                scale_at, row_ok, lane, num_rows, num_blocks, iterations, ring, block_m, warps, operand,
+            )  # fmt: skip
+        else:
+            acc, codes0, scales0 = _step(
+                acc, codes0, scales0, rounds, tile0, tile2, x_ptr, x_rows, is_real, codes_ptr, scales_ptr, code_at,
+                scale_at, row_ok, lane, num_rows, num_blocks, iterations, ring, block_m, warps, operand,
+            )  # fmt: skip
+    if iterations % ring > 1:
+        acc, codes1, scales1 = _step(
+            acc, codes1, scales1, rounds + 1, tile1, tile0, x_ptr, x_rows, is_real, codes_ptr, scales_ptr, code_at,
+            scale_at, row_ok, lane, num_rows, num_blocks, iterations, ring, block_m, warps, operand,
+        )  # fmt: skip
+    if iterations % ring > 2:
+        acc, codes2, scales2 = _step(
+            acc, codes2, scales2, rounds + 2, tile2, tile1, x_ptr, x_rows, is_real, codes_ptr, scales_ptr, code_at,
+            scale_at, row_ok, lane, num_rows, num_blocks, iterations, ring, block_m, warps, operand,
+        )  # fmt: skip
     acc = warpgroup_mma_wait(0, deps=[acc])
     async_copy.wait_group(0)
 
@@ -213,7 +323,11 @@ def _launch(
     if warps is None:
         warps = 8
     if stages is None:
-        stages = 4 if block_t <= 32 else 3
+        stages = 3
+    if max_registers is None and block_t <= 64:
+        max_registers = 128  # two blocks a multiprocessor
+    if stages not in (3, 4):
+        raise ValueError(f"a ring of 3 or 4 stages, not {stages}")
     _expert_kernel[grid](
         x,
         index.order,
@@ -232,7 +346,7 @@ def _launch(
         is_gate_up=is_gate_up,
         block_m=_BLOCK_M,
         block_t=block_t,
-        stages=stages,
+        ring=stages,
         warps=warps,
         num_warps=warps,
         maxnreg=max_registers,

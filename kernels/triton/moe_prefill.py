@@ -184,7 +184,7 @@ def _prefill_kernel(
 
 
 @triton.jit
-def _sort_kernel(x_ptr, order_ptr, tiles_ptr, offsets_ptr, out_ptr, k, num_experts, width, block: tl.constexpr):
+def _sort_kernel(x_ptr, order_ptr, offsets_ptr, out_ptr, k, num_experts, width, block: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     if row < tl.load(offsets_ptr + num_experts):
         token = (tl.load(order_ptr + row) // k).to(tl.int64)
@@ -198,7 +198,7 @@ def sort_tokens(x: Tensor, k: int, index: ExpertIndex) -> Tensor:
     rows, width = x.shape[0] * k, x.shape[1]
     out = torch.empty((rows, width), dtype=x.dtype, device=x.device)
     _sort_kernel[(rows,)](
-        x, index.order, index.tiles, index.offsets, out, k, index.offsets.shape[0] - 1, width,
+        x, index.order, index.offsets, out, k, index.offsets.shape[0] - 1, width,
         block=triton.next_power_of_2(width), num_warps=4,
     )  # fmt: skip
     return out

@@ -100,9 +100,16 @@ def rope_kv_write(
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "max_blocks"])
 def _slots_kernel(
-    tables_ptr, positions_ptr, seq_lens_ptr, slots_ptr, rows, max_blocks, block_size, block: tl.constexpr
+    tables_ptr,
+    positions_ptr,
+    seq_lens_ptr,
+    slots_ptr,
+    rows,
+    max_blocks,
+    block_size: tl.constexpr,
+    block: tl.constexpr,
 ):
     row = tl.program_id(0) * block + tl.arange(0, block)
     inside = row < rows
@@ -121,6 +128,14 @@ def decode_slots(block_tables: Tensor, positions: Tensor, seq_lens: Tensor, bloc
     """
     rows = positions.shape[0]
     _slots_kernel[(triton.cdiv(rows, 128),)](
-        block_tables, positions, seq_lens, out, rows, block_tables.shape[1], block_size, block=128, num_warps=4
+        block_tables,
+        positions,
+        seq_lens,
+        out,
+        rows,
+        block_tables.shape[1],
+        block_size=block_size,
+        block=128,
+        num_warps=4,
     )
     return out

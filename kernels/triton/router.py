@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _router_kernel(
     x_ptr,
     weight_ptr,
@@ -122,7 +122,7 @@ def router_topk(
     return ids, weights
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total", "num_experts", "max_tiles", "block_t"])
 def _index_kernel(
     ids_ptr,
     order_ptr,
@@ -159,6 +159,7 @@ def _index_kernel(
         tl.store(target + 2, tl.zeros([128], tl.int32) + end, mask=begin < end)
     if expert == num_experts - 1:
         tl.store(offsets_ptr + num_experts, end)
+        tl.store(tiles_ptr + 3, tl.sum(tiles, axis=0))
         for start in range(tl.sum(tiles, axis=0), max_tiles, 128):
             tl.store(tiles_ptr + (start + row) * 4, tl.full([128], -1, tl.int32), mask=start + row < max_tiles)
     for start in range(0, total, block):
@@ -175,7 +176,7 @@ class ExpertIndex:
 
     Expert e owns order[offsets[e] : offsets[e + 1]], ascending; entries of `order` past offsets[E] are not written.
     `tiles` int32 [max tiles, 4] cuts the experts' lists into pieces of at most `block_t`: expert (-1: no more), begin,
-    end of the expert's list.
+    end of the expert's list; tiles[0, 3] counts them.
     """
 
     order: Tensor
@@ -213,7 +214,7 @@ def expert_index(
     """Index the slots of each expert. Shapes: ids int32 [T, k], -1 for none."""
     index = ExpertIndex.allocate(ids.shape[0], ids.shape[1], num_experts, ids.device, block_t) if out is None else out
     total = ids.numel()
-    block = min(4096, max(128, triton.next_power_of_2(total)))
+    block = 1024 if total <= 1024 else 4096
     _index_kernel[(num_experts,)](
         ids,
         index.order,
