@@ -64,7 +64,11 @@ def _show(console: Console, target: Target, environ: Mapping[str, str], as_json:
         nodes = {name: [_fact(item) for item in items] for name, items in variables.items()}
         console.json({"cluster": target.cluster.name, "catalogue": catalogue.CATALOGUE_VERSION, "nodes": nodes})
         return
-    console.table(("NAME", "NODE", "VALUE", "ORIGIN"), _rows(variables))
+    rows = _rows(variables)
+    if len(variables) == 1:
+        console.table(("NAME", "VALUE", "ORIGIN"), [(name, value, origin) for name, _, value, origin in rows])
+    else:
+        console.table(("NAME", "NODE", "VALUE", "ORIGIN"), rows)
     console.note("see also: hlaunch env --explain NAME, hlaunch env --lint")
 
 

@@ -14,6 +14,7 @@ from launcher.fabric.spec import SCOPE_WORDS, Dead, Scope, Spec
 from launcher.fabric.table_nccl import NCCL, NCCL_DEAD, NCCL_OTHERS, NEWEST_BEFORE
 from launcher.fabric.table_ray import RAY, RAY_DEAD, RAY_OTHERS
 from launcher.fabric.table_torch import CUDA, FOREIGN, GLOO, HUB, OURS, RANKS, TORCH, TORCH_ALIASES, UCX
+from launcher.registry.values import redacted
 
 __all__ = [
     "CATALOGUE_VERSION",
@@ -42,8 +43,10 @@ _FAMILIES = ("NCCL_", "GLOO_", "TORCH_NCCL_", "TORCH_GLOO_", "TORCH_FR_", "UCX_"
 _FOREIGN_FAMILIES = {"VLLM_": "vLLM", "OMPI_": "Open MPI", "SGLANG_": "SGLang"}
 _PATH_LIKE = re.compile(r"(^|_)(PATH|HOME|PRELOAD|TMPDIR|VIRTUAL_ENV|PYTHONPATH)($|_)")
 
-NEVER_CARRIED = frozenset(
-    {"HLAUNCH_NODE_IP", "VLLM_HOST_IP", "NVIDIA_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES", "RAY_AUTH_TOKEN", "HF_TOKEN"}
+SECRETS = frozenset({"RAY_AUTH_TOKEN", "HF_TOKEN"})
+
+NEVER_CARRIED = frozenset({"HLAUNCH_NODE_IP", "VLLM_HOST_IP", "NVIDIA_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES"}).union(
+    SECRETS
 )
 """Facts of one node, one rank, or secrets: never copied from the machine that starts the others."""
 
@@ -51,6 +54,12 @@ NEVER_CARRIED = frozenset(
 def find(name: str) -> Spec | None:
     """Return the row of a name, exactly as written."""
     return _SPECS.get(name)
+
+
+def shown(name: str, value: str) -> str:
+    """Return a value as it may be printed: a secret is hidden whole, `RAY_AUTH_MODE` is none whatever its name says."""
+    is_known = name in _SPECS and name not in SECRETS
+    return value if is_known else redacted(name, value)
 
 
 def find_dead(name: str) -> Dead | None:

@@ -68,7 +68,7 @@ def _gids(context: NodeContext) -> Iterator[Finding]:
         usable = [gid for gid in port.gids if gid.is_v2 and gid.ipv4 is not None]
         if usable:
             continue
-        kinds = ", ".join(f"{gid.index}: {gid.type} {gid.gid}" for gid in port.gids) or "the GID table is empty"
+        kinds = ", ".join(f"{gid.index}: {gid.type} {gid.short}" for gid in port.gids) or "the GID table is empty"
         interface = hca.netdevs[0] if hca.netdevs else context.interface_name
         prefix = (subnet or "0.0.0.0/24").rpartition("/")[2]
         address = context.node.ip if interface == context.interface_name else "<an address of its own subnet>"
@@ -89,7 +89,7 @@ def _pinned_gid(context: NodeContext) -> Iterator[Finding]:
             evidence = f"NCCL_IB_GID_INDEX={index}, and gids/{index} is empty"
             yield finding("gid-index-empty", subject=hca.name, where=context.name, evidence=evidence, fix=fix)
         elif gid.is_link_local or not gid.is_v2:
-            evidence = f"NCCL_IB_GID_INDEX={index} is {gid.gid} ({gid.type})"
+            evidence = f"NCCL_IB_GID_INDEX={index} is {gid.short} ({gid.type})"
             yield finding("gid-linklocal", subject=hca.name, where=context.name, evidence=evidence, fix=fix)
 
 

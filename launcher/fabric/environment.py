@@ -16,7 +16,6 @@ from launcher.fabric import catalogue, selection
 from launcher.fabric.facts import NodeFacts
 from launcher.fabric.spec import Scope
 from launcher.registry.cluster import Cluster, Node
-from launcher.registry.values import redacted
 
 BUILT_IN = "built-in"
 CARRIED = "carried from the launching environment"
@@ -34,7 +33,7 @@ class Variable:
     @property
     def shown(self) -> str:
         """The value as it may be printed."""
-        return redacted(self.name, self.value)
+        return catalogue.shown(self.name, self.value)
 
 
 def node_environment(
@@ -51,8 +50,8 @@ def node_environment(
         *_built_in(cluster, node, platform),
         *_preset(cluster, platform),
         *_fabric(cluster, node, platform, facts),
-        *(Variable(name, value, f"cluster '{cluster.name}' env") for name, value in cluster.env.items()),
-        *(Variable(name, value, f"node '{node.name}' env") for name, value in node.env.items()),
+        *(Variable(name, value, "cluster env") for name, value in cluster.env.items()),
+        *(Variable(name, value, "node env") for name, value in node.env.items()),
     ]
     return _merged(layers)
 

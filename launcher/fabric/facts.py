@@ -35,6 +35,11 @@ class Gid:
         return str(address.ipv4_mapped) if address is not None and address.ipv4_mapped is not None else None
 
     @property
+    def short(self) -> str:
+        """The GID as a person writes it: `fe80::1`, or the address it maps."""
+        return self.ipv4 or (self.gid if self._address is None else self._address.compressed)
+
+    @property
     def is_v2(self) -> bool:
         return self.type == "RoCE v2"
 

@@ -66,7 +66,7 @@ def _unknown(name: str, value: str, source: Source) -> Finding:
         return said(dead.code, name, value, source, f"{name} {dead.truth}", fix)
     near = catalogue.suggestions(name)
     cause = f"no release known here reads {name}"
-    return said("unknown-name", name, value, source, cause, f"did you mean {' or '.join(near)}?" if near else "")
+    return said("unknown-name", name, value, source, cause, f"did you mean {near[0]}?" if near else "")
 
 
 def _release(row: Spec, value: str, source: Source, version: str) -> list[Finding]:

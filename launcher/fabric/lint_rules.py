@@ -49,6 +49,10 @@ def _say(view: NodeView, code: str, name: str, cause: str = "", fix: str = "") -
     return said(code, name, setting.value, setting.source, cause, fix)
 
 
+def _place(view: NodeView) -> str:
+    return view.node.name if view.node is not None else "this host"
+
+
 def _is_rendered(view: NodeView, name: str) -> bool:
     """Say whether the value comes from a field of the fabric; doctor judges the field itself."""
     return view.settings[name].source.place == "fabric"
@@ -173,9 +177,8 @@ def _interfaces(view: NodeView) -> Iterator[Finding]:
                 there = ", ".join(
                     netdev.name for netdev in view.facts.netdevs if netdev.is_running and netdev.addresses
                 )
-                yield _say(
-                    view, "ifname-absent", name, f"no running interface '{token}' with an address", f"one of: {there}"
-                )
+                cause = f"{_place(view)} has no running interface '{token}' with an address"
+                yield _say(view, "ifname-absent", name, cause, f"name one of {there}")
 
 
 def _is_usable(facts: NodeFacts, token: str, is_exact: bool) -> bool:
@@ -198,10 +201,12 @@ def _hcas(view: NodeView) -> Iterator[Finding]:
     for name in names:
         hcas = [hca for hca in facts.hcas if hca.name == name or (not is_exact and hca.name.startswith(name))]
         chosen += hcas
-        if not any(hca.is_active for hca in hcas):
-            state = "is not ACTIVE" if hcas else "is not there"
-            active = ", ".join(hca.name for hca in facts.hcas if hca.is_active) or "none is"
-            yield _say(view, "hca-absent", "NCCL_IB_HCA", f"'{name}' {state}", f"ACTIVE on this node: {active}")
+        if any(hca.is_active for hca in hcas) or (hcas and _is_rendered(view, "NCCL_IB_HCA")):
+            continue
+        state = "is not ACTIVE" if hcas else "is not there"
+        active = ", ".join(hca.name for hca in facts.hcas if hca.is_active)
+        fix = f"hcas: [{active}]" if active else "rdma link show; no HCA of this node is ACTIVE"
+        yield _say(view, "hca-absent", "NCCL_IB_HCA", f"'{name}' {state} on {_place(view)}", fix)
     taken = {hca.name for hca in chosen}
     for hca in () if _is_rendered(view, "NCCL_IB_HCA") else chosen:
         for twin in facts.twins(hca):
@@ -212,7 +217,9 @@ def _hcas(view: NodeView) -> Iterator[Finding]:
     subnet = view.value("NCCL_IB_ADDR_RANGE")
     missed = [hca.name for hca in chosen if subnet is not None and selection.gid_in(hca, subnet) is None]
     if missed:
-        cause = f"{', '.join(missed)} has no RoCE v2 GID in {subnet}: GID 0 stays, which cannot connect"
+        cause = (
+            f"{', '.join(missed)} of {_place(view)} has no RoCE v2 GID in {subnet}: GID 0 stays, which cannot connect"
+        )
         yield _say(view, "addr-range-misses-hca", "NCCL_IB_ADDR_RANGE", cause)
 
 

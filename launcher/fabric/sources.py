@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Literal
 
+from launcher.fabric import catalogue
 from launcher.fabric.facts import NodeFacts
 from launcher.fabric.finding import Finding, finding
 from launcher.registry.cluster import Cluster, Node
-from launcher.registry.values import redacted
 
 Place = Literal["process", "image", "file", "fabric", "model", "cluster", "node"]
 """Lowest precedence first."""
@@ -85,5 +85,5 @@ def _settings(ranked: Sequence[Source], node: str | None) -> Mapping[str, Settin
 
 def said(code: str, name: str, value: str, source: Source, cause: str = "", fix: str = "") -> Finding:
     """Make a finding about one variable of one source; its value is shown unless it is a secret."""
-    shown = redacted(name, value)
+    shown = catalogue.shown(name, value)
     return finding(code, subject=name, where=source.at(name), evidence=f"{name}={shown}", cause=cause, fix=fix)

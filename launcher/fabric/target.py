@@ -18,11 +18,12 @@ from launcher.fabric.doctor import NOTHING, Need
 from launcher.fabric.dotenv import read_dotenv
 from launcher.fabric.environment import Variable, node_environment
 from launcher.fabric.sources import Source
-from launcher.registry import DeclaredCluster, Registry, ResolvedEntry, Setting, resolve, resolve_cluster
+from launcher.registry import DeclaredCluster, Layer, Registry, ResolvedEntry, Setting, resolve, resolve_cluster
 from launcher.registry.cluster import Cluster, Node
 from launcher.registry.resolving import find_cluster, unknown_name
 
 THIS_HOST = "this-host"
+_OF_CLUSTER = (Layer.CLUSTER, Layer.NODE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +92,9 @@ def sources_of(target: Target, environ: Mapping[str, str], env_files: Sequence[P
         dotenv = read_dotenv(path)
         found.append(Source(str(path), "file", dotenv.values, lines=dotenv.lines))
     if target.entry is not None:
-        values = {name: str(item.value) for name, item in target.entry.env.items() if item.value is not None}
+        # A resolved entry already holds what its cluster says; that has lines of its own below.
+        kept = {name: item for name, item in target.entry.env.items() if item.value is not None}
+        values = {name: str(item.value) for name, item in kept.items() if item.origin.layer not in _OF_CLUSTER}
         found.append(Source(f"env of '{target.entry.name}'", "model", values))
     found += declared_sources(target)
     return [source for source in found if source.values]

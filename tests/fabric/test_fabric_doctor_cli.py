@@ -75,16 +75,15 @@ def test_each_way_not_to_reach_a_node_has_its_own_fix(hosts: Hosts) -> None:
 
 
 def test_silent_nodes_are_waited_for_side_by_side(hosts: Hosts) -> None:
-    began = time.monotonic()
     result = hosts.cli("doctor", "--cluster", "spark-pair", "--deadline", "2", "--json")
-    seconds = time.monotonic() - began
     assert result.code == 5
     assert [item["where"] for item in result.json["findings"] if item["code"] == "node-unreachable"] == [
         "spark-01",
         "spark-02",
     ]
     assert "no answer within 2 s" in result.finding("node-unreachable")["evidence"]
-    assert seconds < 3.9
+    # One after the other they would take 4 s.
+    assert 2 <= result.json["seconds"] < 3.9
 
 
 def test_trees_stand_in_for_hosts(hosts: Hosts, tmp_path: Path) -> None:
@@ -139,7 +138,7 @@ def test_env_shows_each_node_and_each_origin(hosts: Hosts) -> None:
         "scope": "C",
         "shadowed": [],
     }
-    assert first["NCCL_DEBUG"]["origin"] == "cluster 'spark-pair' env"
+    assert first["NCCL_DEBUG"]["origin"] == "cluster env"
     assert "model_registry.yml:" in first["NCCL_IB_QPS_PER_CONNECTION"]["origin"]
     assert first["NCCL_BUFFSIZE"]["origin"] == "carried from the launching environment"
     table = hosts.cli("env", "gpt-oss-20b")

@@ -34,7 +34,7 @@ class Tree:
     """One host. Every method writes real paths, so that the collector reads it as it reads a machine."""
 
     def __init__(self, root: Path, number: int) -> None:
-        self.root, self.number = root, number
+        self.root, self.number = root.resolve(), number
 
     def path(self, *parts: str) -> Path:
         return self.root.joinpath(*parts)
