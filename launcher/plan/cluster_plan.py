@@ -45,7 +45,7 @@ from launcher.plan.rank_memory import (
 )
 from launcher.plan.weights import ModelFiles, find_model_files
 from launcher.registry.cluster import Cluster, Node
-from launcher.registry.types import ResolvedEntry
+from launcher.registry.types import Layer, ResolvedEntry
 from launcher.registry.values import is_secret_name
 
 __all__ = [
@@ -343,9 +343,13 @@ def _node_plan(
 def _environment(
     entry: ResolvedEntry, cluster: Cluster, node: Node, environ: Mapping[str, str]
 ) -> tuple[Variable, ...]:
-    """Join what the engine always gets, the fabric's, and the entry's; what a cluster or node sets by name wins."""
+    """Join what the engine always gets, the fabric's, and the entry's; what a cluster or node sets by name wins.
+
+    Only a flag of this run (`--set env.NAME=…`) goes over a cluster's and a node's word.
+    """
     chosen = {item.name: item for item in engine_environment(entry, {})}
-    declared = {*cluster.env, *node.env}
+    flagged = {name for name, item in entry.env.items() if item.origin.layer is Layer.FLAG}
+    declared = {*cluster.env, *node.env} - flagged
     for item in node_environment(cluster, node, environ):
         if item.name not in entry.env or item.name in declared:
             chosen[item.name] = Variable(item.name, item.value, item.origin)

@@ -8,6 +8,7 @@ import pytest
 from registry_support import ROOT
 
 from launcher.errors import Issue, OverrideError, RegistryInvalid, UnknownName
+from launcher.plan.cluster_plan import make_cluster_plan
 from launcher.registry import Layer, Registry, load_registry, parse_registry, resolve, resolve_cluster
 from launcher.registry.cluster import Cluster, Container, Fabric, Node, RaySettings
 from launcher.registry.contradictions import contradictions
@@ -270,3 +271,13 @@ def test_a_node_is_the_truth_about_itself() -> None:
         "HLAUNCH_NODE_IP": "10.0.0.9",
     }
     assert [item.variable for item in contradictions(Fabric(), bad, node)] == list(bad)
+
+
+def test_a_flag_goes_over_what_cluster_and_node_set() -> None:
+    text = PAIR.replace("platform: generic", "platform: cpu").replace("openai/gpt-oss-20b", "tiny-oss")
+    found = parse_registry(text)
+    for flags, expected in (([], ("WARN", "only")), (["env.NCCL_DEBUG=INFO", "env.B=flag"], ("INFO", "flag"))):
+        entry = resolve(found, "m", {}, flags)
+        plan = make_cluster_plan(entry, resolve_cluster(found, "pair", {}, entry), {})
+        given = {item.name: item.value for item in plan.nodes[1].environment}
+        assert (given["NCCL_DEBUG"], given["B"]) == expected
