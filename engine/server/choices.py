@@ -68,6 +68,9 @@ def engine_requests(
     stops = stop_token_ids if not params.ignore_eos else ()
     stops = tuple(dict.fromkeys((*stops, *params.stop_token_ids)))
     salt = hashlib.sha256(body.cache_salt.encode()).hexdigest() if body.cache_salt else ""
+    # A digest bounds the length, and keeps the keys of different tenants apart.
+    key = body.prompt_cache_key
+    conversation = hashlib.sha256(f"{salt}\n{key}".encode()).hexdigest() if key else ""
     now = time.monotonic()
     return [
         EngineRequest(
@@ -80,6 +83,7 @@ def engine_requests(
             priority=body.priority or 0,
             arrival_time=now,
             cache_salt=salt,
+            conversation=conversation,
         )
         for index, (prompt, limit) in enumerate(zip(prompts, max_tokens, strict=True))
         for j in range(params.n)

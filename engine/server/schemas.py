@@ -42,6 +42,8 @@ class GenerationBody(Struct, kw_only=True):
     return_token_ids: bool | None = None
     cache_salt: str | None = None
     priority: int | None = None
+    # Requests with the same key go to the same one of several engines.
+    prompt_cache_key: str | None = None
 
     # Fields that are known and cannot be honoured yet. A value other than null is an error, not a silent surprise.
     UNSUPPORTED: ClassVar[dict[str, str]] = {
@@ -63,7 +65,6 @@ class GenerationBody(Struct, kw_only=True):
             "metadata",
             "store",
             "service_tier",
-            "prompt_cache_key",
             "prompt_cache_options",
             "prompt_cache_retention",
             "safety_identifier",

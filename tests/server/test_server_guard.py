@@ -232,3 +232,16 @@ def test_different_keys_share_no_cached_blocks(locked: RunningServer) -> None:
     assert salts[0] == salts[2]
     assert len(set(salts)) == 4
     assert not any(KEY in salt for salt in salts)
+
+
+def test_a_cache_key_names_a_conversation_of_one_tenant(locked: RunningServer) -> None:
+    conversations = []
+    with locked.http() as client:
+        for key, name in ((KEY, "a"), (KEY, "a"), (KEY, "b"), ("other", "a"), (KEY, "")):
+            body = {"model": "tiny-oss", "prompt": "a", "max_tokens": 1, "prompt_cache_key": name}
+            assert client.post("/v1/completions", json=body, headers={"x-api-key": key}).status_code == 200
+            conversations.append(locked.engine.submitted[-1].conversation)
+    assert conversations[0] == conversations[1]
+    assert len(set(conversations)) == 4
+    assert conversations[4] == ""
+    assert all(len(conversation) == 64 for conversation in conversations[:4])
