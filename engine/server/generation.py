@@ -36,7 +36,7 @@ class Generation:
         self._exchange = exchange
         # Different keys share no cached blocks: the time to a first token must not tell what another key has asked.
         salt = f"{exchange.tenant}/" if exchange.tenant else ""
-        self._requests = [replace(item, cache_salt=salt + item.cache_salt) for item in requests] if salt else requests
+        self._requests = [_of_tenant(item, salt) for item in requests] if salt else requests
         self._streams: dict[int, RequestStream] = {}
         self._task: asyncio.Task[object] | None = None
         self._watcher: asyncio.Task[None] | None = None
@@ -261,3 +261,9 @@ def _engine_error(text: str, app: App) -> ApiError:
     if code in ("engine_dead", "draining"):
         return errors.unavailable(code)
     return errors.internal_error()
+
+
+def _of_tenant(request: EngineRequest, salt: str) -> EngineRequest:
+    """Keep a tenant's cached blocks, and the names of its conversations, apart from those of others."""
+    conversation = salt + request.conversation if request.conversation else ""
+    return replace(request, cache_salt=salt + request.cache_salt, conversation=conversation)
