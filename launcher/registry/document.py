@@ -116,10 +116,8 @@ def read_tree(text: str, source: str) -> Node | None:
     builder = _Builder(source)
     feed = builder.feed
     try:
-        if (
-            len(text) > MAX_EVENTS // _EVENTS_PER_CHARACTER
-            and text.count("[") + text.count("{") < _MAX_COUNTED_BRACKETS
-        ):
+        brackets = text.count("[") + text.count("{")
+        if len(text) > MAX_EVENTS // _EVENTS_PER_CHARACTER and brackets < _MAX_COUNTED_BRACKETS:
             _count_events(text, source)
         for count, event in enumerate(yaml.parse(text, Loader=_LOADER)):
             if count >= MAX_EVENTS:
@@ -135,19 +133,34 @@ def read_tree(text: str, source: str) -> Node | None:
 
 
 def _count_events(text: str, source: str) -> None:
-    """Refuse a crowd of events before any of them becomes an object: libyaml counts ten times as fast as it tells.
+    """Refuse a crowd of events before any of them becomes a node: libyaml counts ten times as fast as it tells.
 
-    Text with a syntax error passes: reading it finds the error, or a broken guard before it.
+    Text with a syntax error is refused for that, unless it is too deep or too long before the place of the error.
     """
     loader = _LOADER(text)
     count = getattr(loader, "raw_parse", None)
     try:
         if count is not None and count() > MAX_EVENTS:
             raise _too_many(source, None)
-    except yaml.YAMLError:
         return
+    except yaml.YAMLError:
+        pass
     finally:
         loader.dispose()
+    depth = 0
+    for number, event in enumerate(yaml.parse(text, Loader=_LOADER)):
+        if number >= MAX_EVENTS:
+            raise _too_many(source, _mark(event))
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+            if depth > MAX_DEPTH:
+                raise _too_deep(source, _mark(event))
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+
+
+def _too_deep(source: str, mark: Mark) -> DocumentError:
+    return _refuse(source, "too-deep", f"nested deeper than {MAX_DEPTH} levels", "flatten it", mark)
 
 
 def _too_many(source: str, mark: Mark | None) -> DocumentError:
@@ -185,7 +198,7 @@ class _Builder:
         elif isinstance(event, yaml.CollectionStartEvent):
             self._check_tag(event)
             if len(self.stack) >= MAX_DEPTH:
-                raise self._refuse(event, "too-deep", f"nested deeper than {MAX_DEPTH} levels", "flatten it")
+                raise _too_deep(self.source, _mark(event))
             if event.anchor:
                 # A redefined anchor must not be reachable while its new node is open.
                 self.anchors.pop(event.anchor, None)
@@ -214,7 +227,7 @@ class _Builder:
             )
         node, size, height = self.anchors[name]
         if len(self.stack) + height > MAX_DEPTH:
-            raise self._refuse(event, "too-deep", f"nested deeper than {MAX_DEPTH} levels", "flatten it")
+            raise _too_deep(self.source, _mark(event))
         self.aliased += size
         if self.aliased > MAX_ALIASED_NODES:
             raise self._refuse(

@@ -130,8 +130,9 @@ class _Validation:
         document, has_defaults = self._validate()
         self.issues += reference_issues(self.tree, self.source)
         registry = None
-        # A circle of bases, or a crowd of them, says nothing about values.
-        if document is not None and not any(issue.code.startswith("extends-") for issue in self.issues):
+        # A circle of bases says nothing about values, and nobody reads the thousandth problem's neighbours.
+        is_hopeless = len(self.issues) >= MAX_ISSUES or any(item.code.startswith("extends-") for item in self.issues)
+        if document is not None and not is_hopeless:
             registry = build(document, self.tree, self.path, self.source)
             for cluster in registry.clusters.values():
                 self.issues += cluster_issues(cluster, self.source)
@@ -150,10 +151,13 @@ class _Validation:
         try:
             return model.model_validate(data), True
         except ValidationError as error:
+            count = error.error_count()
             found = error.errors(include_url=False, include_input=False)[:MAX_ISSUES]
         # Entries whose names were refused are gone by now: that is one mistake, not two.
         has_lost_entries = any(issue.path == "models" for issue in self.issues)
         self.issues += [self._issue(item) for item in found if not (item["type"] == "too_short" and has_lost_entries)]
+        if count >= MAX_ISSUES:
+            return None, False
         broken = {item["loc"][:2] if item["loc"][0] in _NAMED else item["loc"][:1] for item in found}
         rest = {key: value for key, value in data.items() if (key,) not in broken}
         for group in _NAMED & rest.keys():

@@ -33,7 +33,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 class Suggester:
     """`did_you_mean` for one file: after so many wrong words nobody reads further guesses, and each costs time."""
 
-    LIMIT = 50
+    LIMIT = 20
 
     def __init__(self) -> None:
         self._left = self.LIMIT

@@ -257,23 +257,23 @@ def test_all_errors_of_one_file_are_reported(tmp_path: Path) -> None:
 
 
 CROWDS = {
-    "unknown keys": "models: {m: {model: x, " + ", ".join(f"k{i}: 1" for i in range(50_000)) + "}}",
-    "unknown bases": "models:\n" + "".join(f" m{i}: {{model: x, extends: d{i}}}\n" for i in range(10_000)),
+    "unknown keys": "models: {m: {model: x, " + ", ".join(f"k{i}: 1" for i in range(40_000)) + "}}",
+    "unknown bases": "models:\n" + "".join(f" m{i}: {{model: x, extends: d{i}}}\n" for i in range(5_000)),
     "unknown clusters": (
         "clusters:\n"
-        + "".join(f" c{i}: {{nodes: [{{name: n, role: head, ip: 10.0.0.1}}]}}\n" for i in range(2_000))
+        + "".join(f" c{i}: {{nodes: [{{name: n, role: head, ip: 10.0.0.1}}]}}\n" for i in range(1_500))
         + "models:\n"
-        + "".join(f" m{i}: {{model: x, cluster: d{i}}}\n" for i in range(2_000))
+        + "".join(f" m{i}: {{model: x, cluster: d{i}}}\n" for i in range(1_500))
     ),
-    "wrong values": "models:\n" + "".join(f" m{i}: {{model: x, port: q}}\n" for i in range(15_000)),
-    "clashes": "models:\n" + "".join(f" m{i}: {{model: x, aliases: [a]}}\n" for i in range(10_000)),
+    "wrong values": "models:\n" + "".join(f" m{i}: {{model: x, port: q}}\n" for i in range(8_000)),
+    "clashes": "models:\n" + "".join(f" m{i}: {{model: x, aliases: [a]}}\n" for i in range(5_000)),
     "nodes at one address": (
         "clusters: {c: {nodes: [{name: h, role: head, ip: 10.0.0.1}, "
         + ", ".join(f"{{name: n{i}, ip: 10.0.0.1}}" for i in range(1000))
         + "]}}\nmodels: {m: {model: x}}\n"
     ),
     "too many nodes": (
-        "clusters: {c: {nodes: [" + ", ".join(f"{{name: n{i}, ip: 10.0.0.1}}" for i in range(20_000)) + "]}}\n" + ENTRY
+        "clusters: {c: {nodes: [" + ", ".join(f"{{name: n{i}, ip: 10.0.0.1}}" for i in range(10_000)) + "]}}\n" + ENTRY
     ),
 }
 
