@@ -1,11 +1,13 @@
 """Time every Triton op at gpt-oss-20b's true shape, and a chain of them as one decode step or one prefill.
 
-    python bench/gpu_ops.py [--rows 16 32 …] [--tokens 1024 8192 …] [--context 1152] [--json FILE]
+    python bench/gpu_ops.py [--rows 16 32 …] [--tokens 1024 8192 …] [--context 1152] [--kernels] [--json FILE]
 
 Decode is timed by graph replay, prefill by events; medians. Weights are random and rotate over several layers, more
 than the L2 cache holds. A floor is max(bytes / 3.0 TB/s, FLOP / 798 TFLOP/s): copy bandwidth and GEMM rate of one H100.
-Routing is random: 32·(1 - (7/8)^n) distinct experts a layer. The chain runs all ops in their order, 24 layers, lm_head
-and greedy sampling, in one graph for decode; it is the figure to trust, since it has the launch gaps too.
+The chain runs all ops in their order, 24 layers, lm_head and greedy sampling, in one graph for decode; it is the figure
+to trust, since it has the launch gaps too. It starts from the same random rows each time, and the mean number of
+distinct experts that its routers chose is printed (uniform routing gives 32·(1 - (7/8)^n)). `--kernels` also lists the
+kernels of a chain as the profiler saw them, and what is left for gaps.
 """
 
 from __future__ import annotations
@@ -45,11 +47,12 @@ class Weights:
             shape = (EXPERTS, rows, columns // 32)
             scales = torch.randint(115, 119, shape, device=DEVICE, dtype=torch.uint8)
             blocks = torch.randint(0, 256, (*shape, 16), device=DEVICE, dtype=torch.uint8)
-            return blocks, scales, prepare_scales(scales), rand(EXPERTS, rows)
+            return blocks, scales, prepare_scales(scales), rand(EXPERTS, rows, scale=0.02)
 
-        self.qkv, self.qkv_bias = rand(QKV, HIDDEN, scale=0.02), rand(QKV)
-        self.out, self.out_bias = rand(HIDDEN, HEADS * DIM, scale=0.02), rand(HIDDEN)
-        self.router, self.router_bias = rand(EXPERTS, HIDDEN, scale=0.05), rand(EXPERTS, scale=0.1)
+        # Small biases: large ones would make all rows alike, and all choose the same experts.
+        self.qkv, self.qkv_bias = rand(QKV, HIDDEN, scale=0.02), rand(QKV, scale=0.02)
+        self.out, self.out_bias = rand(HIDDEN, HEADS * DIM, scale=0.02), rand(HIDDEN, scale=0.02)
+        self.router, self.router_bias = rand(EXPERTS, HIDDEN, scale=0.05), rand(EXPERTS, scale=0.02)
         self.norm = torch.rand(HIDDEN, device=DEVICE) + 0.5
         self.sinks = torch.randn(HEADS, device=DEVICE)
         self.gate_up, self.gate_up_raw, self.gate_up_scales, self.gate_up_bias = experts(2 * INTER, HIDDEN)
@@ -83,6 +86,7 @@ class Case:
         self.caches = [rand((rows * blocks + 1) * BLOCK, 2, KV_HEADS, DIM) for _ in range(2 if self.is_decode else 1)]
         self.cos_sin = torch.rand(self.context + 1, DIM // 2, 2, device=DEVICE)
         self.x = torch.randn(self.tokens, HIDDEN, device=DEVICE)
+        self.first_x = self.x.clone()
         self.normed, self.deltas = rand(self.tokens, HIDDEN), rand(self.tokens, TOP_K, HIDDEN, scale=0.1)
         self.delta = rand(self.tokens, HIDDEN, scale=0.1)
         wide = permute.expert_width(HIDDEN)
@@ -99,7 +103,7 @@ class Case:
 
     def ops(self, layer: Weights, cache: Tensor) -> list[tuple[str, Callable[[], Any], float, float]]:
         """Give (name, function, bytes, FLOP) of each op of a layer; attention comes as full, then window."""
-        from kernels.triton import attention_decode, attention_prefill, moe, moe_dense, moe_gluon, norm, rope, router
+        from kernels.triton import attention_decode, attention_prefill, moe, moe_dense, norm, rope, router
 
         tokens, context = self.tokens, self.context
         real = self.lens if self.is_decode else None
@@ -150,14 +154,12 @@ class Case:
             ("index", lambda: router.expert_index(self.ids, EXPERTS, out=self.index), slots * 8, 0),
         ]  # fmt: skip
         if self.moe == "experts" and self.index.block_t < moe.PREFILL_BLOCK_T:
-            ops += [
-                ("gate_up", lambda: moe_gluon.moe_gate_up(
-                    self.expert_x, TOP_K, self.index, layer.gate_up, layer.gate_up_scales, layer.gate_up_bias, 7.0,
-                    out=self.act), 2 * expert * touched + slots * HIDDEN * 4, 4.0 * slots * HIDDEN * INTER),
-                ("down", lambda: moe_gluon.moe_down(
-                    self.act, self.index, layer.down, layer.down_scales, layer.down_bias, self.weights,
-                    out=self.deltas), expert * touched + slots * HIDDEN * 4, 2.0 * slots * HIDDEN * INTER),
-            ]  # fmt: skip
+            ops.append(
+                ("experts", lambda: moe.run_experts(
+                    self.expert_x, self.weights, self.index, (layer.gate_up, layer.gate_up_scales, layer.gate_up_bias),
+                    (layer.down, layer.down_scales, layer.down_bias), 7.0, act=self.act, out=self.deltas),
+                 3 * expert * touched + slots * HIDDEN * 8, 6.0 * slots * HIDDEN * INTER)
+            )  # fmt: skip
         elif self.moe == "experts":
             ops.append(
                 ("moe_prefill", lambda: moe.run_experts(
@@ -201,7 +203,36 @@ def graph_of(functions: list[Callable[[], Any]]) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def measure(case: Case, layers: list[Weights], lm_head: Tensor) -> dict[str, Any]:
+def count_experts(case: Case, chain: list[tuple[str, Callable[[], Any]]]) -> float:
+    """Run a chain eagerly; give the mean number of distinct experts a layer."""
+    counts: list[int] = []
+    for name, function in chain:
+        function()
+        if name == "router":
+            counts.append(int(torch.unique(case.ids[case.ids >= 0]).numel()))
+    return sum(counts) / len(counts)
+
+
+def list_kernels(run: Callable[[], Any], step_ms: float) -> dict[str, Any]:
+    """Time the kernels of one run by the profiler: name, count, mean and total in microseconds, longest first."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        run()
+        torch.cuda.synchronize()
+    found: dict[str, list[float]] = {}
+    for event in profiler.events():
+        if event.device_time > 0:
+            found.setdefault(event.name[:60], []).append(event.device_time)
+    rows = sorted(((sum(t), len(t), name) for name, t in found.items()), reverse=True)
+    for total, count, name in rows[:24]:
+        print(f"    {total:9.1f} us = {count:4} x {total / count:7.2f}  {name}", flush=True)
+    busy = sum(total for total, _, _ in rows) / 1e3
+    print(f"    kernels {busy:.3f} ms of {step_ms:.3f}", flush=True)
+    return {name: {"count": count, "total_us": round(total, 1)} for total, count, name in rows}
+
+
+def measure(case: Case, layers: list[Weights], lm_head: Tensor, *, with_kernels: bool) -> dict[str, Any]:
     from kernels.triton import sampling
 
     rows = case.rows
@@ -234,22 +265,33 @@ def measure(case: Case, layers: list[Weights], lm_head: Tensor) -> dict[str, Any
         }  # fmt: skip
         print(f"  {name:17}{ms * 1e3:9.1f} us  floor {floor * 1e3:8.1f}  {result['ops'][name]['TB/s']:5.2f} TB/s "
               f"{result['ops'][name]['TFLOP/s']:7.1f} TFLOP/s  x{count}", flush=True)  # fmt: skip
-    chain: list[Callable[[], Any]] = []
+    chain: list[tuple[str, Callable[[], Any]]] = [("reset", lambda: case.x.copy_(case.first_x))]
     for layer in range(LAYERS):
         skipped = "attention_full" if layer % 2 == 0 else "attention_window"
-        chain += [op[1] for op in sets[layer % len(sets)] if op[0] != skipped]
-    chain += [op[1] for op in tail]
-    if case.is_decode:
-        step = median_ms(graph_of(chain).replay, 9)
-    else:
-        step = median_ms(lambda: [function() for function in chain], 3)
+        chain += [(op[0], op[1]) for op in sets[layer % len(sets)] if op[0] != skipped]
+    layers_only = [function for _, function in chain]
+    whole = layers_only + [op[1] for op in tail]
+
+    def time_chain(functions: list[Callable[[], Any]]) -> tuple[float, Callable[[], Any]]:
+        run = graph_of(functions).replay if case.is_decode else lambda: [function() for function in functions]
+        return median_ms(run, 9 if case.is_decode else 3), run
+
+    experts = count_experts(case, chain)
+    per_layer = time_chain(layers_only)[0] / LAYERS
+    step, run = time_chain(whole)
     result |= {
         "sum_ms": round(total, 3), "floor_ms": round(floor_total, 3), "chain_ms": round(step, 3),
+        "layer_us": round(per_layer * 1e3, 1), "distinct_experts": round(experts, 1),
         "tokens_per_second": round(case.tokens / step * 1e3),
     }  # fmt: skip
     kind = "rows" if case.is_decode else "tokens"
-    print(f"{case.tokens} {kind}, {case.moe}: sum {total:.2f} ms, chain {step:.2f} ms, "
-          f"floor {floor_total:.2f}, {result['tokens_per_second']} tok/s", flush=True)  # fmt: skip
+    print(
+        f"{case.tokens} {kind}, {case.moe}: sum {total:.2f} ms, chain {step:.2f} ms, {per_layer * 1e3:.1f} us a layer,"
+        f" floor {floor_total:.2f} ms, {experts:.1f} experts, {case.tokens / step * 1e3:.0f} tok/s",
+        flush=True,
+    )
+    if with_kernels:
+        result["kernels"] = list_kernels(run, step)
     return result
 
 
@@ -259,6 +301,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="*", default=[1024, 8192, 16384])
     parser.add_argument("--context", type=int, default=1152)
     parser.add_argument("--moe", nargs="*", default=["experts"], help="ways through the experts for prefill")
+    parser.add_argument("--kernels", action="store_true", help="list the kernels of each chain")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.manual_seed(0)
@@ -266,10 +309,12 @@ def main() -> None:
     layers, lm_head = [Weights() for _ in range(SETS)], rand(VOCAB, HIDDEN, scale=0.02)
     results = []
     for rows in options.rows:
-        results.append(measure(Case(rows, options.context, True), layers, lm_head))
+        case = Case(rows, options.context, True)
+        results.append(measure(case, layers, lm_head, with_kernels=options.kernels))
     for tokens in options.tokens:
         for moe in options.moe:
-            results.append(measure(Case(tokens, min(tokens, 8192), False, moe), layers, lm_head))
+            case = Case(tokens, min(tokens, 8192), False, moe)
+            results.append(measure(case, layers, lm_head, with_kernels=options.kernels))
     report = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "results": results}
     if options.json:
         options.json.write_text(json.dumps(report, indent=1))

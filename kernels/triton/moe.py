@@ -1,15 +1,15 @@
 """The experts of a layer, by whichever kernel suits the number of tokens; `ExpertIndex.block_t` has made the choice.
 
-Below 512 tokens an expert: `moe_gluon`; from there on: `moe_prefill`. `moe_dense` (a bfloat16 scratch and torch's
-grouped GEMM) was slower at every size measured; it stays as an independent check. All need scales that fold: ask
-`fp4.folds` at load.
+Below 512 tokens an expert: `moe_decode`; from there on: `moe_prefill`. `moe_gluon` (no warp specialisation) and
+`moe_dense` (a bfloat16 scratch and torch's grouped GEMM) were slower at every size measured; they stay as independent
+checks. All need scales that fold: ask `fp4.folds` at load.
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from kernels.triton.moe_gluon import moe_down, moe_gate_up
+from kernels.triton.moe_decode import moe_decode
 from kernels.triton.moe_prefill import moe_prefill
 from kernels.triton.router import ExpertIndex
 
@@ -37,5 +37,4 @@ def run_experts(
     k = weights.shape[1]
     if index.block_t >= PREFILL_BLOCK_T:
         return moe_prefill(x, k, index, gate_up, down, limit), weights
-    act = moe_gate_up(x, k, index, *gate_up, limit, out=act)
-    return moe_down(act, index, *down, weights, out=out), None
+    return moe_decode(x, weights, index, gate_up, down, limit, act=act, out=out), None

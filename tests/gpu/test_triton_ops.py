@@ -323,6 +323,23 @@ def test_moe_gluon() -> None:
             close(out[part], alone, 2e-3)
 
 
+def test_moe_decode() -> None:
+    from kernels.triton import moe_decode, moe_gluon, permute
+
+    cases = [(8, 224, 288, 11, 2, 16), (8, 224, 288, 40, 2, 32), (32, 2880, 2880, 16, 4, 16)]
+    cases += [(32, 2880, 2880, 64, 4, 16), (32, 2880, 2880, 128, 4, 32), (32, 2880, 2880, 400, 4, 64)]
+    for experts, hidden, inter, tokens, k, block_t in cases:
+        for is_skewed in (False, True):
+            layer = Layer(experts, hidden, inter)
+            x = randn(tokens, hidden)
+            ids, weights, index = routing(tokens, layer, k, is_skewed=is_skewed, block_t=block_t)
+            gate_up = (layer.gate_up, moe_gluon.prepare_scales(layer.gate_up_scales), layer.gate_up_bias)
+            down = (layer.down, moe_gluon.prepare_scales(layer.down_scales), layer.down_bias)
+            for _ in range(2):
+                out = moe_decode.moe_decode(permute.to_expert_order(x), weights, index, gate_up, down, 7.0)
+                close(out, layer.reference(x, ids, weights))
+
+
 def test_moe_prefill() -> None:
     from kernels.triton import moe_gluon, moe_prefill, permute
 
