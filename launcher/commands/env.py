@@ -58,6 +58,7 @@ def _variables(target: Target, environ: Mapping[str, str]) -> dict[str, tuple[Va
 
 def _show(console: Console, target: Target, environ: Mapping[str, str], as_json: bool) -> None:
     from launcher.fabric import catalogue
+    from launcher.fabric.target import unresolved
 
     variables = _variables(target, environ)
     if as_json:
@@ -69,6 +70,8 @@ def _show(console: Console, target: Target, environ: Mapping[str, str], as_json:
         console.table(("NAME", "VALUE", "ORIGIN"), [(name, value, origin) for name, _, value, origin in rows])
     else:
         console.table(("NAME", "NODE", "VALUE", "ORIGIN"), rows)
+    for line in unresolved(target):
+        console.note(line)
     console.note("see also: hlaunch env --explain NAME, hlaunch env --lint")
 
 

@@ -6,6 +6,7 @@ Pure: facts in, findings out. Refuses to know: other nodes (`checks_cluster`).
 from __future__ import annotations
 
 import ipaddress
+import shlex
 from collections.abc import Iterator
 from itertools import combinations
 
@@ -112,7 +113,7 @@ def _hostname(context: NodeContext) -> Iterator[Finding]:
 def _files(context: NodeContext) -> Iterator[Finding]:
     for place, lines in context.facts.nccl_files.items():
         evidence = ", ".join(line.strip() for line in lines)
-        fix = f"move the lines into the registry's env, then: sudo rm {place}"
+        fix = f"move the lines into the registry's env, then: sudo rm {shlex.quote(place)}"
         yield finding("nccl-conf-file", subject=place, where=context.name, evidence=evidence, fix=fix)
 
 

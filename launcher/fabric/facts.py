@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import ipaddress
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
 FACTS_VERSION = 1
+_WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:@-]{0,63}")
 
 
 class BadFacts(ValueError):
@@ -260,7 +262,7 @@ def node_facts(raw: Mapping[str, Any], *, skew_seconds: float | None = None) -> 
         driver=Driver(
             driver.text("version"), driver.flag("is_open"), driver.flag("has_peermem"), driver.flag("has_nv_mem")
         ),
-        acs_redirecting=None if acs is None else read.texts("acs_redirecting"),
+        acs_redirecting=None if acs is None else read.names("acs_redirecting"),
         environ=read.strings("environ"),
         nccl_files=MappingProxyType(
             {name: tuple(str(line) for line in lines) for name, lines in read.mapping("nccl_files").items()}
@@ -291,6 +293,14 @@ class _Reader:
     def text(self, name: str) -> str:
         value = self._raw.get(name)
         return value if isinstance(value, str) else ""
+
+    def name(self, name: str) -> str:
+        """Read a device's name. Fixes are commands that people paste, so a name is a plain word or `?`."""
+        value = self.text(name)
+        return value if _WORD.fullmatch(value) else "?"
+
+    def names(self, name: str) -> tuple[str, ...]:
+        return tuple(value for value in self.texts(name) if _WORD.fullmatch(value))
 
     def whole(self, name: str, default: int = -1) -> int:
         value = self._raw.get(name)
@@ -329,7 +339,7 @@ def _pair(value: object) -> tuple[int, int] | None:
 
 def _netdev(item: _Reader) -> Netdev:
     return Netdev(
-        item.text("name"),
+        item.name("name"),
         item.whole("mtu", 0),
         item.text("operstate"),
         item.whole("carrier"),
@@ -342,7 +352,7 @@ def _netdev(item: _Reader) -> Netdev:
 
 def _hca(item: _Reader) -> Hca:
     return Hca(
-        item.text("name"),
+        item.name("name"),
         item.text("sys_image_guid"),
         item.text("bdf"),
         item.texts("path"),
@@ -351,7 +361,7 @@ def _hca(item: _Reader) -> Hca:
         item.whole("link_width", 0),
         item.text("max_link_speed"),
         item.whole("max_link_width", 0),
-        item.texts("netdevs"),
+        item.names("netdevs"),
         tuple(_port(port) for port in item.items("ports")),
     )
 

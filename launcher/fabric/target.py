@@ -17,6 +17,7 @@ from launcher.fabric import catalogue
 from launcher.fabric.doctor import NOTHING, Need
 from launcher.fabric.dotenv import read_dotenv
 from launcher.fabric.environment import Variable, node_environment
+from launcher.fabric.selection import platform_of
 from launcher.fabric.sources import Source
 from launcher.registry import DeclaredCluster, Layer, Registry, ResolvedEntry, Setting, resolve, resolve_cluster
 from launcher.registry.cluster import Cluster, Node
@@ -160,3 +161,19 @@ def explanation(name: str) -> dict[str, str]:
     near = catalogue.suggestions(name)
     hint = f"did you mean {' or '.join(near)}?" if near else "hlaunch env lists what is set"
     raise UsageError(f"no release known here reads '{name}'", hint=hint)
+
+
+def unresolved(target: Target) -> list[str]:
+    """Say what only the hosts know, so that a value missing from the list is not taken for one that nobody sets."""
+    if target.declared is None:
+        return []
+    cluster = target.cluster
+    found = []
+    nameless = [node.name for node in target.nodes if node.ifname is None]
+    if nameless:
+        found.append(f"{', '.join(nameless)}: the interface is the one that carries the node's ip: hlaunch doctor")
+    needs_hcas = cluster.fabric.rdma != "off" and not cluster.fabric.hcas
+    auto = [node.name for node in target.nodes if needs_hcas and not node.hcas and platform_of(cluster, node) != "cpu"]
+    if auto:
+        found.append(f"{', '.join(auto)}: the HCAs are the ACTIVE ones of the subnet: hlaunch doctor")
+    return found

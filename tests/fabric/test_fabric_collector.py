@@ -119,7 +119,11 @@ def test_facts_of_another_machine_are_read_field_by_field() -> None:
         'banner\n{"facts_version": 1, "hcas": [3, {"name": 5, "ports": [{"gids": "x"}]}], "limits": []}\n'
     )
     facts = node_facts(raw)
-    assert facts.hcas[0].name == ""
+    assert facts.hcas[0].name == "?"
+    hostile = node_facts(
+        {"netdevs": [{"name": "eth0; reboot"}], "hcas": [{"name": "$(id)", "netdevs": ["`id`", "eth0"]}]}
+    )
+    assert (hostile.netdevs[0].name, hostile.hcas[0].name, hostile.hcas[0].netdevs) == ("?", "?", ("eth0",))
     assert facts.limits == {}
     assert node_facts({"memory_total_bytes": "all", "time": True}).memory_total_bytes == 0
 

@@ -145,6 +145,16 @@ def test_env_shows_each_node_and_each_origin(hosts: Hosts) -> None:
     assert all(len(line) <= 80 for line in table.out.splitlines())
 
 
+def test_env_says_what_only_the_hosts_know(hosts: Hosts) -> None:
+    nameless = REGISTRY.replace(", ifname: enP2p1s0f0np0, hcas: [rocep1s0f0, roceP2p1s0f0]}", "}", 1)
+    assert nameless != REGISTRY
+    hosts.registry(nameless)
+    result = hosts.cli("env", "--cluster", "spark-pair")
+    assert "spark-01: the interface is the one that carries the node's ip" in result.err
+    assert "spark-01: the HCAs are the ACTIVE ones" in result.err
+    assert "spark-02" not in result.err
+
+
 def test_explain_gives_value_origin_effect_and_what_is_hidden(hosts: Hosts) -> None:
     result = hosts.cli("env", "gpt-oss-20b", "--explain", "NCCL_IB_TC", "--node", "spark-01", NCCL_IB_TC="8")
     assert result.code == 0, result.err
