@@ -153,7 +153,7 @@ def arrange(args: Sequence[str], environ: Mapping[str, str]) -> list[str]:
     """Move global options to the front, and turn the seed's bare form into `up`. Pure."""
     front: list[str] = []
     rest: list[str] = []
-    waiting = iter(args)
+    waiting = iter(_bench_profile(args))
     for arg in waiting:
         if arg == "--":
             rest += [arg, *waiting]
@@ -168,6 +168,16 @@ def arrange(args: Sequence[str], environ: Mapping[str, str]) -> list[str]:
         # '--' keeps a name such as '--help' a name.
         return [*front, "up", *rest, "--", model]
     return front + rest
+
+
+def _bench_profile(args: Sequence[str]) -> list[str]:
+    """Tell `bench --profile`, which takes no value, from the global `--profile NAME`."""
+    return [
+        "--profile-step"
+        if arg == "--profile" and "bench" in args[:at] and (args[at + 1 : at + 2] or ["-"])[0].startswith("-")
+        else arg
+        for at, arg in enumerate(args)
+    ]
 
 
 def main(args: Sequence[str] | None = None) -> None:

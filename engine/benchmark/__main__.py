@@ -88,6 +88,8 @@ def _run(request: dict[str, Any]) -> None:
 
 
 def _measure(bench: Bench, point: Point, request: dict[str, Any], deadline: Deadline) -> None:
+    from engine.benchmark.protocol import SETTLE_STEPS
+
     facts = {
         "num_requests": point.num_requests,
         "input_tokens": point.input_tokens,
@@ -106,7 +108,8 @@ def _measure(bench: Bench, point: Point, request: dict[str, Any], deadline: Dead
             say("run", **figures)
         else:
             say("warm-up", **facts, seconds=last)
-    if point.output_tokens > 1 and deadline.has_room_for(last):
+    has_room = point.input_tokens + point.num_requests + 8 * SETTLE_STEPS < bench.max_model_len
+    if point.output_tokens > 1 and has_room and deadline.has_room_for(last):
         experts = bench.distinct_experts(point.num_requests, point.input_tokens)
         if experts is not None:
             say("experts", **facts, distinct_experts=experts)

@@ -52,6 +52,10 @@ class Bench:
         self._clock = clock
         self._count = 0
 
+    @property
+    def max_model_len(self) -> int:
+        return self._core.max_model_len
+
     def run(self, point: Point, run: int) -> dict[str, Any]:
         """Measure a point once. `run` numbers the repeats: each draws prompts of its own."""
         n, length = point.num_requests, point.input_tokens

@@ -210,3 +210,47 @@ def prefill_report(
 
 
 _BASES: Sequence[Literal["spec", "copy"]] = ("spec", "copy")
+
+
+def op_bytes(model: ModelConfig, name: str, num_seqs: int, context: int, experts: float | None = None) -> float | None:
+    """Give the bytes that an op, or a fused GPU stage, must read in one decode step; None for names without weights."""
+    query, key = model.num_attention_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    whole = step_bytes(model, num_seqs, context, experts)
+    qkv = model.num_layers * (model.hidden_size + 1) * (query + 2 * key) * BF16_BYTES
+    out = model.num_layers * (query + 1) * model.hidden_size * BF16_BYTES
+    router = model.num_layers * model.num_experts * (model.hidden_size + 1) * BF16_BYTES
+    return {
+        "qkv_project": qkv,
+        "norm_qkv_rope": qkv,
+        "linear_add": out,
+        "out_proj_add": out,
+        "paged_attention": whole.kv,
+        "paged_decode_attention": whole.kv,
+        "moe_add": router + whole.experts,
+        "norm_router_topk": router,
+        "moe_gate_up": whole.experts * 2 / 3,
+        "moe_down_add": whole.experts / 3,
+        "logits": whole.lm_head,
+        "norm_logits": whole.lm_head,
+    }.get(name)
+
+
+def add_bytes(
+    profile: dict[str, Any],
+    model: ModelConfig,
+    num_seqs: int,
+    context: int,
+    device: Device,
+    experts: float | None = None,
+) -> None:
+    """Add `bytes` and `fraction` of the floor to each op of a profile, and to the whole step.
+
+    The bandwidth is the maker's figure, or the measured copy where there is none.
+    """
+    bandwidth = device.spec or device.copy
+    whole = step_bytes(model, num_seqs, context, experts).total
+    timed = [(op, op_bytes(model, op["name"], num_seqs, context, experts), op["seconds"]) for op in profile["ops"]]
+    for target, amount, seconds in (*timed, (profile, whole, profile["step_seconds"])):
+        target["bytes"] = amount
+        known = amount is not None and bandwidth is not None and seconds > 0
+        target["fraction"] = amount / bandwidth / seconds if known else None  # type: ignore[operator]

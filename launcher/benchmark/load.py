@@ -63,8 +63,10 @@ def run_level(
     concurrency: int,
     num_requests: int,
     on_done: Callable[[int], None] = lambda _: None,
+    *,
+    phase: str = "",
 ) -> LevelResult:
-    """Run `num_requests` requests with `concurrency` of them in flight."""
+    """Run `num_requests` requests with `concurrency` of them in flight; each `phase` draws prompts of its own."""
     results: list[RequestTimes] = []
     errors: list[str] = []
     lock = threading.Lock()
@@ -79,7 +81,7 @@ def run_level(
                 client.close()
                 return
             try:
-                times = _run_request(client, workload, random.Random(f"{workload.seed}/{concurrency}/{index}"))
+                times = _run_request(client, workload, random.Random(f"{workload.seed}/{phase}/{concurrency}/{index}"))
             except (HlaunchError, ValueError) as error:
                 # ValueError: an answer that is no JSON, from whatever listens there.
                 with lock:

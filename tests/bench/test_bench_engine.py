@@ -82,7 +82,7 @@ def test_a_profile_names_every_op_with_its_share_of_the_step(core: EngineCore) -
         "logits": 1,
     }
     total = sum(op.seconds for op in profile.ops)
-    assert 0.3 * profile.step_seconds < total < 3 * profile.step_seconds
+    assert 0.2 * profile.step_seconds < total < profile.step_seconds
     assert all(op.spec for op in profile.ops)
     assert [op.seconds for op in profile.ops] == sorted((op.seconds for op in profile.ops), reverse=True)
 
