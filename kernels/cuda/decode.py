@@ -36,6 +36,7 @@ TUNING = {  # measured on an H100: see docs/performance-log.md
     "LOGITS_DEPTH": 4,
     "LOGITS_ASKED": 5,
     "LOGITS_BLOCKS": 3,
+    "QKV_STAGES": 2,  # of the ring, that run_layers multiplies at a time: fewer are free sooner, more cost less work
     "IN_FLIGHT": 1,  # stages that run_layers asks for at once, of each group of warps
     "QKV_PREFETCHED": 2,  # rotary pairs of the next layer's qkv weights that each group brings to L2 before routing
 }

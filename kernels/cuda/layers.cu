@@ -120,7 +120,7 @@ DEVICE KeyPlace project_qkv(const Worker& worker, const Step& step, const Layer&
   for (int tile = 0; tile < 2; tile++) {
     float c[4] = {0.f, 0.f, 0.f, 0.f};
     const int count = min(8, pairs.count() - tile * 8);
-    constexpr int MOST = at_most(8, 2 * QKV_STEP);  // two stages at a time: the ring goes on meanwhile
+    constexpr int MOST = at_most(8, at_most(STAGES, QKV_STAGES) * QKV_STEP);  // pairs at a time
     for (int first = 0; first < count; first += MOST) {
       const int stages = (min(MOST, count - first) + QKV_STEP - 1) / QKV_STEP, at = g - first;
       for (int i = 0; i < stages; i++) worker.await(i);

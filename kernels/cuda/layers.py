@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from kernels.cuda.decode import DecodeShape, LayerWeights
 
 MAX_ROWS = 8
-FASTEST_ROWS = 2  # above, six launches a layer are faster: see docs/performance-log.md
+FASTEST_ROWS = 4  # above, six launches a layer are faster: see docs/performance-log.md
 GROUPS = 2  # of warps in a block, each with its share of the block's work
 _WEIGHTS = (
     "qkv",

@@ -63,10 +63,7 @@ struct ExpertTile {
     float even[4] = {0.f, 0.f, 0.f, 0.f}, odd[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
     for (int step = 0; step < STEPS; step++) {
-      const int at = block(step);
-      if (at - (lane & 3) >= BLOCKS) break;  // whole warps leave together
-      const bool valid = at < BLOCKS;
-      const int clamped = valid ? at : BLOCKS - 1;
+      const int clamped = min(block(step), BLOCKS - 1);  // past the end the activations are zero
       const uint4 upper = *(const uint4*)(weights + (2 * g) * ROW_BYTES + clamped * 16);
       const uint4 lower = *(const uint4*)(weights + (2 * g + 1) * ROW_BYTES + clamped * 16);
       const u8* scales = block_scales + 2 * g * BLOCKS + clamped;
