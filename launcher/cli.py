@@ -35,6 +35,7 @@ COMMANDS: Mapping[str, str] = {
     "plan": "Show what a start would do: placement, topology, memory, ports.",
     "down": "Stop what `up` started.",
     "ps": "Show what runs.",
+    "status": "Show the nodes of a launch on a cluster, and what happened on them.",
     "logs": "Show the log of a running or past model.",
     "chat": "Talk to a model in the terminal.",
     "bench": "Measure latency and throughput of a model.",

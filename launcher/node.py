@@ -42,6 +42,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="launcher.node", description=__doc__)
     parser.add_argument("verb", choices=("head", "worker", "keep", "start", "stop"))
     parser.add_argument("--plan", type=Path, help="the node plan, JSON")
+    parser.add_argument("--environment", type=Path, help="start: variables of this node, JSON")
     parser.add_argument("--log", type=Path, help="start: where the log goes")
     parser.add_argument("--folder", type=Path, help="stop: the node's run folder")
     arguments = parser.parse_args()
@@ -53,6 +54,8 @@ def main() -> int:
         if arguments.plan is None:
             parser.error(f"{arguments.verb} needs --plan")
         spec = read_spec(arguments.plan)
+        if arguments.environment is not None:
+            os.environ.update(_variables(arguments.environment))
         if arguments.verb in ("keep", "start"):
             if arguments.log is None:
                 parser.error(f"{arguments.verb} needs --log")
@@ -72,6 +75,14 @@ def read_spec(path: Path) -> NodeSpec:
         return NodeSpec.from_json(path.read_text(encoding="utf-8"), str(path))
     except (OSError, UnicodeDecodeError) as error:
         raise PreflightError(f"{path} cannot be read: {error}") from error
+
+
+def _variables(path: Path) -> dict[str, str]:
+    try:
+        loaded = json.loads(path.read_text(encoding="utf-8"))
+        return {str(name): str(value) for name, value in loaded.items()}
+    except (OSError, ValueError, AttributeError) as error:
+        raise PreflightError(f"{path} is not a set of variables: {error}") from error
 
 
 def serve(spec: NodeSpec, role: str) -> int:

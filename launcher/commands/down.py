@@ -20,7 +20,9 @@ def register(app: typer.Typer) -> None:
         is_all: Annotated[bool, typer.Option("--all", help="Stop everything that runs.")] = False,
     ) -> None:
         """Stop a model: drain, then end."""
+        from launcher.commands import cluster
         from launcher.errors import UsageError
+        from launcher.supervise.cluster_run import read_run
         from launcher.supervise.stopping import stop_instance
 
         if (name is None) != is_all:
@@ -28,16 +30,21 @@ def register(app: typer.Typer) -> None:
         invocation = invocation_of(ctx)
         folders = _recorded(invocation) if name is None else [_named(invocation, name)]
         for folder in folders:
+            if (run := read_run(folder)) is not None:
+                cluster.down(invocation.console, folder, run, invocation.environ)
+                continue
             invocation.console.data(f"{folder.name}: {stop_instance(folder).value}")
         if not folders:
             invocation.console.note("nothing runs")
 
 
 def _recorded(invocation: Invocation) -> list[InstanceFolder]:
+    from launcher.supervise.cluster_run import read_run
     from launcher.supervise.instance import state_root
     from launcher.supervise.stopping import instance_folders
 
-    return [folder for folder in instance_folders(state_root(invocation.environ)) if folder.read() is not None]
+    folders = instance_folders(state_root(invocation.environ))
+    return [folder for folder in folders if folder.read() is not None or read_run(folder) is not None]
 
 
 def _named(invocation: Invocation, name: str) -> InstanceFolder:

@@ -18,7 +18,9 @@ def register(app: typer.Typer) -> None:
         num_lines: Annotated[int, typer.Option("--lines", "-n", min=0, help="Lines from the end.")] = 200,
     ) -> None:
         """Show the log of a running or past model."""
+        from launcher.commands import cluster
         from launcher.errors import HlaunchError, UnknownModel
+        from launcher.supervise.cluster_run import read_run
         from launcher.supervise.instance import InstanceFolder, state_root
         from launcher.supervise.logfile import follow, tail
         from launcher.supervise.stopping import instance_folders
@@ -26,6 +28,9 @@ def register(app: typer.Typer) -> None:
         invocation = invocation_of(ctx)
         root = state_root(invocation.environ)
         folder = InstanceFolder(root, name)
+        if (run := read_run(folder)) is not None:
+            cluster.logs(invocation.console, run, invocation.environ, num_lines, follow=is_following)
+            return
         if not folder.log_file.is_file():
             try:
                 folder = InstanceFolder(root, invocation.resolve(name).name)

@@ -19,6 +19,8 @@ def register(app: typer.Typer) -> None:
         as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     ) -> None:
         """Show what runs."""
+        from launcher.commands import cluster
+        from launcher.supervise.cluster_run import recorded_runs
         from launcher.supervise.instance import state_root
         from launcher.supervise.stopping import clean_stale, instance_folders, running_instances, stale_instances
 
@@ -28,8 +30,13 @@ def register(app: typer.Typer) -> None:
             clean_stale(folder, state)
             invocation.console.note(f"{state.name}: its launcher (pid {state.launcher.pid}) is gone; record removed")
         facts = [_facts(state) for _, state in running_instances(folders)]
+        launches = [cluster.facts(run, invocation.environ) for _, run in recorded_runs(state_root(invocation.environ))]
         if as_json:
-            invocation.console.json(facts)
+            invocation.console.json([*facts, *launches])
+            return
+        if launches:
+            cluster.table(invocation.console, launches)
+        if not facts and launches:
             return
         if not facts:
             invocation.console.note("nothing runs; start with: hlaunch up NAME")

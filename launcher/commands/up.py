@@ -39,6 +39,8 @@ def register(app: typer.Typer) -> None:
         replace: Annotated[bool, typer.Option("--replace", help="Stop a running one of this name first.")] = False,
         dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan, start nothing.")] = False,
         as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: print JSON.")] = False,
+        cluster: Annotated[str | None, typer.Option("--cluster", metavar="NAME", help="Run on this cluster.")] = None,
+        runtime: Annotated[str, typer.Option("--runtime", help="On a cluster: compose or process.")] = "compose",
     ) -> int:
         """Start a model and serve it until Ctrl-C."""
         from launcher.errors import UsageError
@@ -46,12 +48,35 @@ def register(app: typer.Typer) -> None:
         if as_json and not dry_run:
             raise UsageError("--json goes with --dry-run", hint="add --dry-run")
         invocation = invocation_of(ctx)
+        chosen = [*(overrides or []), *([f"cluster={cluster}"] if cluster else [])]
+        if _has_cluster(invocation, name, chosen):
+            return _up_on_cluster(invocation, name, chosen, runtime, replace=replace, dry_run=dry_run)
         plan = _plan(invocation, name, list(overrides or []), port)
         if dry_run:
             from launcher.commands.dry_run import dry_run as show
 
             return show(invocation.console, plan, as_json=as_json)
         return launch(invocation.console, plan, is_detached=detach, is_replacing=replace)
+
+
+def _has_cluster(invocation: Invocation, name: str, overrides: list[str]) -> bool:
+    """Look without a word: whoever plans resolves again, and says the warnings."""
+    from launcher.registry import resolve
+
+    return resolve(invocation.load_registry(), name, invocation.environ, overrides).cluster_name is not None
+
+
+def _up_on_cluster(
+    invocation: Invocation, name: str, overrides: list[str], runtime: str, *, replace: bool, dry_run: bool
+) -> int:
+    from launcher.commands import cluster as on_cluster
+    from launcher.commands.render import cluster_plan_for
+    from launcher.errors import UsageError
+
+    if dry_run:
+        raise UsageError("a dry run of a cluster is its plan", hint=f"run: hlaunch plan {name}")
+    plan = cluster_plan_for(invocation, name, overrides, None)
+    return on_cluster.up(invocation, plan, runtime, is_replacing=replace)
 
 
 def _plan(invocation: Invocation, name: str, overrides: list[str], port: int | None) -> LaunchPlan:

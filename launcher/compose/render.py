@@ -53,10 +53,15 @@ def render(plan: ClusterPlan) -> dict[str, bytes]:
     files: dict[str, bytes] = {}
     for node in plan.nodes:
         folder = node_folder(plan, node)
-        files[f"{folder}/{COMPOSE_FILE}"] = (_HEADER + dump(compose_document(plan, node))).encode("ascii")
+        files[f"{folder}/{COMPOSE_FILE}"] = compose_text(plan, node)
         files[f"{folder}/{ENV_EXAMPLE}"] = env_example(plan, node).encode("ascii")
         files[f"{folder}/{README}"] = node_readme(plan, node).encode("utf-8")
     return dict(sorted(files.items()))
+
+
+def compose_text(plan: ClusterPlan, node: NodePlan) -> bytes:
+    """Render one node's compose file."""
+    return (_HEADER + dump(compose_document(plan, node))).encode("ascii")
 
 
 def node_folder(plan: ClusterPlan, node: NodePlan) -> str:
@@ -71,6 +76,12 @@ def project_name(plan: ClusterPlan) -> str:
     return f"hl-{slug(plan.name)}"
 
 
+def project_of(plan: ClusterPlan, node: NodePlan) -> str:
+    """Name one node's project; nodes that share a Docker network may share a host, and must not share a project."""
+    is_alone = plan.cluster.container.network == "host"
+    return project_name(plan) if is_alone else f"{project_name(plan)}-{slug(node.name)}"
+
+
 def slug(name: str) -> str:
     """Reduce a name to what Compose projects and folders accept."""
     return _PROJECT_NAME.sub("-", name.lower()).strip("-_") or "unnamed"
@@ -80,7 +91,7 @@ def compose_document(plan: ClusterPlan, node: NodePlan) -> dict[str, Value]:
     """Build the compose file of one node as plain values, in the order they are written."""
     container = plan.cluster.container
     document: dict[str, Value] = {
-        "name": project_name(plan) if container.network == "host" else f"{project_name(plan)}-{slug(node.name)}",
+        "name": project_of(plan, node),
         "x-hlaunch": _provenance(plan, node),
         "services": {SERVICE: _service(plan, node)},
         "configs": _configs(plan, node),
@@ -258,6 +269,11 @@ def api_key_variable(plan: ClusterPlan) -> str:
     """The variable of the host that holds the API key; a literal of the registry travels under our own name."""
     reference = plan.entry.secret("api-key")
     return reference.name if reference is not None and reference.kind == "env" else "HLAUNCH_API_KEY"
+
+
+def is_hidden_variable(plan: ClusterPlan, name: str) -> bool:
+    """Whether a host variable is the one that holds the API key."""
+    return name == api_key_variable(plan)
 
 
 def host_variables(plan: ClusterPlan, node: NodePlan) -> Mapping[str, str]:

@@ -73,6 +73,7 @@ def raylet_of(nodes: TwoNodes, role: str) -> int:
     raise AssertionError("no raylet")
 
 
+@pytest.mark.slow  # test_cluster_processes.py goes the same way through the command, in the default tier.
 def test_two_nodes_serve_lose_one_and_get_it_back(nodes: TwoNodes, tmp_path: Path) -> None:
     token = secrets.token_urlsafe(32)
     head = make_node(nodes, "head", tmp_path / "h", token)

@@ -1,0 +1,172 @@
+"""What `up`, `down`, `ps`, `logs` and `status` do when a launch has a cluster: words and tables, nothing else.
+
+Knows: columns, phases as people see them. Refuses to know: nodes, ssh, Docker (`launcher.supervise.cluster_run`).
+"""
+
+from __future__ import annotations
+
+import subprocess
+import threading
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from launcher.commands import Invocation
+from launcher.errors import EngineFailed, PreflightError, UsageError
+
+if TYPE_CHECKING:
+    from launcher.console import Console, PhaseView
+    from launcher.plan.cluster_plan import ClusterPlan
+    from launcher.supervise.cluster_run import ClusterRun, NodeSaid
+    from launcher.supervise.instance import InstanceFolder
+
+
+def up(invocation: Invocation, plan: ClusterPlan, runtime: str, *, is_replacing: bool) -> int:
+    """Start a launch on its cluster and return when it is ready; the nodes go on by themselves."""
+    from launcher.exit_codes import ExitCode
+    from launcher.supervise.cluster_run import read_run, start, stop
+    from launcher.supervise.instance import InstanceFolder, state_root
+    from launcher.supervise.runtimes import RUNTIMES
+
+    if runtime not in RUNTIMES:
+        raise UsageError(f"no such runtime: {runtime}", hint=f"runtimes: {', '.join(RUNTIMES)}")
+    plan.check()
+    folder = InstanceFolder(state_root(invocation.environ), plan.name)
+    folder.create()
+    if (running := read_run(folder)) is not None:
+        if not is_replacing:
+            raise PreflightError(
+                f"{plan.name} is running on cluster {running.cluster}",
+                hint=f"run: hlaunch down {plan.name}, or add --replace",
+            )
+        stop(running, folder, invocation.environ)
+    console, began = invocation.console, time.monotonic()
+    for node in plan.nodes:
+        ranks = f"{len(node.ranks)} rank(s)" if node.ranks else "no rank"
+        console.note(f"{node.name} ({'head' if node.is_head else 'worker'}, {node.node.ip}): {ranks}, by {runtime}")
+    try:
+        with console.phases() as view:
+            run = start(
+                plan, RUNTIMES[runtime], folder, invocation.environ, _Phases(view).take, console.note
+            )  # fmt: skip
+    except KeyboardInterrupt:
+        console.note(f"detached; the nodes go on. stop with: hlaunch down {plan.name}")
+        return ExitCode.INTERRUPTED
+    console.data(f"{plan.name} is ready at {run.url} on {len(run.nodes)} nodes after {time.monotonic() - began:.1f} s")
+    console.note(
+        f"stop with: hlaunch down {plan.name}   log: hlaunch logs {plan.name}   nodes: hlaunch status {plan.name}"
+    )
+    return ExitCode.OK
+
+
+class _Phases:
+    """Every node's phases in one view, each told once."""
+
+    def __init__(self, view: PhaseView) -> None:
+        self._view = view
+        self._told: dict[tuple[str, str], tuple[str, str]] = {}
+
+    def take(self, said: NodeSaid) -> None:
+        for phase in said.report.get("phases", ()):
+            if not isinstance(phase, dict):
+                continue
+            key = (said.node.name, str(phase.get("name", "")))
+            state, detail = str(phase.get("state", "")), str(phase.get("detail", ""))
+            if self._told.get(key) == (state, detail):
+                continue
+            label = " ".join(key)
+            if key not in self._told:
+                self._view.begin(label)
+            self._told[key] = (state, detail)
+            seconds, fraction = phase.get("seconds"), phase.get("fraction")
+            if state == "end":
+                self._view.end(label, float(seconds) if isinstance(seconds, int | float) else 0.0, detail)
+            else:
+                self._view.progress(label, float(fraction) if isinstance(fraction, int | float) else None, detail)
+
+
+def down(console: Console, folder: InstanceFolder, run: ClusterRun, environ: Mapping[str, str]) -> None:
+    """End a launch on all nodes. Raises: EngineFailed naming what is left."""
+    from launcher.supervise.cluster_run import stop
+
+    left = stop(run, folder, environ)
+    if left:
+        raise EngineFailed(f"{run.name}: not everything is gone", details=left, hint=f"again: hlaunch down {run.name}")
+    console.data(f"{run.name}: stopped on {len(run.nodes)} nodes, nothing is left")
+
+
+def facts(run: ClusterRun, environ: Mapping[str, str]) -> dict[str, Any]:
+    """One launch with what each of its nodes says now."""
+    from launcher.supervise.cluster_run import ask_all
+
+    reports = ask_all(run, environ)
+    nodes = [{"name": node.name, "role": node.role, "ip": node.ip, **_of(reports[node.name])} for node in run.nodes]
+    states = {str(node["state"]) for node in nodes}
+    state = "ready" if states == {"ready"} else "degraded" if reports[run.head.name].get("url") else "down"
+    return {
+        "name": run.name, "model": run.model, "cluster": run.cluster, "runtime": run.runtime, "state": state,
+        "url": run.url, "plan": run.plan, "nodes": nodes,
+    }  # fmt: skip
+
+
+def _of(report: Mapping[str, Any]) -> dict[str, Any]:
+    if not report:
+        return {"state": "no answer", "uptime_seconds": None, "events": [], "phases": [], "previous": None}
+    kept = ("state", "uptime_seconds", "ready_seconds", "url", "cause", "events", "phases", "previous")
+    return {name: report.get(name) for name in kept}
+
+
+def table(console: Console, launches: list[dict[str, Any]]) -> None:
+    """One line per node."""
+    rows = [
+        (
+            launch["name"], launch["cluster"], node["name"], node["role"], node["ip"], str(node["state"]),
+            launch["url"] if node["role"] == "head" else "",
+        )
+        for launch in launches
+        for node in launch["nodes"]
+    ]  # fmt: skip
+    console.table(("NAME", "CLUSTER", "NODE", "ROLE", "ADDRESS", "STATE", "ENDPOINT"), rows)
+
+
+def status(console: Console, launch: dict[str, Any]) -> None:
+    """Nodes, then what happened on each, newest last."""
+    table(console, [launch])
+    for node in launch["nodes"]:
+        previous = node.get("previous") or {}
+        if previous.get("cause"):
+            console.data(f"{node['name']}: restarted {previous.get('restarts', 1)} time(s), after: {previous['cause']}")
+        for event in node.get("events") or ():
+            console.data(f"{node['name']}: {event.get('age_seconds', 0):.0f} s ago: {event.get('text', '')}")
+
+
+def logs(console: Console, run: ClusterRun, environ: Mapping[str, str], num_lines: int, *, follow: bool) -> None:
+    """Print every node's log, each line with its node's name."""
+    from launcher.supervise.logfile import clean
+    from launcher.supervise.runtimes import RUNTIMES
+    from launcher.supervise.shell import Shell
+
+    width, lock = max(len(node.name) for node in run.nodes), threading.Lock()
+
+    def copy(process: subprocess.Popen[str], name: str) -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            with lock:
+                console.data(f"{name:<{width}} | {clean(line.rstrip())}")
+
+    processes = []
+    for node in run.nodes:
+        shell = Shell(node.name, node.ssh, environ)
+        process = shell.popen(RUNTIMES[run.runtime].logs_argv(shell, node, num_lines, follow=follow))
+        thread = threading.Thread(target=copy, args=(process, node.name), daemon=True)
+        thread.start()
+        processes.append((process, thread))
+        if not follow:
+            thread.join()
+    try:
+        for process, thread in processes:
+            thread.join()
+            process.wait()
+    finally:
+        for process, _ in processes:
+            process.terminate()

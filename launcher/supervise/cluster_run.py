@@ -1,0 +1,237 @@
+"""A launch on several nodes: start all of them with one view, ask all, end all and look that nothing is left.
+
+Knows: order between nodes, deadlines, the record by which later commands find the nodes. Refuses to know: terminals and
+how one node is started (`runtimes`). One thread per node reads its reports; only the caller's thread draws.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import queue
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from launcher.errors import HlaunchError, NotReady, PreflightError
+from launcher.exit_codes import ExitCode
+from launcher.plan.cluster_plan import ClusterPlan
+from launcher.registry.values import BadValue
+from launcher.supervise.instance import InstanceFolder, instance_folders, write_private
+from launcher.supervise.node_spec import HEAD
+from launcher.supervise.runtimes import RUNTIMES, NodeHandle, Runtime, Secrets, handle_of
+from launcher.supervise.shell import Shell
+from launcher.supervise.status import one_line
+
+RECORD = "cluster.json"
+_PERMANENT = (ExitCode.USAGE, ExitCode.REGISTRY_INVALID, ExitCode.PREFLIGHT, ExitCode.DOES_NOT_FIT, ExitCode.NOT_READY)
+"""Exit codes of a node that starting it again cannot change."""
+_REATTACH_SECONDS = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterRun:
+    """What was started where. `url` is the API's address once it is ready."""
+
+    name: str
+    model: str
+    cluster: str
+    runtime: str
+    plan: str
+    nodes: tuple[NodeHandle, ...]
+    started_at: float
+    url: str = ""
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2, sort_keys=True)
+
+    @property
+    def head(self) -> NodeHandle:
+        return next(node for node in self.nodes if node.role == HEAD)
+
+
+@dataclass(frozen=True, slots=True)
+class NodeSaid:
+    """One report of one node, as it arrives."""
+
+    node: NodeHandle
+    report: Mapping[str, Any]
+
+
+def read_run(folder: InstanceFolder) -> ClusterRun | None:
+    """Read the record of a launch on a cluster; None when there is none."""
+    try:
+        data = json.loads((folder.path / RECORD).read_text(encoding="utf-8"))
+        return ClusterRun(**{**data, "nodes": tuple(NodeHandle(**node) for node in data["nodes"])})
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def recorded_runs(root: Path) -> Iterator[tuple[InstanceFolder, ClusterRun]]:
+    """List the launches on clusters that this host started."""
+    for folder in instance_folders(root):
+        if (run := read_run(folder)) is not None:
+            yield folder, run
+
+
+def make_secrets(plan: ClusterPlan, environ: Mapping[str, str]) -> Secrets:
+    """Make the cluster's token, 256 bits, and read the API key. Raises: PreflightError when the key is missing."""
+    reference = plan.entry.secret("api-key")
+    try:
+        key = reference.reveal(environ) if reference is not None else ""
+    except BadValue as error:
+        raise PreflightError(f"api-key: {error.message}", hint=error.hint) from error
+    return Secrets(secrets.token_urlsafe(32), key)
+
+
+def start(
+    plan: ClusterPlan,
+    runtime: Runtime,
+    folder: InstanceFolder,
+    environ: Mapping[str, str],
+    on_report: Callable[[NodeSaid], None],
+    note: Callable[[str], None],
+) -> ClusterRun:
+    """Start every node and wait until all are ready. What was started is ended again when one cannot be.
+
+    Raises: HlaunchError with the first permanent cause, or NotReady at the deadline. Ctrl-C leaves the nodes running.
+    """
+    keys = make_secrets(plan, environ)
+    run = ClusterRun(
+        plan.name, plan.entry.model, plan.cluster.name, runtime.name, plan.digest,
+        tuple(handle_of(plan, node) for node in plan.nodes), round(time.time(), 1),
+    )  # fmt: skip
+    write_private(folder.path / RECORD, run.to_json())
+    shells = {node.name: Shell(node.name, node.ssh, environ) for node in run.nodes}
+    try:
+        for node in plan.nodes:
+            for reason in runtime.stage(shells[node.name], plan, node, keys):
+                note(reason)
+        # The head first; workers wait for it by themselves, so nothing here sleeps in between.
+        for handle in sorted(run.nodes, key=lambda item: item.role != HEAD):
+            runtime.start(shells[handle.name], handle)
+        url = _await_ready(run, runtime, shells, plan.ready_timeout_seconds, on_report, note)
+    except HlaunchError:
+        with contextlib.suppress(HlaunchError):
+            stop(run, folder, environ)
+        raise
+    ready = ClusterRun(**{**{name: getattr(run, name) for name in ClusterRun.__slots__}, "url": url})
+    write_private(folder.path / RECORD, ready.to_json())
+    return ready
+
+
+def _await_ready(
+    run: ClusterRun,
+    runtime: Runtime,
+    shells: Mapping[str, Shell],
+    seconds: float,
+    on_report: Callable[[NodeSaid], None],
+    note: Callable[[str], None],
+) -> str:
+    said: queue.Queue[NodeSaid] = queue.Queue()
+    is_over = threading.Event()
+    for handle in run.nodes:
+        argv = runtime.watch_argv(shells[handle.name], handle)
+        thread = threading.Thread(target=_listen, args=(shells[handle.name], handle, argv, said, is_over), daemon=True)
+        thread.start()
+    deadline = time.monotonic() + seconds
+    states: dict[str, str] = {handle.name: "not answering" for handle in run.nodes}
+    url = ""
+    causes: dict[str, str] = {}
+    try:
+        while set(states.values()) != {"ready"}:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                table = ", ".join(f"{name}: {causes.get(name, state)}" for name, state in states.items())
+                raise NotReady(f"{run.name} was not ready on all nodes after {seconds:g} s: {table}")
+            try:
+                item = said.get(timeout=min(1.0, left))
+            except queue.Empty:
+                continue
+            states[item.node.name] = str(item.report.get("state", ""))
+            url = str(item.report.get("url") or "") if item.node.role == HEAD else url
+            on_report(item)
+            if cause := item.report.get("cause"):
+                code = item.report.get("exit_code")
+                text = one_line(f"{item.node.role} {item.node.name}: {cause}")
+                if code in _PERMANENT:
+                    raise HlaunchError(text, hint=one_line(str(item.report.get("hint", ""))), exit_code=code)
+                if causes.get(item.node.name) != text:
+                    note(f"{text}; its node is started again")
+                causes[item.node.name] = text
+    finally:
+        is_over.set()
+    return url
+
+
+def _listen(
+    shell: Shell, handle: NodeHandle, argv: list[str], said: queue.Queue[NodeSaid], is_over: threading.Event
+) -> None:
+    """Follow one node's reports; attach again when its supervisor was restarted."""
+    while not is_over.is_set():
+        process = shell.popen(argv)
+        assert process.stdout is not None
+        reader = threading.Thread(target=_copy, args=(process.stdout, handle, said), daemon=True)
+        reader.start()
+        while process.poll() is None and not is_over.is_set():
+            is_over.wait(0.1)
+        with contextlib.suppress(ProcessLookupError):
+            process.terminate()
+        process.wait()
+        reader.join(timeout=2.0)
+        is_over.wait(_REATTACH_SECONDS)
+
+
+def _copy(lines: Any, handle: NodeHandle, said: queue.Queue[NodeSaid]) -> None:
+    with contextlib.suppress(ValueError, OSError):
+        for line in lines:
+            report = _report(line)
+            if report:
+                said.put(NodeSaid(handle, report))
+
+
+def _report(line: str) -> dict[str, Any]:
+    try:
+        loaded = json.loads(line)
+    except ValueError:
+        return {}
+    return loaded if isinstance(loaded, dict) else {}
+
+
+def ask_all(run: ClusterRun, environ: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """Ask every node at once; a node that does not answer has an empty report."""
+
+    def ask(handle: NodeHandle) -> dict[str, Any]:
+        shell = Shell(handle.name, handle.ssh, environ)
+        try:
+            argv = RUNTIMES[run.runtime].status_argv(shell, handle)
+            return _report(shell.run(argv, seconds=15.0, is_checked=False).strip())
+        except HlaunchError:
+            return {}
+
+    with ThreadPoolExecutor(max_workers=max(1, len(run.nodes))) as pool:
+        return dict(zip((node.name for node in run.nodes), pool.map(ask, run.nodes), strict=True))
+
+
+def stop(run: ClusterRun, folder: InstanceFolder, environ: Mapping[str, str]) -> list[str]:
+    """End every node, the head (whose engine drains) first; return what is left, which should be nothing. Idempotent.
+
+    A node that cannot be reached is named among what is left; then the record stays, so that `down` can be said again.
+    """
+    runtime, left = RUNTIMES[run.runtime], []
+    for handle in sorted(run.nodes, key=lambda item: item.role != HEAD):
+        shell = Shell(handle.name, handle.ssh, environ)
+        try:
+            runtime.stop(shell, handle)
+            left += [f"{handle.name}: {item}" for item in runtime.leftovers(shell, handle)]
+        except HlaunchError as error:
+            left.append(error.message)
+    if not left:
+        with contextlib.suppress(OSError):
+            (folder.path / RECORD).unlink()
+    return left
