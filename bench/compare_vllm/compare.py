@@ -20,8 +20,10 @@ import argparse
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -40,7 +42,6 @@ INPUT, OUTPUT = 1024, 257
 SIDES = ("hlaunch", "vllm-triton", "vllm-marlin")
 # What vLLM captures when it is short of time; exact sizes for the rows that are measured.
 MARLIN_GRAPHS = [1, 2, 4, 8, 16, 32, 64, 128, 256]
-END_SECONDS = 30.0
 
 
 def main() -> int:
@@ -56,7 +57,7 @@ def main() -> int:
                 if start == 0 and not missing and side in {event["side"] for event in known}:
                     continue
                 left = options.deadline_seconds and options.deadline_seconds - (time.time() - began)
-                if left is not None and left < END_SECONDS:
+                if left is not None and left < options.grace_seconds:
                     print(f"{side}: no time left", file=sys.stderr)
                     continue
                 for event in run_side(side, missing, options, left):
@@ -92,6 +93,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--vllm-path", default="", help="PYTHONPATH of that Python, where vLLM was unpacked")
     parser.add_argument("--vllm-quick", action="store_true", help="fewer CUDA graphs for vLLM: starts a minute sooner")
     parser.add_argument("--deadline-seconds", type=float, help="nothing begins that would not end by then")
+    parser.add_argument(
+        "--grace-seconds", type=float, default=30.0, help="a side gets no less than this, and half of it to end"
+    )
     parser.add_argument("--resume", action="store_true", help="keep what the .jsonl has, measure the rest")
     return parser.parse_args()
 
@@ -107,7 +111,7 @@ def run_side(
         "seed": options.seed,
         "started": time.time(),
         # The process is given a little time to end before it is ended.
-        "deadline_seconds": None if left is None else left - END_SECONDS / 2,
+        "deadline_seconds": None if left is None else left - options.grace_seconds / 2,
     }
     environ = {**os.environ, "PYTHONUNBUFFERED": "1"}
     if side == "hlaunch":
@@ -124,6 +128,11 @@ def run_side(
     assert process.stdin is not None
     assert process.stdout is not None
     has_ended_well = False
+    # An engine that is still starting looks at no deadline; it is ended from here.
+    watchdog = threading.Timer(left or 0.0, process.terminate)
+    watchdog.daemon = True
+    if left is not None:
+        watchdog.start()
     try:
         process.stdin.write(json.dumps(request))
         process.stdin.close()
@@ -133,13 +142,16 @@ def run_side(
                 has_ended_well = has_ended_well or event["event"] in ("done", "error")
                 yield event
         code = process.wait()
-        if not has_ended_well:
+        if not has_ended_well and code == -signal.SIGTERM and left is not None and not watchdog.is_alive():
+            yield {"event": "skipped", "reason": "the deadline came first"}
+        elif not has_ended_well:
             yield {"event": "error", "kind": "Died", "message": f"exit status {code}, see above", "hint": ""}
     finally:
+        watchdog.cancel()
         if process.poll() is None:
             process.terminate()
             try:
-                process.wait(END_SECONDS)
+                process.wait(options.grace_seconds)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()

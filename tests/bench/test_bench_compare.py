@@ -6,6 +6,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -31,6 +32,7 @@ class LLM:
     def __init__(self, **options):
         print("noise on stdout")
         assert options["enable_prefix_caching"] is False
+        if options["model"].endswith("slow"): time.sleep(60)
         if options["model"].endswith("broken"): raise RuntimeError("out of luck")
     def generate(self, prompts, params, use_tqdm):
         assert all(0 <= i < 100000 for p in prompts for i in p["prompt_token_ids"])
@@ -132,6 +134,19 @@ def test_past_the_deadline_nothing_begins(tmp_path: Path, peer: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "no time left" in done.stderr
     assert json.loads(out.read_text())["rows"] == []
+
+
+def test_an_engine_that_is_still_starting_at_the_deadline_is_ended(tmp_path: Path, peer: Path) -> None:
+    model = tmp_path / "slow"
+    model.mkdir()
+    (model / "config.json").write_text((BUNDLED_MODELS["tiny-oss"] / "config.json").read_text())
+    out = tmp_path / "r.json"
+    options = ("--vllm-path", str(peer), "--deadline-seconds", "3", "--grace-seconds", "1")
+    begin = time.monotonic()
+    done = compare(out, "--sides", "vllm-triton", "--points", "1", *options, model=model)
+    assert time.monotonic() - begin < 30
+    assert done.returncode == 0, done.stderr
+    assert "vllm-triton: skipped reason=the deadline came first" in done.stderr
 
 
 def run_event(n: int, rate: float, out: int = 257) -> dict[str, Any]:
