@@ -69,7 +69,7 @@ class Hosts:
     def registry(self, text: str) -> None:
         (self.folder / "model_registry.yml").write_text(text)
 
-    def cli(self, *args: str, seconds: float = 60, **environ: str) -> Result:
+    def cli(self, *args: str, seconds: float = 150, **environ: str) -> Result:
         """Run a command of the product to its end, in a process of its own."""
         done = subprocess.run(
             [sys.executable, "-m", "launcher.cli", *args],

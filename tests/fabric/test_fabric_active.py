@@ -85,13 +85,13 @@ def test_the_log_of_nccl_decides_what_was_used(tmp_path: Path, way: str, rdma: s
 
 
 def test_ranks_that_never_end_are_ended_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(active, "IMPORT_SECONDS", 0.5)
+    monkeypatch.setattr(active, "IMPORT_SECONDS", 3.0)
     monkeypatch.setattr(active, "GRACE_SECONDS", 0.2)
     marker = f"hang-{time.time_ns()}"
     body = f"say(event='listening', port=9)\nsay(event='all-reduce')\nmarker = {marker!r}\ntime.sleep(600)"
     began = time.monotonic()
     found = all_reduce_check(lonely(), {}, stand_in(tmp_path, SAY + body), seconds=1)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 30
     hang = only(found, "all-reduce-hang")
     assert (
         "rank 0 on alone (127.0.0.1, lo) in 'all-reduce'; rank 1 on alone (127.0.0.1, lo) in 'all-reduce'"
@@ -128,7 +128,7 @@ def test_the_reason_in_the_log_of_nccl_is_told(tmp_path: Path) -> None:
     ],
 )
 def test_odd_ranks_are_a_finding_never_an_exception(tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(active, "IMPORT_SECONDS", 2.0)
+    monkeypatch.setattr(active, "IMPORT_SECONDS", 10.0)
     found = all_reduce_check(lonely(), {}, stand_in(tmp_path, text), seconds=1)
     assert codes(found) in (["all-reduce-failed"], ["all-reduce-hang"])
     if "boom" in text:

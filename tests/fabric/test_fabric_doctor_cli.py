@@ -71,19 +71,19 @@ def test_each_way_not_to_reach_a_node_has_its_own_fix(hosts: Hosts) -> None:
     assert result.json["nodes"]["five"]["read"]
     assert result.finding("node-ip-absent")["where"] == "five"
     # The one that never stops talking is bounded, not believed.
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < 120
 
 
 def test_silent_nodes_are_waited_for_side_by_side(hosts: Hosts) -> None:
-    result = hosts.cli("doctor", "--cluster", "spark-pair", "--deadline", "2", "--json")
+    result = hosts.cli("doctor", "--cluster", "spark-pair", "--deadline", "3", "--json")
     assert result.code == 5
     assert [item["where"] for item in result.json["findings"] if item["code"] == "node-unreachable"] == [
         "spark-01",
         "spark-02",
     ]
-    assert "no answer within 2 s" in result.finding("node-unreachable")["evidence"]
-    # One after the other they would take 4 s.
-    assert 2 <= result.json["seconds"] < 3.9
+    assert "no answer within 3 s" in result.finding("node-unreachable")["evidence"]
+    # One after the other they would take 6 s.
+    assert 3 <= result.json["seconds"] < 5.8
 
 
 def test_trees_stand_in_for_hosts(hosts: Hosts, tmp_path: Path) -> None:

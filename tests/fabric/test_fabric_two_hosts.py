@@ -76,7 +76,7 @@ def test_a_downed_link_is_named_and_the_hang_ends_at_the_deadline(hosts: Hosts, 
     ip("-n", namespaces["b"], "link", "set", "veth-b", "down")
     try:
         began = time.monotonic()
-        result = hosts.cli("doctor", "--cluster", "pair", "--active", "--deadline", "4", "--json")
+        result = hosts.cli("doctor", "--cluster", "pair", "--active", "--deadline", "6", "--json")
         seconds = time.monotonic() - began
     finally:
         ip("-n", namespaces["b"], "link", "set", "veth-b", "up")
@@ -89,7 +89,7 @@ def test_a_downed_link_is_named_and_the_hang_ends_at_the_deadline(hosts: Hosts, 
     hang = result.finding("all-reduce-hang")["evidence"]
     assert "rank 0 on node-a (10.77.0.1, veth-a)" in hang
     assert "rank 1 on node-b (10.77.0.2, veth-b)" in hang
-    assert seconds < 30
+    assert seconds < 90
 
 
 def test_what_a_person_reads_is_within_80_columns(hosts: Hosts) -> None:
