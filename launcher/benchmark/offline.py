@@ -19,7 +19,7 @@ from launcher.benchmark.synthetic import is_synthetic
 from launcher.errors import EngineFailed
 
 if TYPE_CHECKING:
-    from engine.config import EngineConfig
+    from engine.config import EngineConfig, ModelConfig
     from launcher.plan import LaunchPlan
 
 
@@ -83,7 +83,7 @@ def measure_offline(
     limits = device_limits(result.device)
     for point, found in by_point.items():
         level = replace(median(found), distinct_experts=experts.get(point))
-        result.levels.append(with_floor(plan, level, point, limits))
+        result.levels.append(with_floor(plan.model, level, point, limits))
     if plan.model is not None:
         for profile_of in result.profiles:
             n, context = int(profile_of["num_requests"]), int(profile_of["context"])
@@ -117,19 +117,17 @@ def device_limits(device: Mapping[str, Any]) -> floor.Device:
 
 
 def with_floor(
-    plan: LaunchPlan, level: LevelFigures, point: tuple[int, int, int], limits: floor.Device
+    model: ModelConfig | None, level: LevelFigures, point: tuple[int, int, int], limits: floor.Device
 ) -> LevelFigures:
     """Hold a level against the floor of its device, where the model's shape is known."""
     n, length, out = point
-    if plan.model is None:
+    if model is None:
         return level
     if level.decode_tokens_per_second is not None:
         rate, context = level.decode_tokens_per_second, length + (out - 1) // 2
-        return replace(level, floor=floor.decode_report(plan.model, n, context, rate, limits, level.distinct_experts))
+        return replace(level, floor=floor.decode_report(model, n, context, rate, limits, level.distinct_experts))
     if out == 1 and level.prefill_tokens_per_second is not None:
-        return replace(
-            level, floor=floor.prefill_report(plan.model, n, length, level.prefill_tokens_per_second, limits)
-        )
+        return replace(level, floor=floor.prefill_report(model, n, length, level.prefill_tokens_per_second, limits))
     return level
 
 

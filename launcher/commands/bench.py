@@ -128,6 +128,7 @@ class _Outcome:
 
 def _run_server(invocation: Invocation, job: _Job) -> _Outcome:
     from launcher.benchmark.load import Workload, run_level
+    from launcher.benchmark.offline import device_limits, with_floor
     from launcher.benchmark.report import document, median
     from launcher.client import Client, served_model
     from launcher.session import server_for
@@ -152,8 +153,17 @@ def _run_server(invocation: Invocation, job: _Job) -> _Outcome:
                 measured.append(median(found))
                 seconds = sum(run.wall_seconds for run in found)
                 view.end(f"{level} in flight", seconds, f"{measured[-1].output_tokens_per_second:.0f} tokens/s")
-    # What runs on this machine is known by its plan; a server elsewhere says nothing of its device.
-    device, is_synthetic = ({"name": "unknown"}, None) if job.url else _local_facts(invocation, job)
+    device: dict[str, Any] = {"name": "unknown"}
+    is_random: bool | None = None
+    if job.url is None:
+        # What runs on this machine is known by its plan; a server elsewhere says nothing of its device.
+        plan = _plan(invocation, job)
+        device, is_random = _local_facts(plan)
+        limits = device_limits(device)
+        measured = [
+            with_floor(plan.model, level, (level.concurrency, job.input_tokens, job.output_tokens), limits)
+            for level in measured
+        ]
     data = document(
         workload,
         measured,
@@ -161,7 +171,7 @@ def _run_server(invocation: Invocation, job: _Job) -> _Outcome:
         {"url": server.url, "model": model},
         mode="server",
         device=device,
-        synthetic_weights=is_synthetic,
+        synthetic_weights=is_random,
         runs=_raw(runs_of),
     )
     return _Outcome(measured, data, failures)
@@ -257,11 +267,10 @@ def _plan(invocation: Invocation, job: _Job) -> Any:
     return make_plan(entry, read_inventory(), invocation.environ, folder.path)
 
 
-def _local_facts(invocation: Invocation, job: _Job) -> tuple[dict[str, Any], bool]:
+def _local_facts(plan: Any) -> tuple[dict[str, Any], bool]:
     """Give the device and whether weights are random, as this machine's plan of the model says."""
     from launcher.benchmark.synthetic import is_synthetic
 
-    plan = _plan(invocation, job)
     name = plan.gpu.name if plan.gpu is not None else plan.config.device
     has_random_weights = plan.files.folder is not None and is_synthetic(plan.files.folder)
     return {"kind": plan.config.device, "name": name}, plan.config.load_format == "dummy" or has_random_weights

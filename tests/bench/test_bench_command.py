@@ -14,7 +14,7 @@ from engine.config import EngineConfig, parse_model_config
 from launcher.benchmark import floor
 from launcher.benchmark.child import run_child
 from launcher.benchmark.load import LevelResult, RequestTimes
-from launcher.benchmark.offline import bench_config, device_limits
+from launcher.benchmark.offline import bench_config, device_limits, with_floor
 from launcher.benchmark.plot import write_plot
 from launcher.benchmark.report import figures, median, offline_figures
 from launcher.benchmark.synthetic import is_synthetic
@@ -80,6 +80,18 @@ def test_limits_are_the_tables_with_the_copy_that_was_measured() -> None:
     limits = device_limits({"name": "NVIDIA H100 80GB HBM3", "copy_bytes_per_second": 2.9e12})
     assert (limits.spec, limits.copy) == (3.35e12, 2.9e12)
     assert device_limits({"name": "AMD EPYC"}).spec is None
+
+
+def test_a_level_is_held_against_the_floor_at_its_mean_context() -> None:
+    model = parse_model_config(KNOWN_CONFIGS["openai/gpt-oss-20b"])
+    measured = figures(level(0.5), first_seconds=0.1)
+    found = with_floor(model, measured, (4, 1024, 257), floor.DEVICES["H100 80GB HBM3"]).floor
+    assert found is not None
+    assert found["context"] == 1152
+    expected = 100 * floor.decode_floor_seconds(model, 4, 1152, 3.35e12) / 4
+    assert found["fraction_spec"] == pytest.approx(expected, rel=1e-2)
+    assert with_floor(None, measured, (4, 1024, 257), floor.DEVICES["H200"]).floor is None
+    assert with_floor(model, figures(level(0.5)), (4, 1024, 257), floor.DEVICES["H200"]).floor is None
 
 
 def test_ops_add_up_to_the_bytes_of_the_step() -> None:
