@@ -44,7 +44,9 @@ class RankState:
 
 
 class Notes(Protocol):
-    """Told by a group when its rank begins to wait for others, and when it goes on."""
+    """Told by a group of every meeting with others, of waiting in it, and of going on."""
+
+    def meets(self) -> None: ...
 
     def waits(self) -> None: ...
 
@@ -53,6 +55,9 @@ class Notes(Protocol):
 
 class NoBoard:
     """Nobody looks."""
+
+    def meets(self) -> None:
+        pass
 
     def waits(self) -> None:
         pass
@@ -81,8 +86,11 @@ class BoardLine:
         self._num_meetings = 0
         self._write(Activity.COMPUTES)
 
-    def waits(self) -> None:
+    def meets(self) -> None:
+        # Also where nobody is waited for: ranks of a group count alike, so the one that is behind has the lower number.
         self._num_meetings += 1
+
+    def waits(self) -> None:
         self._write(Activity.WAITS)
 
     def computes(self) -> None:

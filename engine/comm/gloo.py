@@ -79,6 +79,7 @@ class GlooGroup:
 
     def _gather(self, x: Tensor) -> list[Tensor]:
         parts = [torch.empty_like(x) for _ in range(self.size)]
+        self._notes.meets()
         self._notes.waits()
         try:
             self._gloo.allgather([parts], [x]).wait()
@@ -117,6 +118,7 @@ class GlooReceiver:
 
     def receive(self, x: Tensor) -> None:
         """Fill a tensor. Raises: LinkError."""
+        self._notes.meets()
         self._notes.waits()
         try:
             self._gloo.recv([x], self._peer, _TAG).wait()

@@ -132,6 +132,7 @@ class SharedGroup:
         view, stage = self._view, (self._stage + 1) & 255
         self._stage = stage
         self._turn ^= 1
+        self._notes.meets()
         fence()
         view[self._stamps[self.rank]] = stage
         fence()

@@ -66,6 +66,7 @@ class RingReceiver:
     def receive(self, x: Tensor) -> None:
         """Fill a contiguous CPU tensor. Raises: LinkError."""
         data = _bytes_of(x)
+        self._notes.meets()
         self._notes.waits()
         try:
             for begin in range(0, len(data), PIECE_BYTES):

@@ -27,7 +27,7 @@ MAX_SCANNED = 16
 MAX_PREFIX_BLOCKS = 256
 MAX_REMEMBERED = 8192
 _KV_WEIGHT = 6.0
-_WEYL = 0x9E3779B97F4A7C15
+_MASK = (1 << 64) - 1
 
 
 @dataclass(slots=True)
@@ -85,6 +85,7 @@ class LoadBalancer:
         self._memories = [_Memory() for _ in range(num_engines)]
         self._conversations: OrderedDict[str, int] = OrderedDict()
         self._turn = 0
+        self._draws = 0
 
     def choose(self, request: EngineRequest) -> int | None:
         """Choose an engine for a request, and remember that it went there; None when no engine is available."""
@@ -133,11 +134,8 @@ class LoadBalancer:
     def _least_loaded(self, candidates: Sequence[int]) -> int:
         count = len(self.loads)
         if len(candidates) > MAX_SCANNED:
-            # A Weyl sequence draws pairs evenly, without a generator's state.
-            one = candidates[(self._turn * _WEYL >> 16) % len(candidates)]
-            other = candidates[((self._turn + 1) * _WEYL >> 24) % len(candidates)]
-            self._turn += 1
-            candidates = (one, other)
+            self._draws += 2
+            candidates = [candidates[_mix(self._draws + i) % len(candidates)] for i in range(2)]
         return min(candidates, key=lambda i: (self.loads[i].score, (i - self._turn) % count))
 
     def _chain(self, request: EngineRequest) -> list[int]:
@@ -150,3 +148,11 @@ class LoadBalancer:
             key = hash((key, data[begin : begin + size]))
             chain.append(key)
         return chain
+
+
+def _mix(number: int) -> int:
+    """Draw from a counter: the finalizer of splitmix64. Equal inputs make equal choices, as everywhere in the core."""
+    number = number * 0x9E3779B97F4A7C15 & _MASK
+    number = (number ^ number >> 30) * 0xBF58476D1CE4E5B9 & _MASK
+    number = (number ^ number >> 27) * 0x94D049BB133111EB & _MASK
+    return number ^ number >> 31

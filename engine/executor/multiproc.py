@@ -251,7 +251,9 @@ class MultiprocExecutor:
     def _hang(self, step_id: int) -> RankFailure:
         """Name who holds a step up, with the stacks of all ranks in the log."""
         states = read_board(self._board, len(self._handles))
-        blamed = suspects(states, step_id) or states
+        # A rank may be stopped while it waits: what the kernel says goes first.
+        stopped = [state for state in states if "stopped" in _kernel_state(self._handles[state.rank])]
+        blamed = stopped or suspects(states, step_id) or states
         first = self._handles[blamed[0].rank]
         others = [str(self._handles[state.rank].spec.rank) for state in blamed[1:]]
         what = f"did not finish step {step_id} within {self._timeout:.0f} s: {blamed[0]}{_kernel_state(first)}"

@@ -96,5 +96,6 @@ def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
 
 
 def leftovers() -> tuple[list[str], int]:
-    """What a failed engine may leave: names in /dev/shm, descriptors of this process."""
-    return sorted(os.listdir("/dev/shm")), len(os.listdir("/proc/self/fd"))
+    """What a failed engine may leave: names in /dev/shm, ours or torch's, and descriptors of this process."""
+    names = sorted(name for name in os.listdir("/dev/shm") if name.startswith(("hlaunch", "torch")))
+    return names, len(os.listdir("/proc/self/fd"))

@@ -80,19 +80,23 @@ def test_the_board_tells_who_holds_a_step_up() -> None:
     for line in lines:
         line.phase("serve")
         line.begins(7)
-    lines[0].waits()
-    lines[2].waits()
+    for line in (lines[0], lines[2]):
+        line.meets()
+        line.waits()
     states = read_board(board, 3)
     assert [state.activity for state in states] == [Activity.WAITS, Activity.COMPUTES, Activity.WAITS]
     assert [state.rank for state in suspects(states, 7)] == [1]
     assert "computing in step 7" in str(states[1])
-    # All wait: the one that met the others least often is behind.
+    # All wait: the one that met the others least often is behind, though it had to wait as often as they.
+    lines[1].meets()
     lines[1].waits()
-    lines[0].waits()
-    lines[2].waits()
+    for line in (lines[0], lines[2]):
+        line.meets()
+        line.waits()
     assert [state.rank for state in suspects(read_board(board, 3), 7)] == [1]
     lines[1].rests()
     lines[0].begins(8)
+    lines[0].meets()
     lines[0].waits()
     assert [state.rank for state in suspects(read_board(board, 3), 8)] == [1, 2]
     board.close()

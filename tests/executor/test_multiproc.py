@@ -42,7 +42,7 @@ def test_plans_go_out_and_results_come_back(num_ranks: int, num_stages: int) -> 
     began = time.monotonic()
     executor.stop()
     executor.stop()
-    assert time.monotonic() - began < 2.0
+    assert time.monotonic() - began < 4.0
     assert not any(map(is_running, pids))
     with pytest.raises(ExecutorError, match="stopped"):
         executor.submit(None)  # type: ignore[arg-type]
@@ -53,7 +53,7 @@ FAULTS = {
     "raise": r"rank 1 \(node localhost, cpu:1\) failed: RuntimeError: a kernel went wrong; phase serve",
     "exit": r"rank 1 \(node localhost, cpu:1\) ended by itself with code 7; phase serve",
     "kill": r"rank 1 \(node localhost, cpu:1\) was killed by SIGKILL \(out of memory\?\); phase serve",
-    "hang": r"rank 1 \(node localhost, cpu:1\) did not finish step 5 within 1 s: computing in step 5 for [1-3]\.\d s",
+    "hang": r"rank 1 \(node localhost, cpu:1\) did not finish step 5 within 1 s: computing in step 5 for \d\.\d s",
     "stop": r"rank 1 \(node localhost, cpu:1\) did not finish step 5 within 1 s: computing .*, stopped by a signal",
 }
 
@@ -76,13 +76,13 @@ def test_a_rank_that_fails_in_a_step_is_named(
     began = time.monotonic()
     with pytest.raises(RankFailure, match=expected) as caught:
         drive(executor, scheduler)
-    assert time.monotonic() - began < 4.0
+    assert time.monotonic() - began < 8.0
     assert (caught.value.rank, caught.value.phase) == (place, "serve")
     with pytest.raises(RankFailure):
         executor.collect()
     began = time.monotonic()
     executor.stop()
-    assert time.monotonic() - began < 1.0
+    assert time.monotonic() - began < 3.0
     assert not any(map(is_running, pids))
     assert leftovers() == before
     if kind == "hang":
@@ -121,7 +121,7 @@ def test_a_death_is_noticed_while_nothing_runs() -> None:
     causes: list[ExecutorError] = []
     executor.on_failure(lambda cause: (causes.append(cause), heard.set()))
     os.kill(executor.pids[1], signal.SIGKILL)
-    assert heard.wait(2.0)
+    assert heard.wait(5.0)
     assert "rank 1" in str(causes[0])
     executor.stop()
 

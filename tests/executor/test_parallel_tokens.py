@@ -80,7 +80,7 @@ def answers(config: EngineConfig) -> dict[str, list[int]]:
         pytest.param(4, 1, False, id="tp4, each KV head on two ranks"),
         pytest.param(1, 2, False, id="pp2, stages without the same layers of each group"),
         pytest.param(1, 3, False, id="pp3", marks=pytest.mark.slow),
-        pytest.param(2, 2, False, id="tp2 pp2"),
+        pytest.param(2, 2, False, id="tp2 pp2", marks=pytest.mark.slow),
         pytest.param(2, 1, True, id="ep2"),
         pytest.param(8, 1, False, id="tp8", marks=pytest.mark.slow),
         pytest.param(4, 1, True, id="ep4", marks=pytest.mark.slow),
