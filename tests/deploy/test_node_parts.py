@@ -1,0 +1,110 @@
+"""The node's pure parts: causes of Ray's end, host facts, who is in the cluster, probe verdicts, quoting for ssh."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import replace
+
+import pytest
+
+from launcher.errors import PreflightError
+from launcher.probe import judge
+from launcher.registry.cluster import RaySettings
+from launcher.supervise.cluster_view import parse_view
+from launcher.supervise.docker import parse_host_facts
+from launcher.supervise.node_spec import NodeSpec, Peer
+from launcher.supervise.ray_process import ray_argv, ray_cause, ray_environment
+from launcher.supervise.shell import Shell
+
+PEERS = (Peer("one", "10.0.0.1", "head"), Peer("two", "10.0.0.2", "worker", gpus=1))
+SPEC = NodeSpec(
+    launch="m", cluster="c", node="two", role="worker", ip="10.0.0.2", plan="p", peers=PEERS, model="tiny-oss",
+    revision=None, run_folder="/tmp/x", engine_config="", ray=RaySettings(), token_file="/t",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("lines", "text", "is_permanent"),
+    [
+        (["x", "  raylet [exit code=-9 (signal 9)]", "tail"], "Ray's raylet died (exit code -9 (signal 9))", False),
+        (["ray.exceptions.AuthenticationError: RPC error"], "the head refused this node's Ray token", True),
+        (
+            ["RuntimeError: Version mismatch: The cluster was started with:"],
+            "Ray or Python differs from the head's",
+            True,
+        ),
+        (["/usr/bin/python: No module named 'ray'"], "Ray is not installed in this environment", True),
+        ([], "Ray exited with status 1", False),
+    ],
+)
+def test_the_cause_of_rays_end(lines: list[str], text: str, is_permanent: bool) -> None:
+    cause = ray_cause(lines, "exited with status 1")
+    assert (cause.text, cause.is_permanent) == (text, is_permanent)
+
+
+def test_ray_gets_pinned_ports_and_no_token_in_its_environment() -> None:
+    argv = ray_argv(SPEC)
+    assert "--address=10.0.0.1:6379" in argv
+    assert "--head" not in argv
+    assert "--node-manager-port=6380" in argv
+    head = replace(SPEC, role="head", ip="10.0.0.1", node="one")
+    assert {"--head", "--port=6379", "--include-dashboard=false"} <= set(ray_argv(head))
+    environment = ray_environment(SPEC, {"RAY_ADDRESS": "elsewhere", "RAY_AUTH_TOKEN": "canary", "A": "1"})
+    assert environment["RAY_AUTH_MODE"] == "token"
+    assert "canary" not in environment.values()
+    assert "RAY_ADDRESS" not in environment
+
+
+def test_a_view_names_who_is_missing_and_why() -> None:
+    view = parse_view(
+        b'{"nodes": [{"id": "a", "ip": "10.0.0.1", "is_alive": true, "gpus": 0}, '
+        b'{"id": "b", "ip": "10.0.0.2", "is_alive": false, "reason": "SIGTERM"}, '
+        b'{"id": "c", "ip": "10.0.0.9", "is_alive": true}]}'
+    )
+    assert view is not None
+    assert [peer.name for peer in view.missing(PEERS)] == ["two"]
+    assert view.last_words("10.0.0.2") == "SIGTERM"
+    assert view.strangers(PEERS) == ("10.0.0.9",)
+    assert parse_view(b"noise") is None
+    assert parse_view(b'{"error": "refused", "message": "no"}').error == "refused"  # type: ignore[union-attr]
+
+
+def test_a_spec_of_another_version_is_refused() -> None:
+    assert NodeSpec.from_json(SPEC.to_json(), "f") == SPEC
+    for text in (
+        "{",
+        "[]",
+        SPEC.to_json().replace('"cpus"', '"cpu_count"'),
+        SPEC.to_json().replace('"head"', '"worker"'),
+    ):
+        with pytest.raises(PreflightError, match="not a node plan"):
+            NodeSpec.from_json(text, "f")
+
+
+def test_host_facts_of_a_virtual_machine() -> None:
+    facts = parse_host_facts(
+        "CapEff:\t000001fffeffffff\nMax open files            1024     20000    files\nengine 20.10.24\n"
+    )
+    assert (facts.can_raise_limits, facts.nofile_hard, facts.engine_major, facts.has_rdma) == (False, 20000, 20, False)
+    assert parse_host_facts("CapEff:\t000001ffffffffff\n").can_raise_limits
+
+
+@pytest.mark.parametrize(
+    ("report", "question", "problem"),
+    [
+        ({"role": "head", "nodes": [{"name": "two", "is_alive": False}]}, "head", "not in the cluster: two"),
+        ({"role": "head", "state": "ready", "nodes": [{"name": "two", "is_alive": True}]}, "head", ""),
+        ({"role": "worker", "state": "ready"}, "worker", ""),
+        ({"role": "worker", "state": "ready"}, "ready", "this node is a worker"),
+        ({"role": "worker", "state": "failed", "cause": "boom"}, "worker", "boom"),
+    ],
+)  # fmt: skip
+def test_probe_verdicts(report: dict[str, object], question: str, problem: str) -> None:
+    assert judge(report, question) == problem
+
+
+def test_ssh_gets_every_word_quoted() -> None:
+    argv = Shell("n", "host", {}).argv(["sh", "-c", "echo $1", "sh", "a b; rm -rf /"])
+    assert argv[:1] == ["ssh"]
+    assert argv[-2] == "host"
+    assert shlex.split(argv[-1]) == ["sh", "-c", "echo $1", "sh", "a b; rm -rf /"]
