@@ -65,7 +65,11 @@ ENVIRONMENT: Mapping[str, str] = MappingProxyType(
 """`HLAUNCH_<KEY>` -> canonical key."""
 
 RESERVED_ENVIRONMENT = frozenset(
-    f"HLAUNCH_{name}" for name in ("REGISTRY", "PROFILE", "NODE_IP", "MODEL_DIR", "STATE_DIR", "UID", "GID")
+    f"HLAUNCH_{name}"
+    for name in (
+        *("REGISTRY", "PROFILE", "NODE_IP", "MODEL_DIR", "STATE_DIR", "UID", "GID"),
+        *("COMPOSE", "SSH", "REMOTE_PYTHON"),
+    )
 ) - frozenset(ENVIRONMENT)
 """Variables with the prefix that are not keys."""
 
