@@ -131,6 +131,7 @@ def test_a_wrong_token_is_refused_and_named(nodes: TwoNodes, tmp_path: Path) -> 
         assert run.stdout.splitlines()[-1] == "error: worker worker-01: the head refused this node's Ray token"
         assert [node["is_alive"] for node in head.status()["nodes"]] == [True, False]
     finally:
+        worker.stop()
         head.stop()
     assert nodes.pids() == []
 
@@ -140,3 +141,5 @@ def test_a_head_that_never_comes_is_named(nodes: TwoNodes, tmp_path: Path) -> No
     run = nodes.run("worker", sys.executable, "-m", "launcher.node", "worker", "--plan", str(worker.plan), seconds=60)
     assert run.returncode == 8
     assert "the head head-01 (10.77.0.1:6379) did not answer within 2 s" in run.stdout.splitlines()[-1]
+    worker.stop()
+    assert not worker.run_folder.exists()
