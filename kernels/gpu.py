@@ -29,6 +29,7 @@ from kernels.triton.permute import expert_width
 from kernels.triton.rope import decode_slots, rope_kv_write
 from kernels.triton.router import expert_index, router_topk
 from kernels.triton.sampling import SampleWorkspace, sample, sampling_thresholds
+from kernels.triton.warm import compile_all, use_cache
 
 __all__ = [
     "BATCH_SIZES",
@@ -43,6 +44,7 @@ __all__ = [
     "LayerWeights",
     "SampleWorkspace",
     "add_rms_norm",
+    "compile_all",
     "decode_slots",
     "expert_index",
     "expert_width",
@@ -56,6 +58,7 @@ __all__ = [
     "run_experts",
     "sample",
     "sampling_thresholds",
+    "use_cache",
     "widening_linear",
 ]
 
