@@ -148,6 +148,7 @@ def _fit_data(report: FitReport) -> dict[str, Any]:
         "checkpoint_bytes": report.checkpoint_bytes,
         "activation_bytes": memory.activation_bytes,
         "runtime_bytes": memory.runtime_bytes,
+        "held_bytes": report.held.total,
         "kv_bytes": memory.kv_bytes,
         "kv_blocks": memory.num_blocks,
         "full_request_bytes": report.full_request_bytes,

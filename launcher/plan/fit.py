@@ -22,8 +22,11 @@ from engine.memory import (
     should_expand_experts,
 )
 from engine.placement import RankSpec, embedding_rows, shard
+from launcher.plan.held import Held, cpu_held
 
 GIB = 1 << 30
+MANY_THREADS = 2
+"""Stands for "more than one": what a rank holds depends on no more than that."""
 MAX_SHARE = 0.97
 """Largest gpu-memory-utilization to suggest: drivers keep a little for themselves."""
 
@@ -63,6 +66,7 @@ class FitReport:
     is_expanded: bool
     suggestions: tuple[Suggestion, ...]
     is_gpu: bool = False
+    held: Held = Held()
 
     @property
     def fits(self) -> bool:
@@ -161,6 +165,17 @@ def report_fit(
         is_expanded=is_expanded,
         is_gpu=is_gpu,
         suggestions=(),
+        held=Held()
+        if is_gpu
+        else cpu_held(
+            own,
+            dtype=dtype,
+            is_expanded=is_expanded,
+            threads=config.cpu_threads or MANY_THREADS,
+            block_size=limits.block_size,
+            max_model_len=limits.max_model_len,
+            max_num_seqs=limits.max_num_seqs,
+        ),
     )
     if memory.fits:
         return report
@@ -174,7 +189,10 @@ def rank_weight_bytes(
     """Bytes of the weights that one rank holds; `rank` None holds the whole model."""
 
     def held(part: ModelConfig) -> int:
-        return gpu_weight_bytes(part, num_positions) if is_gpu else loaded_weight_bytes(part, dtype, is_expanded)
+        if is_gpu:
+            return gpu_weight_bytes(part, num_positions)
+        # The rotary table, 8 bytes for each pair of a head, is part of what a rank holds as weights.
+        return loaded_weight_bytes(part, dtype, is_expanded) + num_positions * part.head_dim * 4
 
     if rank is None:
         return held(model)
