@@ -24,6 +24,13 @@ LARGE = (24, 32, 48, 64, 96, 128, 192, 256)
 MAX_ROWS = LARGE[-1]
 
 
+def batch_sizes(max_rows: int) -> tuple[int, ...]:
+    """List the batch sizes of a rank that decodes up to `max_rows` rows; more than the largest take other steps."""
+    every = (*SMALL, *LARGE)
+    largest = next(size for size in every if size >= min(max_rows, MAX_ROWS))
+    return tuple(size for size in every if size <= largest)
+
+
 @dataclass(slots=True)
 class DecodeInputs:
     """What a decode step reads, at fixed addresses; the first B entries count for a graph of size B.
@@ -89,8 +96,7 @@ class DecodeGraphs:
         is_eager: bool = False,
     ) -> None:
         config, device = model.config, model.embedding.device
-        self.sizes = tuple(size for size in (*SMALL, *LARGE) if size < max_rows)
-        self.sizes += (next(size for size in (*SMALL, *LARGE) if size >= min(max_rows, MAX_ROWS)),)
+        self.sizes = batch_sizes(max_rows)
         largest = self.sizes[-1]
         self._model, self._rows, self._caches, self._groups = model, rows, list(caches), list(group_of_layer)
         self._is_eager = is_eager

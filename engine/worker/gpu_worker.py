@@ -145,12 +145,20 @@ class GpuWorker:
     def _build_kernels(self) -> None:
         """Compile what is not in the kernel cache, on all cores."""
         from engine.models.gpt_oss_gpu import decode_shape
+        from engine.worker.gpu_decode import batch_sizes
         from kernels import gpu
 
         torch.cuda.set_device(self.device)
-        most = self._config.scheduler.max_num_seqs
-        sizes = [size for size in gpu.BATCH_SIZES if size < 2 * most]
-        gpu.prebuild(decode_shape(self._model_config, self._config.cache.block_size), sizes, self.device)
+        scheduler = self._config.scheduler
+        shape = decode_shape(self._model_config, self._config.cache.block_size)
+        sizes = batch_sizes(scheduler.max_num_seqs)
+        small = [size for size in sizes if size in gpu.BATCH_SIZES]
+        large = [size for size in sizes if size not in gpu.BATCH_SIZES]
+        gpu.use_cache()
+        with ThreadPoolExecutor(1, "nvrtc") as pool:
+            prebuilt = pool.submit(gpu.prebuild, shape, small, self.device)
+            gpu.compile_all(shape, decode_rows=large, max_tokens=scheduler.max_num_batched_tokens, device=self.device)
+            prebuilt.result()
 
     def _run_prompt(self, length: int) -> None:
         """Compute a prompt of zeros in blocks that nobody has yet, and one token after it."""
