@@ -107,7 +107,7 @@ def run_side(
     request = {
         "points": points,
         "runs": options.runs,
-        "warm_up": 1,
+        "warm_up": WARM_UPS,
         "seed": options.seed,
         "started": time.time(),
         # The process is given a little time to end before it is ended.
