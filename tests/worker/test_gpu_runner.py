@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import sys
 from dataclasses import replace
@@ -26,6 +27,7 @@ from tests.worker import gpu_twins
 TINY = EngineConfig(model="tiny-oss", max_model_len=256)
 GREEDY = SamplingParams(temperature=0.0)
 DEVICE = torch.device("cpu")
+MAX_TOKENS = 12
 
 
 @pytest.fixture(autouse=True)
@@ -103,7 +105,7 @@ def run(core: EngineCore, requests: list[EngineRequest]) -> dict[str, list[int]]
     return tokens
 
 
-def requests_of(params: list[SamplingParams], seed: int = 1, max_tokens: int = 20) -> list[EngineRequest]:
+def requests_of(params: list[SamplingParams], seed: int = 1, max_tokens: int = MAX_TOKENS) -> list[EngineRequest]:
     source = random.Random(seed)
     shared = [source.randrange(2000) for _ in range(70)]
     return [
@@ -121,15 +123,6 @@ def requests_of(params: list[SamplingParams], seed: int = 1, max_tokens: int = 2
 OVERLAPPED = SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=256, async_scheduling=True)
 
 
-def test_greedy_tokens_are_those_of_the_cpu() -> None:
-    requests = requests_of([GREEDY] * 6)
-    cpu = EngineCore.start(replace(TINY, cache=CacheConfig(num_blocks=256)))
-    wanted = run(cpu, requests)
-    got = run(gpu_core(OVERLAPPED), requests)
-    # bfloat16 against float32: a near-tie may turn, and everything after it; most of the text may not.
-    assert sum(got[name] == wanted[name] for name in wanted) >= len(wanted) - 1
-
-
 MIXED = [
     GREEDY,
     SamplingParams(temperature=0.8, top_p=0.9),
@@ -142,6 +135,21 @@ MIXED = [
 ]
 
 
+@functools.cache
+def undisturbed() -> dict[str, list[int]]:
+    """The tokens of the mixed requests from a plentiful engine; what others are held against."""
+    return run(gpu_core(OVERLAPPED), requests_of(MIXED))
+
+
+def test_greedy_tokens_are_those_of_the_cpu() -> None:
+    requests = requests_of([GREEDY] * 6)
+    cpu = EngineCore.start(replace(TINY, cache=CacheConfig(num_blocks=256)))
+    wanted = run(cpu, requests)
+    got = run(gpu_core(OVERLAPPED), requests)
+    # bfloat16 against float32: a near-tie may turn, and everything after it; most of the text may not.
+    assert sum(got[name] == wanted[name] for name in wanted) >= len(wanted) - 1
+
+
 @pytest.mark.parametrize(
     "scheduler",
     [
@@ -152,11 +160,10 @@ MIXED = [
     ids=["plain", "tiny chunks", "no cache"],
 )
 def test_tokens_do_not_depend_on_how_steps_are_cut(scheduler: SchedulerConfig) -> None:
-    requests = requests_of(MIXED)
-    wanted = run(gpu_core(OVERLAPPED), requests)
-    got = run(gpu_core(scheduler), requests)
+    wanted = undisturbed()
+    got = run(gpu_core(scheduler), requests_of(MIXED))
     assert sum(got[name] == wanted[name] for name in wanted) >= len(wanted) - 1
-    assert all(len(tokens) == 20 for tokens in got.values())
+    assert all(len(tokens) == MAX_TOKENS for tokens in got.values())
 
 
 def test_preemption_recomputes_the_same_tokens() -> None:
@@ -169,8 +176,7 @@ def test_preemption_recomputes_the_same_tokens() -> None:
 
 
 def test_a_row_does_not_change_with_its_neighbours() -> None:
-    requests = requests_of(MIXED)
-    together = run(gpu_core(OVERLAPPED), requests)
+    requests, together = requests_of(MIXED), undisturbed()
     core = gpu_core(OVERLAPPED)
     alone = {request.request_id: run(core, [request])[request.request_id] for request in requests}
     assert sum(alone[name] == together[name] for name in alone) >= len(alone) - 1
