@@ -237,3 +237,10 @@ def _kernels() -> Iterator[None]:
         yield
     except KernelError as error:
         raise GpuError("kernels", str(error), USE_CPU) from error
+    except Exception as error:
+        # Triton has no common root of its errors: a compiler's, the assembler's, a kernel too large for the device.
+        if not type(error).__module__.startswith("triton"):
+            raise
+        lines = str(error).strip().splitlines()
+        cause = f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+        raise GpuError("kernels", f"a Triton kernel cannot be built or started here: {cause}", USE_CPU) from error

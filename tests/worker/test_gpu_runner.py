@@ -255,3 +255,49 @@ def test_a_machine_without_cuda_says_so() -> None:
     with pytest.raises(ConfigError, match="built without CUDA") as caught:
         EngineCore.start(replace(TINY, device="cuda:0"))
     assert "device cpu" in caught.value.hint
+
+
+@pytest.fixture
+def fake_device(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Have torch speak of a GPU: what is tested is what we make of its answers."""
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch, "zeros", lambda *_, **__: None)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA A100")
+    return monkeypatch
+
+
+def test_a_gpu_of_another_generation_is_refused_with_the_way_out(fake_device: pytest.MonkeyPatch) -> None:
+    from engine.worker.gpu_worker import GpuError, open_device
+
+    fake_device.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    with pytest.raises(GpuError, match="NVIDIA A100 is sm_80; the GPU kernels need sm_90") as caught:
+        open_device("cuda:0")
+    assert caught.value.hint == "use device cpu"
+
+
+def test_an_old_driver_is_named_with_what_it_must_serve(fake_device: pytest.MonkeyPatch) -> None:
+    from engine.worker.gpu_worker import GpuError, open_device
+
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("The NVIDIA driver on your system is too old (found version 12020).\nPlease update.")
+
+    fake_device.setattr(torch, "zeros", refuse)
+    with pytest.raises(GpuError, match="driver on your system is too old") as caught:
+        open_device("cuda:0")
+    assert "the driver must serve CUDA 13.0" in caught.value.hint
+    assert "\n" not in str(caught.value)
+
+
+def test_a_kernel_that_cannot_be_built_is_one_clear_error() -> None:
+    from engine.worker.gpu_worker import GpuError, _kernels
+    from kernels.build import KernelBuildError
+
+    with pytest.raises(GpuError, match=r"layers.cu: error: no such thing") as caught, _kernels():
+        raise KernelBuildError("layers.cu: error: no such thing")
+    assert caught.value.hint == "use device cpu"
+    ptxas = type("PTXASError", (Exception,), {"__module__": "triton.runtime.errors"})
+    with pytest.raises(GpuError, match="PTXASError: PTXAS error: out of registers"), _kernels():
+        raise ptxas("PTXAS error: out of registers\nlong listing")
+    with pytest.raises(ZeroDivisionError), _kernels():
+        raise ZeroDivisionError
