@@ -1,7 +1,8 @@
 """`python -m engine.kernel_report`: which kernel serves each op, and why not the others, as one JSON line.
 
     in   {"device": "cpu" | "cuda", "dtype": "float32" | "bfloat16", "model": config.json or null, "op": name or null}
-    out  {"event": "kernels", "platform", "probes", "ops": [{"op", "meaning", "shape", "candidates": [...]}]}; or error
+    out  {"event": "kernels", "platform", "probes", "ops": [{"op", "meaning", "shape", "candidates": [...]}]}; or error;
+         for cuda also "bands" and "stages": the fused kernels that gpt-oss runs there, by the tokens of a step
 
 Needs torch, which the launcher never loads. Knows: `kernels.registry`, and which sizes a model gives an op's symbols.
 """
@@ -19,6 +20,7 @@ import torch
 from engine.config import ConfigError, ModelConfig, parse_model_config
 from kernels.contract import KernelError
 from kernels.ops import ALL_OPS, Op, Platform, probe
+from kernels.stages import BANDS, STAGES
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -47,6 +49,21 @@ def kernel_report(platform: Platform, model: ModelConfig | None = None, op: str 
                 ],
             }
             for item in chosen
+        ],
+    }
+
+
+def stage_report() -> dict[str, Any]:
+    """Explain gpt-oss's fused stages on a GPU: bands of tokens with their reasons, and each stage's kernel in each."""
+    return {
+        "bands": [{"name": band.name, "low": band.low, "high": band.high, "why": band.why} for band in BANDS],
+        "stages": [
+            {
+                "stage": stage.name,
+                "twin": stage.twin,
+                "kernels": [{"kernel": name, "language": language} for name, language in stage.kernels],
+            }
+            for stage in STAGES
         ],
     }
 
@@ -90,6 +107,8 @@ def main() -> int:
         message = str(error.args[0] if isinstance(error, KeyError) else error)
         print(json.dumps({"event": "error", "kind": type(error).__name__, "message": message, "hint": ""}))
         return 1
+    if device == "cuda":
+        report |= stage_report()
     print(json.dumps({"event": "kernels", **report}))
     return 0
 

@@ -73,6 +73,9 @@ def _ask(invocation: Invocation, name: str | None, device: str, dtype: str, op: 
 
 def _draw(invocation: Invocation, report: dict[str, Any], name: str | None) -> None:
     console = invocation.console
+    if "stages" in report:
+        _draw_stages(invocation, report)
+        console.data()
     of_model = f", sizes of {name}" if name else ""
     rows = []
     for op in report["ops"]:
@@ -92,7 +95,20 @@ def _draw(invocation: Invocation, report: dict[str, Any], name: str | None) -> N
         console.table(("OP", "TENSORS (T tokens, B rows, S slots)"), shapes)
     missing = [probe.removeprefix("has_") for probe, is_there in report["probes"].items() if not is_there]
     console.note("* runs; the highest band that fits wins: reference < portable < optimized < specialized")
-    if report["platform"].startswith("cuda"):
-        console.note("gpt-oss on Hopper runs fused stages (the package kernels.gpu) in place of these ops")
     if missing and report["platform"].startswith("cpu"):
         console.note(f"not in this build of torch: {', '.join(missing)}")
+
+
+def _draw_stages(invocation: Invocation, report: dict[str, Any]) -> None:
+    """Draw gpt-oss's stages on a GPU: what serves them, by the tokens of a step, and why."""
+    console = invocation.console
+    headings = []
+    for band in report["bands"]:
+        high = "" if band["high"] is None else f"-{band['high']}"
+        headings.append(f"{band['low']}{high}{'+' if band['high'] is None else ''} TOKENS")
+    rows = [(stage["stage"], *(kernel["kernel"] for kernel in stage["kernels"])) for stage in report["stages"]]
+    console.table(("STAGE", *headings), rows, title="gpt-oss on one Hopper GPU: fused stages")
+    for i, (heading, band) in enumerate(zip(headings, report["bands"], strict=True)):
+        languages = ", ".join(dict.fromkeys(stage["kernels"][i]["language"] for stage in report["stages"]))
+        console.data(f"{heading.lower()} ({languages}): {band['why']}")
+    console.data("other models, and gpt-oss elsewhere, run these ops:")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +17,7 @@ import torch
 from engine.config import parse_model_config
 from engine.kernel_report import kernel_report
 from kernels.ops import ALL_OPS, Platform
+from kernels.stages import BANDS, PREFILL_TOKENS_PER_EXPERT, STAGES
 from launcher.plan.known_models import KNOWN_CONFIGS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,6 +49,33 @@ def test_a_cpu_kernel_is_ruled_out_on_a_gpu_by_name() -> None:
     assert {"kernel": "cpu_packed", "band": "SPECIALIZED", "selected": False, "reason": "for CPUs, not cuda"} in op[
         "candidates"
     ]
+
+
+def test_every_stage_on_a_gpu_names_kernels_and_twins_that_exist() -> None:
+    sources = "\n".join(path.read_text() for path in (ROOT / "kernels").rglob("*") if path.suffix in (".py", ".cu"))
+    borders = [(band.low, band.high) for band in BANDS]
+    assert borders[0][0] == 1
+    assert borders[-1][1] is None
+    assert all(high + 1 == low for (_, high), (low, _) in itertools.pairwise(borders) if high is not None)
+    for stage in STAGES:
+        module, _, function = stage.twin.rpartition(".")
+        assert callable(getattr(importlib.import_module(module), function)), stage.twin
+        assert len(stage.kernels) == len(BANDS)
+        for names, language in stage.kernels:
+            for name in names.split(", "):
+                if language in ("torch", "cuBLAS") and name in ("linear", "index_select"):
+                    continue
+                pattern = rf"KERNEL\([^)]*\)\s*{name}\(" if language == "CUDA C++" else rf"def {name}\("
+                assert re.search(pattern, sources), (stage.name, name, language)
+
+
+def test_the_bands_are_those_of_the_runner() -> None:
+    # Read, not imported: the runner needs Triton.
+    runner = (ROOT / "engine/worker/gpu_decode.py").read_text()
+    assert "SMALL = gpu.BATCH_SIZES" in runner
+    assert re.search(rf"^LARGE = \(.*, {BANDS[2].high}\)$", runner, re.MULTILINE)
+    router = (ROOT / "kernels/triton/router.py").read_text()
+    assert f"mean < {PREFILL_TOKENS_PER_EXPERT} else 256" in router
 
 
 def test_shapes_are_the_models() -> None:
