@@ -1,6 +1,6 @@
 """Every CUDA source compiles for every architecture served, for a true and a tiny shape; no GPU needed.
 
-Through nvcc when it is on the path, which also holds them free of warnings; else through NVRTC, as on a machine that serves.
+Through nvcc when it is on the path, which also says whether there are warnings; else through NVRTC, as where they run.
 """
 
 from __future__ import annotations
