@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format type bench lock clean
+.PHONY: help setup demo test gpu-test lint format type bench lock clean
 
 help: ## Show the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -18,6 +18,9 @@ demo: $(VENV)/.engine ## Serve tiny-oss on this machine, no GPU needed
 
 test: $(VENV)/.dev ## Lint, types, architecture and tier A; ends with one line of passed and failed
 	@$(BIN)/python tools/check.py
+
+gpu-test: ## On a machine with a Hopper GPU and torch for CUDA: kernels and engine against their references
+	@$(PYTHON) -m pytest -q -m gpu tests/gpu
 
 lint: $(VENV)/.dev ## Only lint and architecture
 	@$(BIN)/python tools/check.py lint format imports
