@@ -42,7 +42,9 @@ class Event:
 class Client:
     """Talk to the server at `base_url` (`http://host:port`); keeps one connection open between requests."""
 
-    def __init__(self, base_url: str, api_key: str | None = None) -> None:
+    def __init__(
+        self, base_url: str, api_key: str | None = None, *, read_timeout_seconds: float = READ_TIMEOUT_SECONDS
+    ) -> None:
         try:
             parts = urlsplit(base_url)
             host, port = parts.hostname, parts.port
@@ -51,7 +53,8 @@ class Client:
         if parts.scheme not in ("http", "https") or not host:
             raise UsageError(f"{base_url!r} is no http:// or https:// address", hint=EXAMPLE_URL)
         kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        self._connection = kind(host, port, timeout=CONNECT_TIMEOUT_SECONDS)
+        self._connection = kind(host, port, timeout=min(CONNECT_TIMEOUT_SECONDS, read_timeout_seconds))
+        self._read_timeout_seconds = read_timeout_seconds
         self._prefix = parts.path.rstrip("/")
         self._headers = {"Content-Type": "application/json", "User-Agent": "hlaunch"}
         if api_key is not None:
@@ -71,6 +74,30 @@ class Client:
         Raises: ApiError for an error status, EngineFailed when the server cannot be reached.
         """
         return json.loads(self._open("GET", path, None).read())
+
+    def text(self, path: str, max_bytes: int) -> str:
+        """Fetch UTF-8 text of at most `max_bytes`, within the read timeout as a whole.
+
+        Raises: as `get`, and EngineFailed for a body that is longer, slower, or no UTF-8.
+        """
+        response = self._open("GET", path, None)
+        deadline = time.monotonic() + self._read_timeout_seconds
+        body = bytearray()
+        try:
+            while part := response.read1(64 << 10):
+                body += part
+                if len(body) > max_bytes:
+                    raise EngineFailed(f"{self.base_url}{path} is longer than {max_bytes >> 20} MiB")
+                if time.monotonic() > deadline:
+                    raise EngineFailed(f"{self.base_url}{path} took longer than {self._read_timeout_seconds:.0f} s")
+            return body.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise EngineFailed(f"{self.base_url}{path} is no UTF-8 text") from error
+        except (OSError, http.client.HTTPException) as error:
+            raise EngineFailed(f"{self.base_url} broke off: {error}") from error
+        finally:
+            if not response.isclosed():
+                self._connection.close()
 
     def post(self, path: str, body: Mapping[str, Any]) -> Any:
         """Post JSON and return the JSON answer; raises as `get`."""
@@ -108,7 +135,7 @@ class Client:
             try:
                 self._connection.request(method, self._prefix + path, payload, self._headers)
                 if self._connection.sock is not None:
-                    self._connection.sock.settimeout(READ_TIMEOUT_SECONDS)
+                    self._connection.sock.settimeout(self._read_timeout_seconds)
                 response = self._connection.getresponse()
                 break
             except (OSError, http.client.HTTPException) as error:
