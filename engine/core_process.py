@@ -17,7 +17,7 @@ import threading
 import time
 import traceback
 from queue import Empty, SimpleQueue
-from typing import Any
+from typing import Any, NoReturn
 
 from engine import ipc
 from engine.config import EngineConfig
@@ -26,6 +26,7 @@ from engine.process import die_with_parent, dump_stacks_on_signal
 
 STATS_INTERVAL_SECONDS = 0.1
 EXIT_FAILED = 1
+STOP_SECONDS = 5.0
 EXIT_DOES_NOT_FIT = 6
 
 
@@ -94,17 +95,25 @@ def main() -> int:
         report("import", "begin", None, "torch")
         core = _import_and_start(config, report)
     except Exception as error:  # noqa: BLE001 - the process border: a bad checkpoint, a missing package, no memory
-        link.send(ipc.Kind.FATAL, _fatal(phase, error))
-        traceback.print_exc()
-        return EXIT_FAILED
+        _fail(link, phase, error)
     try:
         _serve(link, core)
     except Exception as error:  # noqa: BLE001 - the process border: the cause travels, then the process ends
-        link.send(ipc.Kind.FATAL, _fatal("serve", error))
-        traceback.print_exc()
-        core.stop()
-        return EXIT_FAILED
+        _fail(link, "serve", error, core)
     return 0
+
+
+def _fail(link: _Link, phase: str, error: BaseException, core: Any = None) -> NoReturn:
+    """Send the cause and end soon: what still compiles, reads or hangs must not hold back the news, nor memory."""
+    link.send(ipc.Kind.FATAL, _fatal(phase, error))
+    traceback.print_exc()
+    if core is not None:
+        stopping = threading.Thread(target=core.stop, daemon=True)
+        stopping.start()
+        stopping.join(STOP_SECONDS)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(EXIT_FAILED)
 
 
 def _import_and_start(config: EngineConfig, report: Any) -> Any:
@@ -119,6 +128,8 @@ def _fatal(phase: str, error: BaseException) -> ipc.FatalMessage:
     hint = getattr(error, "hint", "")
     does_not_fit = type(error).__name__ in ("OutOfMemoryPlan", "OutOfGpuMemory") or isinstance(error, MemoryError)
     does_not_fit = does_not_fit or bool(getattr(error, "does_not_fit", False))
+    # Memory that runs out while serving is an accident: starting again may help.
+    does_not_fit = does_not_fit and phase != "serve"
     return ipc.FatalMessage(
         phase=phase,
         error_type=type(error).__name__,

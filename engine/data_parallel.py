@@ -195,8 +195,15 @@ class DataParallelEngine:
     async def _restart(self, rank: int, backoff_seconds: float) -> None:
         await self.engines[rank].stop()
         await asyncio.sleep(backoff_seconds)
-        self.engines[rank] = engine = self._spawn(rank)
-        engine.start()
+        if self._is_ending:
+            return
+        try:
+            self.engines[rank] = engine = self._spawn(rank)
+            engine.start()
+        except Exception as error:  # noqa: BLE001 - no process, no memory, no folder: one more failed start
+            self._on_engine_fatal(
+                rank, ipc.FatalMessage("spawn", type(error).__name__, f"it cannot be started again: {error}", "", 1)
+            )
 
     def _watch(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.ensure_future(work)

@@ -15,7 +15,6 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -76,29 +75,32 @@ def build_all(jobs: Sequence[tuple[str, Mapping[str, int]]], arch: str, workers:
 
 def load(source: str, defines: Mapping[str, int]) -> Any:
     """Compile for the current device and load: a `cupy.RawModule`. Raises: KernelBuildError."""
+    import torch
+
     cupy = _optional("cupy", "cupy-cuda13x")
-    path = compile_cubin(source, defines, device_arch())
+    path = compile_cubin(source, defines, device_arch(torch.device("cuda", torch.cuda.current_device())))
     try:
         module = cupy.RawModule(path=str(path))
         module.compile()
     except cupy.cuda.driver.CUDADriverError as error:
+        # Perhaps a file that a crash cut short: the next start compiles it anew.
+        path.unlink(missing_ok=True)
         raise KernelBuildError(
-            f"{source}: the driver refuses the compiled kernel, it may be too old: {error}"
+            f"{source}: the driver refuses the compiled kernel; start again, or it is too old: {error}"
         ) from error
     return module
 
 
-@cache
-def device_arch() -> str:
-    """Name the current device's architecture, "sm_90". Raises: KernelBuildError without a device, or below sm_80."""
+def device_arch(device: Any = "cuda") -> str:
+    """Name a CUDA device's architecture, "sm_90". Raises: KernelBuildError without a device, or below sm_80."""
     import torch
 
     if not torch.cuda.is_available():
         raise KernelBuildError("no CUDA device")
-    major, minor = torch.cuda.get_device_capability()
+    major, minor = torch.cuda.get_device_capability(device)
     if major < 8:
         raise KernelBuildError(
-            f"{torch.cuda.get_device_name()} is sm_{major}{minor}; these kernels need sm_80 or later"
+            f"{torch.cuda.get_device_name(device)} is sm_{major}{minor}; these kernels need sm_80 or later"
         )
     return f"sm_{major}{minor}"
 
@@ -131,11 +133,20 @@ def _checked(nvrtc: Any, result: tuple[Any, ...]) -> Any:
 
 
 def _write_whole(target: Path, content: bytes) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=target.name)
-    with os.fdopen(handle, "wb") as file:
-        file.write(content)
-    Path(name).replace(target)
+    name = ""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=target.parent, prefix=target.name)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        Path(name).replace(target)
+    except OSError as error:
+        if name:
+            Path(name).unlink(missing_ok=True)
+        raise KernelBuildError(
+            f"compiled kernels cannot be kept in {target.parent}: {error.strerror}; "
+            "name a folder that can be written in HLAUNCH_KERNEL_CACHE"
+        ) from error
 
 
 def _optional(name: str, package: str) -> Any:

@@ -139,3 +139,4 @@ class InlineGpuExecutor:
 
     def stop(self) -> None:
         self._pending.clear()
+        self._worker.close()

@@ -131,8 +131,9 @@ class RankWatch:
                     poll.unregister(fd)
             if self._causes and decide_at is None:
                 decide_at = time.monotonic() + _GATHER_SECONDS
-            if decide_at is not None and time.monotonic() >= decide_at and self.failure is None:
-                self.fail(min(self._causes, key=lambda cause: cause[:2])[2])
+            if decide_at is not None and time.monotonic() >= decide_at:
+                if self.failure is None:  # later ends follow from the first
+                    self.fail(min(self._causes, key=lambda cause: cause[:2])[2])
                 decide_at = None
                 self._causes.clear()
 

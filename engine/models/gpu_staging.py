@@ -73,6 +73,9 @@ def copy_to_gpu(
     copies: Sequence[Copy], device: torch.device, num_threads: int, progress: Callable[[float], None]
 ) -> None:
     """Carry out all copies; `progress` is called with the fraction of bytes sent. Raises: OSError."""
+    if device.type == "cuda":
+        # Targets are there by now; what used their memory before must have ended, since lanes do not wait for it.
+        torch.cuda.current_stream(device).synchronize()
     pieces: list[tuple[Path, int, Tensor]] = []
     for copy in copies:
         flat = copy.target.view(-1).view(torch.uint8)

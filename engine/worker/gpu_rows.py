@@ -20,6 +20,7 @@ from engine.worker.input_batch import RowError
 
 # Pinned buffers: a copy waits behind the step before it, and a step sends up to four.
 NUM_UPLOADS = 16
+COLDEST = 1e-5
 _ALIGNMENT = 2  # int64 numbers: sections begin at multiples of 16 bytes, or Triton compiles another variant
 
 
@@ -165,7 +166,9 @@ class GpuRows:
     def _send_sampling(self, admits: Sequence[AdmittedRow]) -> None:
         """Send the sampling options of new rows; floats travel as their bits."""
         params = [admitted.params for admitted in admits]
-        floats = np.array([[p.temperature, p.top_p, p.min_p] for p in params], dtype=np.float32).T.copy()  # [3, n]
+        # Below this a draw is the best token anyhow, and a logit over it would leave float32.
+        heats = [p.temperature if p.temperature >= COLDEST else 0.0 for p in params]
+        floats = np.array([heats, [p.top_p for p in params], [p.min_p for p in params]], dtype=np.float32)
         bits = floats.view(np.int32).astype(np.int64)
         # Seeds are unsigned 64-bit numbers; the device keeps their bits.
         seeds = np.array([admitted.seed & (1 << 64) - 1 for admitted in admits], dtype=np.uint64).view(np.int64)

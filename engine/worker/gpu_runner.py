@@ -320,13 +320,17 @@ class GpuModelRunner:
         """Change the logits of the rows at `asked` as they want, choose their tokens, put these in their places."""
         chosen_rows = [rows[j] for j in asked]
         samplings = [row.sampling for row in chosen_rows if row.sampling is not None]
-        at, row_index, positions = self._rows.send(
-            [asked, [pending.rows[j] for j in asked], [row.num_computed - 1 for row in chosen_rows]]
+        wanting = [i for i, sampling in enumerate(samplings) if sampling.params.logprobs is not None]
+        at, row_index, positions, wanting_at = self._rows.send(
+            [asked, [pending.rows[j] for j in asked], [row.num_computed - 1 for row in chosen_rows], wanting]
         )
         own = logits.index_select(0, at)
-        wanting = [i for i, sampling in enumerate(samplings) if sampling.params.logprobs is not None]
         # Before the logits change.
-        raw = own[wanting].log_softmax(-1).nan_to_num_(nan=LOGPROB_FLOOR).clamp_(min=LOGPROB_FLOOR) if wanting else None
+        raw = (
+            own.index_select(0, wanting_at).log_softmax(-1).nan_to_num_(nan=LOGPROB_FLOOR).clamp_(min=LOGPROB_FLOOR)
+            if wanting
+            else None
+        )
         for i, sampling in enumerate(samplings):
             if sampling.adjusts:
                 sampling.adjust_(own[i])
@@ -337,7 +341,7 @@ class GpuModelRunner:
         if raw is not None:
             counts = [samplings[i].params.logprobs or 0 for i in wanting]
             best = raw.topk(max(counts), dim=-1)
-            picked = raw.gather(1, ids[wanting, None])[:, 0]
+            picked = raw.gather(1, ids.index_select(0, wanting_at)[:, None])[:, 0]
             pending.logprobs = PendingLogprobs(
                 [asked[i] for i in wanting], counts, *(self._to_host(part) for part in (picked, *best))
             )

@@ -6,6 +6,7 @@ text, processes.
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -48,6 +49,9 @@ class GpuWorker:
         self._model_config = model
         self.device = open_device(rank.device)
         self.device_name = torch.cuda.get_device_name(self.device)
+        # What an engine before this one in the same process has left behind is free again.
+        gc.collect()
+        torch.cuda.empty_cache()
         self.dtype_name = self.kv_dtype_name = "bfloat16"
         self._free_at_start, self._total = torch.cuda.mem_get_info(self.device)
         self._max_model_len = config.max_model_len or model.max_position_embeddings
@@ -126,7 +130,7 @@ class GpuWorker:
         Graphs for rows that cut by top-k, top-p or min-p follow on first use. Raises: GpuError, OutOfGpuMemory.
         """
         scheduler, decode = self._config.scheduler, self.runner.decode
-        with self._memory("activations"), _kernels():
+        with self._memory("activations"), _kernels(), torch.cuda.device(self.device):
             self._build.result()
             for graph_rows in decode.sizes:
                 decode.prepare(graph_rows, has_filters=False)
@@ -139,8 +143,18 @@ class GpuWorker:
 
     def launch(self, plan: ExecutionPlan) -> PendingStep:
         """Start a plan's step; its `wait` gives the result. Raises: OutOfGpuMemory."""
-        with self._memory("a step"):
+        with self._memory("a step"), torch.cuda.device(self.device):
             return self.runner.launch(plan)
+
+    def close(self) -> None:
+        """Give the device's memory back; nothing can be launched afterwards."""
+        if hasattr(self, "runner"):
+            torch.cuda.synchronize(self.device)
+            del self.runner
+        if hasattr(self, "_model"):
+            del self._model
+        gc.collect()
+        torch.cuda.empty_cache()
 
     def _build_kernels(self) -> None:
         """Compile what is not in the kernel cache, on all cores."""

@@ -441,7 +441,7 @@ def prebuild(
     A compiled kernel stays on disk: the next call looks files up. Raises: KernelBuildError.
     """
     return build.build_all(
-        [job for size in rows for job in _jobs(shape, size, device, TUNING, layer_rows)], build.device_arch()
+        [job for size in rows for job in _jobs(shape, size, device, TUNING, layer_rows)], build.device_arch(device)
     )
 
 

@@ -209,6 +209,13 @@ def test_logits_that_are_not_finite_end_their_request_alone() -> None:
     assert made["good"] == 8
 
 
+def test_the_coldest_temperature_is_greedy() -> None:
+    core = gpu_core(OVERLAPPED)
+    prompt = [3, 4, 5]
+    cold = run(core, [EngineRequest("cold", prompt, SamplingParams(temperature=1e-38), 8, seed=1)])["cold"]
+    assert cold == run(core, [EngineRequest("greedy", prompt, GREEDY, 8, seed=1)])["greedy"]
+
+
 def test_weights_are_counted_as_they_are_held(tmp_path: Path) -> None:
     folder = find_model("tiny-oss")
     assert folder is not None
