@@ -37,6 +37,7 @@ COMMANDS: Mapping[str, str] = {
     "ps": "Show what runs.",
     "status": "Show the nodes of a launch on a cluster, and what happened on them.",
     "logs": "Show the log of a running or past model.",
+    "top": "Watch a server: tokens/s, latency, KV cache, queue; vLLM's and SGLang's too.",
     "connect": "Print configuration of env, claude, codex, opencode or openwebui for a server.",
     "chat": "Talk to a model in the terminal.",
     "bench": "Measure latency and throughput of a model.",

@@ -90,6 +90,9 @@ class Client:
                     raise EngineFailed(f"{self.base_url}{path} is longer than {max_bytes >> 20} MiB")
                 if time.monotonic() > deadline:
                     raise EngineFailed(f"{self.base_url}{path} took longer than {self._read_timeout_seconds:.0f} s")
+            # read1() ends quietly where the connection broke; a text cut in its last number would still be one.
+            if response.length:
+                raise EngineFailed(f"{self.base_url} broke off {response.length} bytes before the end")
             return body.decode("utf-8")
         except UnicodeDecodeError as error:
             raise EngineFailed(f"{self.base_url}{path} is no UTF-8 text") from error

@@ -14,7 +14,8 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self, TextIO
 from unicodedata import combining, east_asian_width
@@ -25,7 +26,10 @@ if TYPE_CHECKING:
 
     from launcher.errors import HlaunchError, Issue
 
-__all__ = ["Console", "PhaseView"]
+__all__ = ["Console", "Line", "PhaseView"]
+
+Line = list[tuple[str, str]]
+"""Parts of one line, each with the name of its style; an empty name is no style."""
 
 PIPE_WIDTH = 80
 """Columns when the output is no terminal."""
@@ -81,6 +85,40 @@ class Console:
     def is_live(self) -> bool:
         """Say whether stderr is a terminal that may be redrawn."""
         return not self._is_plain and self._stderr.isatty()
+
+    @property
+    def has_screen(self) -> bool:
+        """Say whether stdout is a terminal that may be redrawn."""
+        return not self._is_plain and self._stdout.isatty()
+
+    @property
+    def has_unicode(self) -> bool:
+        """Say whether stdout can carry block characters."""
+        return (getattr(self._stdout, "encoding", None) or "utf-8").lower().replace("-", "") == "utf8"
+
+    @property
+    def width(self) -> int:
+        """Columns of stdout, 80 when it is no terminal."""
+        return shutil.get_terminal_size().columns if self._stdout.isatty() else PIPE_WIDTH
+
+    @contextmanager
+    def screen(self) -> Iterator[Callable[[Sequence[Line]], None]]:
+        """Yield a function that redraws stdout's terminal with lines; the last picture stays."""
+        from rich.live import Live
+        from rich.text import Text
+
+        def draw(lines: Sequence[Line]) -> None:
+            parts = [Text.assemble(*((visible(text), style) for text, style in line)) for line in lines]
+            picture = Text("\n", no_wrap=True, overflow="crop").join(parts)
+            live.update(picture, refresh=True)
+
+        live = Live(console=self.rich(self._stdout), auto_refresh=False, redirect_stdout=False, redirect_stderr=False)
+        with live:
+            yield draw
+
+    def styled(self, line: Line) -> None:
+        """Write one line of styled parts to stdout."""
+        self._write(self._stdout, *(line or [("", "")]))
 
     def data(self, text: str = "") -> None:
         """Write one line of result to stdout, unwrapped."""

@@ -15,6 +15,8 @@ class Stub:
 
     answers: dict[str, tuple[int, bytes]]
     key: str | None = None
+    missing_bytes: int = 0
+    """How many bytes of each answer are announced and never come."""
     seen: list[str] = field(default_factory=list)
     url: str = ""
     stop: threading.Event = field(default_factory=threading.Event)
@@ -31,7 +33,7 @@ def serving(stub: Stub) -> Iterator[Stub]:
             if stub.key is not None and self.headers.get("Authorization") != f"Bearer {stub.key}":
                 status, body = 401, b'{"error": {"message": "no key", "code": "invalid_api_key"}}'
             self.send_response(status)
-            self.send_header("Content-Length", str(len(body)))
+            self.send_header("Content-Length", str(len(body) + stub.missing_bytes))
             self.end_headers()
             self.wfile.write(body)
 
