@@ -136,7 +136,7 @@ class EngineCore:
             weight_bytes = sum(rank.weight_bytes for rank in loaded)
             report("load", "end", 1.0, f"{weight_bytes / 2**20:.1f} MiB of weights on {len(loaded)} ranks")
             report("kv", "begin", None, "")
-            memory = fit_ranks(config, model, executor.ranks, loaded, max_model_len)
+            memory = fit_ranks(config, model, placement, executor.ranks, loaded, max_model_len)
             _check_fit(config, memory, max_model_len)
             executor.allocate_kv(memory.num_blocks)
             report("kv", "end", None, f"{memory.num_blocks} blocks, {memory.max_full_requests:.1f} full requests")

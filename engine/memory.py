@@ -89,6 +89,18 @@ def kv_block_bytes(model: ModelConfig, block_size: int, kv_dtype: str) -> int:
     return layers * 2 * model.num_kv_heads * model.head_dim * DTYPE_BYTES[kv_dtype] * block_size
 
 
+def share_block_bytes(
+    model: ModelConfig, layers: tuple[int, int], num_kv_heads: int, block_size: int, kv_dtype: str
+) -> int:
+    """Bytes of one block on a rank with `num_kv_heads` in `layers` [begin, end): its share of the largest group.
+
+    Groups are the whole model's: all ranks of an engine follow the same block tables.
+    """
+    begin, end = layers
+    held = max(sum(begin <= layer < end for layer in group.layers) for group in kv_cache_groups(model))
+    return held * 2 * num_kv_heads * model.head_dim * DTYPE_BYTES[kv_dtype] * block_size
+
+
 def blocks_per_request(model: ModelConfig, num_tokens: int, block_size: int, chunk: int) -> int:
     """Blocks that one request of `num_tokens` holds at most, over all groups.
 
@@ -214,17 +226,19 @@ def fit(
     num_blocks: int = 0,
     is_gpu: bool = False,
     block_bytes: int | None = None,
+    share: ModelConfig | None = None,
 ) -> MemoryFit:
     """Size the block pool of one rank.
 
     `num_blocks` or `kv_cache_bytes` fix the pool; otherwise it gets what the budget leaves, at most what
     `max_num_seqs` requests of full length can use and, on a CPU, at most 4 GiB. Block 0 is the null block.
-    `block_bytes` is what a block takes on a rank that holds a share of the model; 0 where it holds no KV.
+    On a rank that holds a share of the model, `share` is its shape and `block_bytes` what a block takes there, 0 where
+    it holds no KV.
     """
     if block_bytes is None:
         block_bytes = kv_block_bytes(model, block_size, kv_dtype)
     arena = gpu_activation_bytes if is_gpu else activation_bytes
-    activations = arena(model, max_num_batched_tokens, max_num_seqs)
+    activations = arena(share or model, max_num_batched_tokens, max_num_seqs)
     runtime_bytes = GPU_RUNTIME_BYTES if is_gpu else CPU_RUNTIME_BYTES
     per_request = blocks_per_request(model, max_model_len, block_size, max_num_batched_tokens)
     if not num_blocks:

@@ -9,27 +9,26 @@ from collections.abc import Callable, Sequence
 
 from engine.config import EngineConfig, ModelConfig
 from engine.executor.messages import LoadedReport, PhaseReport
-from engine.memory import DTYPE_BYTES, MemoryFit, fit, kv_cache_groups
-from engine.placement import RankSpec
+from engine.memory import MemoryFit, fit, share_block_bytes
+from engine.placement import Placement, RankSpec, shard
 
 
 def block_bytes_of_rank(model: ModelConfig, rank: RankSpec, block_size: int, kv_dtype: str) -> int:
     """Bytes of one block on a rank: its KV heads, in as many layers as its stage has of the largest group."""
-    begin, end = rank.layers
-    layers = max(sum(begin <= layer < end for layer in group.layers) for group in kv_cache_groups(model))
-    heads = rank.kv_heads[1] - rank.kv_heads[0]
-    return layers * 2 * heads * model.head_dim * DTYPE_BYTES[kv_dtype] * block_size
+    return share_block_bytes(model, rank.layers, rank.kv_heads[1] - rank.kv_heads[0], block_size, kv_dtype)
 
 
 def fit_ranks(
     config: EngineConfig,
     model: ModelConfig,
+    placement: Placement,
     ranks: Sequence[RankSpec],
     loaded: Sequence[LoadedReport],
     max_model_len: int,
 ) -> MemoryFit:
-    """Size the pool of an engine: the blocks that its tightest rank has room for."""
-    on_node = {rank.node: sum(other.node == rank.node for other in ranks) for rank in ranks}
+    """Size the pool of an engine, `ranks` of the placement: the blocks that its tightest rank has room for."""
+    # Other engines of the placement take their part of the node as well.
+    on_node = {rank.node: len(placement.on_node(rank.node)) for rank in ranks}
     fits = [
         fit(
             model,
@@ -43,6 +42,7 @@ def fit_ranks(
             kv_cache_bytes=config.cache.kv_cache_bytes,
             num_blocks=config.cache.num_blocks,
             block_bytes=block_bytes_of_rank(model, rank, config.cache.block_size, report.kv_dtype),
+            share=shard(model, rank),
         )
         for rank, report in zip(ranks, loaded, strict=True)
     ]

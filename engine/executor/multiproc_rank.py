@@ -7,7 +7,6 @@ told to stop, its engine is gone, or something breaks: then it says what, and en
 from __future__ import annotations
 
 import argparse
-import contextlib
 import gc
 import os
 import signal
@@ -201,9 +200,9 @@ class _RankProcess:
         config = EngineConfig.from_json(setup.config)
         placement = Placement.from_json(setup.placement)
         spec = placement.ranks[setup.rank]
-        if spec.cores:
-            with contextlib.suppress(OSError):  # a container may own fewer cores than the plan thought
-                os.sched_setaffinity(0, spec.cores)
+        # A container, or who started us, may allow fewer cores than the plan thought; never take more.
+        if allowed := os.sched_getaffinity(0).intersection(spec.cores):
+            os.sched_setaffinity(0, allowed)
         self._enter("import")
         worker = make_worker(Rank(config, placement, spec, setup, self._line))
         self._enter("load")
