@@ -27,20 +27,31 @@ def dry_run(console: Console, plan: LaunchPlan, *, as_json: bool) -> int:
 
 
 def _print(console: Console, plan: LaunchPlan) -> None:
-    from launcher.commands.plan import entry_rows, picture_of_any, placement_table, show_remarks, show_topology
+    from launcher.commands.plan import (
+        entry_rows,
+        picture_of_any,
+        placement_table,
+        show_memory,
+        show_remarks,
+        show_topology,
+    )
     from launcher.plan.drawing import base_url, fit_lines
 
     rows = entry_rows(plan.entry, with_defaults=True)
     console.table(("KEY", "VALUE", "ORIGIN"), rows, title=f"{plan.name}: resolved entry")
     console.data()
     console.heading("memory")
-    if plan.fit is None:
+    picture = picture_of_any(plan)
+    if plan.fit is None and plan.memory and picture is not None:
+        show_memory(console, picture)
+    elif plan.fit is None and plan.model is not None:
+        console.data("unknown: the problem stands below")
+    elif plan.fit is None:
         console.data("unknown: no files here and the model is not in the built-in table")
     else:
         for line in fit_lines(plan.fit):
             console.data(line)
     console.data()
-    picture = picture_of_any(plan)
     if picture is not None:
         placement_table(console, picture)
         console.data()

@@ -96,12 +96,12 @@ def _study(
 ) -> tuple[Study, Cluster]:
     """Gather model, hosts and links. Raises: HlaunchError when the model's shape is not known."""
     from launcher.errors import PreflightError
-    from launcher.plan.cluster_plan import hosts_of
     from launcher.plan.cost import Load
     from launcher.plan.gather import cluster_of, inventories_for, resolved
     from launcher.plan.inventory import declared_inventories
     from launcher.plan.known_models import shape_of
     from launcher.plan.links import between_link
+    from launcher.plan.placing import hosts_of
     from launcher.plan.settings import engine_config
     from launcher.plan.splits import REFERENCE, study_of
 

@@ -289,6 +289,13 @@ class LaunchView:
                 f"({memory.max_full_requests:.1f} x {plan.fit.limits.max_model_len} tokens), "
                 f"{size(memory.budget_bytes)} available"
             )
+        elif plan.memory:
+            ranks = plan.memory
+            self._console.note(
+                f"  memory: weights {size(sum(rank.weight_bytes for rank in ranks))}, "
+                f"KV {size(sum(rank.kv_bytes for rank in ranks))} on {len(ranks)} ranks, "
+                f"{size(sum(rank.budget_bytes for rank in ranks))} available"
+            )
         for note in plan.notes:
             self._console.note(f"  note: {note}")
         sys.stderr.flush()

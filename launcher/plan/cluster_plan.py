@@ -17,15 +17,10 @@ from typing import Literal
 
 from engine.config import ConfigError, EngineConfig, ModelConfig, load_model_config
 from engine.placement import (
-    Device,
-    HostSpec,
-    ParallelSizes,
     Placement,
     PlacementError,
-    PlacementOptions,
     RankSpec,
     Remark,
-    Strategy,
     place,
     remarks,
 )
@@ -36,10 +31,12 @@ from launcher.plan.environment import Variable, engine_environment
 from launcher.plan.inventory import Inventory, declared_inventories
 from launcher.plan.known_models import known_model
 from launcher.plan.node_ports import Port, node_ports, port_clashes
+from launcher.plan.placing import entry_sizes, hosts_of, no_placement, placement_options, whole_value
 from launcher.plan.rank_memory import (
     MemoryReport,
     RankMemory,
     Sizing,
+    ranks_do_not_fit,
     report_memory,
     smallest_fitting_split,
 )
@@ -156,13 +153,11 @@ def make_cluster_plan(
     digests, key_error = settings.api_key_digests(entry, environ)
     is_gpu = entry.text("device") != "cpu" and any(hardware[node.name].gpus for node in cluster.nodes)
     config = settings.engine_config(entry, files.folder, digests, "cuda:0" if is_gpu else "cpu")
-    problems = [
-        error for error in settings.refusals(entry, hardware[cluster.head.name], config.device) if not _is_size(error)
-    ]
+    problems = list(settings.refusals(entry, config.device))
     blockers = [error for error in (key_error,) if error is not None]
     model = _model(entry, files, problems)
     sizes = entry_sizes(entry)
-    options = _options(entry)
+    options = placement_options(entry)
     hosts = hosts_of(cluster, hardware, sizes.world, is_gpu=is_gpu, cpu_ranks=options.cpu_ranks * sizes.data)
     placement, report = None, MemoryReport(())
     if model is not None:
@@ -175,15 +170,18 @@ def make_cluster_plan(
         except PlacementError as error:
             problems.append(no_placement(error, sizes))
     if placement is not None and model is not None:
-        spare = _value(entry, "ready.min-free-memory", 0)
+        spare = whole_value(entry, "ready.min-free-memory", 0)
         sizing = Sizing(config, model, hardware, files.folder, spare)
         report = report_memory(placement, sizing)
         if not report.fits:
             more = smallest_fitting_split(placement, sizing, hosts, options)
-            problems.append(_does_not_fit(report, (*report.suggestions, *more)))
+            problems.append(ranks_do_not_fit(report, (*report.suggestions, *more)))
     if sizes.world > 1:
         blockers.append(
-            PreflightError(f"{sizes}: this version runs one rank", hint="add --set tp=1 --set pp=1 --set dp=1")
+            PreflightError(
+                f"{sizes}: on a cluster this version runs one rank",
+                hint="add --set tp=1 --set pp=1 --set dp=1; several ranks serve on one host, without a cluster",
+            )
         )
     nodes = tuple(
         _node_plan(entry, cluster, node, number, config, placement, report, environ)
@@ -207,63 +205,6 @@ def make_cluster_plan(
     )
 
 
-def _is_size(error: HlaunchError) -> bool:
-    """The sizes that one host refuses are what a cluster is for; they are judged by placing."""
-    return "-parallel-size " in error.message or error.message.startswith("distributed-executor-backend")
-
-
-def _value(entry: ResolvedEntry, key: str, otherwise: int) -> int:
-    """Read a number or flag of a key that an older schema may lack."""
-    item = entry.values.get(key)
-    return item.value if item is not None and isinstance(item.value, (bool, int)) else otherwise
-
-
-def entry_sizes(entry: ResolvedEntry) -> ParallelSizes:
-    """Read the parallel sizes that an entry asks for."""
-    data, pipeline, tensor = (entry.integer(f"{axis}-parallel-size") for axis in ("data", "pipeline", "tensor"))
-    return ParallelSizes(data, pipeline, tensor, bool(_value(entry, "enable-expert-parallel", False)))
-
-
-_STRATEGIES: Mapping[str, Strategy] = {name: name for name in ("pack", "spread", "strict-pack", "strict-spread")}
-
-
-def _options(entry: ResolvedEntry) -> PlacementOptions:
-    strategy = entry.values.get("placement.strategy")
-    names = entry.values.get("placement.nodes")
-    return PlacementOptions(
-        strategy=_STRATEGIES[str(strategy.value)] if strategy is not None else "pack",
-        nodes=names.value if names is not None and isinstance(names.value, tuple) else (),
-        exact=bool(_value(entry, "placement.exact", False)),
-        cpu_ranks=_value(entry, "placement.cpu-ranks", 0),
-    )
-
-
-def hosts_of(
-    cluster: Cluster, hardware: Mapping[str, Inventory], world: int, *, is_gpu: bool, cpu_ranks: int = 0
-) -> tuple[HostSpec, ...]:
-    """List the devices of every node: its GPUs, or one CPU rank per NUMA node.
-
-    CPU ranks that outnumber NUMA nodes share them, as many on each node as needed.
-    """
-    cpus_wanted = cpu_ranks if is_gpu else world
-    slots = sum(hardware[node.name].numa_nodes for node in cluster.nodes)
-    each = -(-cpus_wanted // len(cluster.nodes)) if cpus_wanted > slots else 0
-    hosts = []
-    for node in cluster.nodes:
-        inventory = hardware[node.name]
-        gpus = [Device(f"cuda:{gpu.index}", gpu.numa_node) for gpu in inventory.gpus] if is_gpu else []
-        count = max(inventory.numa_nodes, each) if cpus_wanted else 0
-        hosts.append(HostSpec(node.name, (*gpus, *(_cpu(inventory, slot) for slot in range(count)))))
-    return tuple(hosts)
-
-
-def _cpu(inventory: Inventory, slot: int) -> Device:
-    if not inventory.numa:
-        return Device(f"cpu:{slot}", slot % inventory.numa_nodes)
-    numa = inventory.numa[slot % len(inventory.numa)]
-    return Device(f"cpu:{slot}", numa.index, numa.cores)
-
-
 def _model(entry: ResolvedEntry, files: ModelFiles, problems: list[HlaunchError]) -> ModelConfig | None:
     if files.folder is not None:
         try:
@@ -276,30 +217,6 @@ def _model(entry: ResolvedEntry, files: ModelFiles, problems: list[HlaunchError]
         missing = files.missing(needs_weights=False)
         problems.append(missing or PreflightError(f"nothing here tells the shape of {entry.model}"))
     return model
-
-
-def no_placement(error: PlacementError, sizes: ParallelSizes) -> DoesNotFit:
-    """Make the launcher's error of one that has no placement: the nearest sizes as settings to paste."""
-
-    def settings_of(other: ParallelSizes) -> str:
-        pairs = (
-            ("tp", other.tensor, sizes.tensor),
-            ("pp", other.pipeline, sizes.pipeline),
-            ("dp", other.data, sizes.data),
-        )
-        return " ".join(f"--set {name}={size}" for name, size, old in pairs if size != old)
-
-    ways = "  or  ".join(settings_of(other) for other in error.alternatives)
-    return DoesNotFit(f"no placement: {error.message}", hint=f"possible: {ways}" if ways else "")
-
-
-def _does_not_fit(report: MemoryReport, suggestions: Sequence[object]) -> DoesNotFit:
-    first = next(rank for rank in report.ranks if not rank.fits)
-    count = sum(not rank.fits for rank in report.ranks)
-    who = f"rank {first.rank}" if count == 1 else f"{count} of {len(report.ranks)} ranks, rank {first.rank}"
-    ways = "  or  ".join(str(suggestion) for suggestion in suggestions)
-    hint = f"would fit: {ways}" if ways else "no setting helps: this needs larger or more GPUs"
-    return DoesNotFit(f"does not fit: {who} ({first.device}): {first.problem}", hint=hint)
 
 
 def _remarks(placement: Placement, model: ModelConfig, cluster: Cluster) -> tuple[Remark, ...]:

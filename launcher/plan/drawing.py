@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
 from launcher.errors import HlaunchError
@@ -114,6 +115,7 @@ def plan_data(plan: LaunchPlan) -> dict[str, Any]:
         "folder": None if plan.files.folder is None else str(plan.files.folder),
         "values": entry_values(plan.entry),
         "fit": None if report is None else _fit_data(report),
+        "memory": [{**asdict(memory), "required_bytes": memory.required_bytes} for memory in plan.memory],
         "placement": [
             {"rank": rank.rank, "node": rank.node, "device": rank.device, "layers": list(rank.layers)}
             for rank in (plan.placement.ranks if plan.placement is not None else ())

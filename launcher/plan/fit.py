@@ -19,6 +19,7 @@ from engine.memory import (
     gpu_weight_bytes,
     loaded_weight_bytes,
     model_bytes,
+    share_block_bytes,
     should_expand_experts,
 )
 from engine.placement import RankSpec, embedding_rows, shard
@@ -134,6 +135,10 @@ def report_fit(
     on_disk = sum(checkpoint_bytes(folder).values()) if folder is not None else 0
     limits = limits_of(config, model)
     own = model if rank is None else shard(model, rank)
+    block_bytes = None
+    if rank is not None:
+        heads = rank.kv_heads[1] - rank.kv_heads[0]
+        block_bytes = share_block_bytes(model, rank.layers, heads, limits.block_size, kv_dtype)
     is_expanded = not is_gpu and should_expand_experts(own, dtype, budget_bytes)
     weight_bytes = rank_weight_bytes(
         model, rank, is_gpu=is_gpu, dtype=dtype, is_expanded=is_expanded, num_positions=limits.max_model_len
@@ -141,7 +146,7 @@ def report_fit(
 
     def try_fit(tried: Limits) -> MemoryFit:
         return fit(
-            own,
+            model,
             budget_bytes=budget_bytes,
             weight_bytes=weight_bytes,
             kv_dtype=kv_dtype,
@@ -152,6 +157,8 @@ def report_fit(
             kv_cache_bytes=tried.kv_cache_bytes,
             num_blocks=tried.num_blocks,
             is_gpu=is_gpu,
+            block_bytes=block_bytes,
+            share=own,
         )
 
     memory = try_fit(limits)

@@ -84,6 +84,12 @@ def visible_gpus(gpus: Sequence[Gpu], environ: Mapping[str, str]) -> tuple[Gpu, 
     return tuple(chosen)
 
 
+def usable_gpus(inventory: Inventory, environ: Mapping[str, str]) -> dict[int, Gpu]:
+    """List the GPUs that can serve, by the number that CUDA_VISIBLE_DEVICES leaves them."""
+    seen = enumerate(visible_gpus(inventory.gpus, environ))
+    return {number: gpu for number, gpu in seen if gpu_problem(gpu, inventory) is None}
+
+
 def gpu_problem(gpu: Gpu, inventory: Inventory) -> HlaunchError | None:
     """Say why a GPU cannot serve on this host; None when it can."""
     low, high = SUPPORTED_CAPABILITIES

@@ -8,19 +8,28 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import engine
 from engine.config import ConfigError, EngineConfig, ModelConfig, load_model_config
-from engine.placement import Placement, single_rank
+from engine.placement import HostSpec, Placement, PlacementError, place, single_rank
 from launcher.errors import DoesNotFit, HlaunchError, PreflightError
 from launcher.plan import settings
 from launcher.plan.environment import Variable, as_mapping, engine_environment, engine_packages_missing
 from launcher.plan.fit import GIB, FitReport, report_fit
-from launcher.plan.gpus import DeviceChoice, choose_device, memory_note
+from launcher.plan.gpus import DeviceChoice, choose_device, memory_note, usable_gpus, visible_gpus
 from launcher.plan.inventory import Gpu, Inventory
 from launcher.plan.known_models import known_model
+from launcher.plan.placing import (
+    entry_sizes,
+    no_placement,
+    placement_options,
+    this_host,
+    threads_per_rank,
+    whole_value,
+)
+from launcher.plan.rank_memory import RankMemory, Sizing, memory_of, ranks_do_not_fit, report_memory
 from launcher.plan.weights import ModelFiles, find_model_files
 from launcher.registry.types import ResolvedEntry
 
@@ -32,8 +41,9 @@ STATUS_FD_PLACEHOLDER = "N"
 class LaunchPlan:
     """One launch. `problems` make the plan itself impossible; `blockers` are repaired outside it (files, secrets).
 
-    `model`, `placement` and `fit` are None when nothing tells the model's shape. `gpu` is the one that `config.device`
-    names. `argv` has `N` where the number of the status pipe will stand.
+    `model`, `placement` and `fit` are None when nothing tells the model's shape; `fit` also with several ranks, whose
+    bytes stand in `memory`, in rank order. `gpu` is the one that `config.device` names. `argv` has `N` where the number
+    of the status pipe will stand.
     """
 
     entry: ResolvedEntry
@@ -51,6 +61,7 @@ class LaunchPlan:
     problems: tuple[HlaunchError, ...]
     blockers: tuple[HlaunchError, ...]
     notes: tuple[str, ...]
+    memory: tuple[RankMemory, ...] = ()
 
     @property
     def name(self) -> str:
@@ -101,18 +112,32 @@ def make_plan(
         blockers.append(key_error)
     model = _model_shape(entry, files, problems)
     choice = choose_device(entry.text("device"), inventory, environ, model)
-    problems += settings.refusals(entry, inventory, choice.device)
+    sizes = entry_sizes(entry)
+    gpus = usable_gpus(inventory, environ) if choice.gpu is not None else {}
+    problems += settings.refusals(entry, choice.device)
+    problems += settings.rank_refusals(entry, sizes, choice.device, len(gpus))
     for error in choice.problems:
         (problems if isinstance(error, DoesNotFit) else blockers).append(error)
     config = settings.engine_config(entry, files.folder, digests, choice.device)
     placement, report = None, None
+    memory: tuple[RankMemory, ...] = ()
     notes = [*settings.notes(entry, choice.device), *choice.notes]
     if model is not None:
         problems += _context_problem(config, model)
-        placement = _place(config, model, inventory)
-        budget = rank_budget(entry, config, inventory, choice)
-        report = _fit(config, model, files, budget, problems)
-        notes += [budget.note] if budget.note else []
+        if sizes.world > 1:
+            placement = _place_ranks(entry, model, this_host(inventory, gpus, sizes.world), problems)
+            if placement is not None:
+                config = _with_ranks(config, placement, inventory)
+                seen = replace(inventory, gpus=visible_gpus(inventory.gpus, environ))
+                spare = whole_value(entry, "ready.min-free-memory", 0)
+                memory = _fit_ranks(placement, Sizing(config, model, {seen.node: seen}, files.folder, spare), problems)
+                notes += _core_notes(config, placement, inventory)
+        else:
+            placement = _place(config, model, inventory)
+            budget = rank_budget(entry, config, inventory, choice)
+            report = _fit(config, model, files, budget, problems)
+            memory = () if report is None else (memory_of(report, 0, config.device),)
+            notes += [budget.note] if budget.note else []
     return LaunchPlan(
         entry=entry,
         inventory=inventory,
@@ -129,6 +154,7 @@ def make_plan(
         problems=tuple(problems),
         blockers=tuple(blockers),
         notes=tuple(notes),
+        memory=memory,
     )
 
 
@@ -169,6 +195,56 @@ def _place(config: EngineConfig, model: ModelConfig, inventory: Inventory) -> Pl
         intermediate_size=model.intermediate_size,
         num_experts=model.num_experts,
     )
+
+
+def _place_ranks(
+    entry: ResolvedEntry, model: ModelConfig, host: HostSpec, problems: list[HlaunchError]
+) -> Placement | None:
+    """Place several ranks on this host. Nodes and CPU ranks beside GPUs are a cluster's."""
+    try:
+        return place(model, entry_sizes(entry), [host], replace(placement_options(entry), nodes=(), cpu_ranks=0))
+    except PlacementError as error:
+        problems.append(no_placement(error, entry_sizes(entry)))
+        return None
+
+
+def _with_ranks(config: EngineConfig, placement: Placement, inventory: Inventory) -> EngineConfig:
+    """Hand the placement to the engine, and to each CPU rank its part of the cores unless the entry says how many."""
+    threads = config.cpu_threads
+    if config.device == "cpu" and not threads:
+        threads = threads_per_rank(placement, inventory)
+    sizes = placement.sizes
+    return replace(
+        config,
+        placement=placement.to_json(),
+        tensor_parallel_size=sizes.tensor,
+        pipeline_parallel_size=sizes.pipeline,
+        data_parallel_size=sizes.data,
+        enable_expert_parallel=sizes.expert_parallel,
+        cpu_threads=threads,
+    )
+
+
+def _core_notes(config: EngineConfig, placement: Placement, inventory: Inventory) -> list[str]:
+    """Say how CPU ranks share the cores."""
+    if config.device != "cpu":
+        return []
+    ranks, cores, threads = placement.world_size, inventory.cpu_cores, config.cpu_threads
+    said = f"{ranks} ranks share {cores} core{'s' * (cores != 1)}, {threads} thread{'s' * (threads != 1)} each"
+    if ranks * threads > cores:
+        said += ": more threads than cores, and in every step all wait for the last of them"
+    return [said]
+
+
+def _fit_ranks(placement: Placement, sizing: Sizing, problems: list[HlaunchError]) -> tuple[RankMemory, ...]:
+    try:
+        report = report_memory(placement, sizing)
+    except ConfigError as error:
+        problems.append(PreflightError(str(error), hint=error.hint))
+        return ()
+    if not report.fits:
+        problems.append(ranks_do_not_fit(report, report.suggestions))
+    return report.ranks
 
 
 @dataclass(frozen=True, slots=True)

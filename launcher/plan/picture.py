@@ -117,33 +117,12 @@ def picture_of_launch(plan: LaunchPlan) -> Picture | None:
     """Gather the picture of a launch on one host; None without a placement."""
     if plan.placement is None or plan.model is None:
         return None
-    memory = () if plan.fit is None else (_memory(plan),)
     return picture_of(
         f"{plan.name} on {plan.inventory.node}",
         plan.placement,
         plan.model,
         {plan.inventory.node: plan.inventory},
-        memory=[item for item in memory if item is not None],
-    )
-
-
-def _memory(plan: LaunchPlan) -> RankMemory | None:
-    report = plan.fit
-    if report is None:
-        return None
-    memory = report.memory
-    return RankMemory(
-        rank=0,
-        device=plan.config.device,
-        budget_bytes=memory.budget_bytes,
-        weight_bytes=memory.weight_bytes,
-        activation_bytes=memory.activation_bytes,
-        runtime_bytes=memory.runtime_bytes,
-        kv_bytes=memory.kv_bytes,
-        num_blocks=memory.num_blocks,
-        kv_tokens=max(0, int(memory.max_full_requests * report.limits.max_model_len)),
-        max_full_requests=max(0.0, memory.max_full_requests),
-        problem="" if report.fits else report.cause(),
+        memory=plan.memory,
     )
 
 

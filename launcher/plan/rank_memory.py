@@ -7,7 +7,7 @@ Knows: budgets of GPUs and CPU ranks, which share belongs to whom. Refuses to kn
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from engine.config import EngineConfig, ModelConfig
@@ -22,6 +22,7 @@ from engine.placement import (
     place,
     shard,
 )
+from launcher.errors import DoesNotFit
 from launcher.plan.fit import GIB, FitReport, Suggestion, cpu_dtype, limits_of, rank_weight_bytes, report_fit
 from launcher.plan.inventory import Inventory
 
@@ -105,40 +106,60 @@ def report_memory(placement: Placement, sizing: Sizing) -> MemoryReport:
         found, report = known[key]
         if report is not None and not report.fits and (worst is None or report.minimum_bytes > worst.minimum_bytes):
             worst = report
-        memory.append(_renumbered(found, rank))
-    return MemoryReport(tuple(memory), worst.suggestions if worst is not None else ())
+        memory.append(replace(found, rank=rank.rank, device=rank.device))
+    return MemoryReport(_levelled(memory, placement), worst.suggestions if worst is not None else ())
+
+
+def _levelled(memory: Sequence[RankMemory], placement: Placement) -> tuple[RankMemory, ...]:
+    """Give all ranks of an engine as many blocks as its tightest one has: they follow the same block tables."""
+    found: list[RankMemory] = []
+    for engine in range(placement.data_parallel_size):
+        ranks = [memory[rank.rank] for rank in placement.engine(engine)]
+        cached = [rank for rank in ranks if rank.num_blocks]
+        least = min(cached, key=lambda rank: rank.num_blocks, default=None)
+        for rank in ranks:
+            if least is None or not rank.num_blocks or not all(other.fits for other in ranks):
+                found.append(rank)
+                continue
+            found.append(
+                replace(
+                    rank,
+                    kv_bytes=rank.kv_bytes // rank.num_blocks * least.num_blocks,
+                    num_blocks=least.num_blocks,
+                    kv_tokens=least.kv_tokens,
+                    max_full_requests=least.max_full_requests,
+                )
+            )
+    return tuple(found)
 
 
 def _share(rank: RankSpec) -> tuple[object, ...]:
     return rank.layers, rank.kv_heads, rank.mlp_units, rank.experts, rank.copied_experts, rank.vocab, rank.has_embedding
 
 
-def _renumbered(memory: RankMemory, rank: RankSpec) -> RankMemory:
-    values = {name: getattr(memory, name) for name in RankMemory.__slots__}
-    return RankMemory(**(values | {"rank": rank.rank, "device": rank.device}))
-
-
 def _size(rank: RankSpec, sizing: Sizing, budget: int, total: int) -> tuple[RankMemory, FitReport | None]:
     if rank.kv_heads[0] == rank.kv_heads[1]:
         return _without_cache(rank, sizing, budget), None
     report = report_fit(sizing.config, sizing.model, sizing.folder, budget, rank=rank, total_bytes=total)
+    return memory_of(report, rank.rank, rank.device), report
+
+
+def memory_of(report: FitReport, rank: int, device: str) -> RankMemory:
+    """Name a fit's rank."""
     memory = report.memory
     tokens = int(memory.max_full_requests * report.limits.max_model_len) if memory.num_blocks else 0
-    return (
-        RankMemory(
-            rank=rank.rank,
-            device=rank.device,
-            budget_bytes=budget,
-            weight_bytes=memory.weight_bytes,
-            activation_bytes=memory.activation_bytes,
-            runtime_bytes=memory.runtime_bytes,
-            kv_bytes=memory.kv_bytes,
-            num_blocks=memory.num_blocks,
-            kv_tokens=max(0, tokens),
-            max_full_requests=max(0.0, memory.max_full_requests),
-            problem="" if report.fits else report.cause(),
-        ),
-        report,
+    return RankMemory(
+        rank=rank,
+        device=device,
+        budget_bytes=memory.budget_bytes,
+        weight_bytes=memory.weight_bytes,
+        activation_bytes=memory.activation_bytes,
+        runtime_bytes=memory.runtime_bytes,
+        kv_bytes=memory.kv_bytes,
+        num_blocks=memory.num_blocks,
+        kv_tokens=max(0, tokens),
+        max_full_requests=max(0.0, memory.max_full_requests),
+        problem="" if report.fits else report.cause(),
     )
 
 
@@ -161,6 +182,17 @@ def _without_cache(rank: RankSpec, sizing: Sizing, budget: int) -> RankMemory:
     needed = weights + activations + runtime
     problem = "" if needed <= budget else f"needs {needed / GIB:.1f} GiB, {budget / GIB:.1f} GiB are available"
     return RankMemory(rank.rank, rank.device, budget, weights, activations, runtime, 0, 0, 0, 0.0, problem)
+
+
+def ranks_do_not_fit(report: MemoryReport, suggestions: Sequence[Suggestion]) -> DoesNotFit:
+    """Make the error of ranks that do not fit: the first of them, and what would fit."""
+    first = next(rank for rank in report.ranks if not rank.fits)
+    count = sum(not rank.fits for rank in report.ranks)
+    who = f"rank {first.rank}" if count == 1 else f"{count} of {len(report.ranks)} ranks, rank {first.rank}"
+    ways = "  or  ".join(str(suggestion) for suggestion in suggestions)
+    needed = "larger or more GPUs" if first.device.startswith("cuda") else "more memory, or fewer ranks"
+    hint = f"would fit: {ways}" if ways else f"no setting helps: this needs {needed}"
+    return DoesNotFit(f"does not fit: {who} ({first.device}): {first.problem}", hint=hint)
 
 
 def smallest_fitting_split(

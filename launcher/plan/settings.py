@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Literal
 
 from engine.config import CacheConfig, ConfigError, EngineConfig, SchedulerConfig, ServerConfig
+from engine.placement import ParallelSizes
 from launcher.errors import DoesNotFit, HlaunchError, PreflightError
-from launcher.plan.inventory import Inventory
 from launcher.registry.types import Layer, ResolvedEntry
 from launcher.registry.values import BadValue
 
@@ -26,32 +26,45 @@ _DTYPES: dict[str, Literal["auto", "float32", "bfloat16"]] = {
 }
 
 
-def refusals(entry: ResolvedEntry, inventory: Inventory, device: str) -> tuple[HlaunchError, ...]:
+def refusals(entry: ResolvedEntry, device: str) -> tuple[HlaunchError, ...]:
     """List what the entry asks and this version cannot do on `device`, each with what is possible instead."""
     found: list[HlaunchError] = []
-    for key, short in (("tensor", "tp"), ("pipeline", "pp"), ("data", "dp")):
-        size = entry.integer(f"{key}-parallel-size")
-        if size > 1:
-            found.append(
-                DoesNotFit(
-                    f"{key}-parallel-size {size}: this version runs one rank",
-                    hint=f"add --set {short}=1; one rank on {device} of {inventory.node} is possible",
-                )
-            )
-    backend = entry.text("distributed-executor-backend")
-    if backend not in ("auto", "uni"):
-        found.append(
-            DoesNotFit(
-                f"distributed-executor-backend {backend}: this version has the in-process executor only",
-                hint="add --set distributed-executor-backend=auto",
-            )
-        )
     found += _dtype_refusals(entry, is_gpu=device != "cpu")
     for key in ("tokenizer", "tool-call-parser", "reasoning-parser"):
         if entry.text_or_none(key) is not None:
             found.append(
                 PreflightError(f"{key} {entry.text(key)}: this version takes it from the model", hint=f"remove {key}")
             )
+    return tuple(found)
+
+
+def rank_refusals(entry: ResolvedEntry, sizes: ParallelSizes, device: str, num_gpus: int) -> tuple[HlaunchError, ...]:
+    """List what the entry asks of ranks on one host and this version cannot do, each with the nearest possible."""
+    found: list[HlaunchError] = []
+    if device != "cpu" and sizes.engine_ranks > 1:
+        engines = min(num_gpus, sizes.world)
+        nearest = " ".join(f"--set {name}" for name in ("tp=1", "pp=1", *((f"dp={engines}",) if engines > 1 else ())))
+        found.append(
+            DoesNotFit(
+                f"{sizes} on {device}: an engine serves on one GPU; several ranks of one engine are CPU ranks",
+                hint=f"add {nearest}, or --set device=cpu",
+            )
+        )
+    backend = entry.text("distributed-executor-backend")
+    if backend == "mp" and sizes.engine_ranks == 1:
+        found.append(
+            DoesNotFit(
+                "distributed-executor-backend mp: the one rank of an engine runs in its process",
+                hint="add --set distributed-executor-backend=auto",
+            )
+        )
+    elif backend in ("ray", "ray-cgraph"):
+        found.append(
+            DoesNotFit(
+                f"distributed-executor-backend {backend}: this version runs ranks as processes of one host",
+                hint="add --set distributed-executor-backend=auto",
+            )
+        )
     return tuple(found)
 
 

@@ -55,10 +55,22 @@ def test_a_model_without_files_is_planned_and_a_too_large_one_exits_6(hlaunch: L
     data = json.loads(hlaunch.cli("up", "gpt-oss-20b", "--dry-run", "--json").stdout)
     assert data["fit"]["checkpoint_bytes"] == 13761264768
     assert data["blockers"][0]["exit_code"] == 5
-    refused = hlaunch.cli("up", "parallel", "--dry-run")
+    refused = hlaunch.cli("up", "parallel", "--dry-run", "--set", "tp=3")
     assert refused.returncode == 6
-    assert refused.stderr.splitlines()[-1] == "error: tensor-parallel-size 2: this version runs one rank"
+    assert refused.stderr.splitlines()[-1] == "error: no placement: tp 3: 16 attention heads do not divide by it"
     assert "engine.json" in refused.stdout, "the plan is shown all the same"
+
+
+def test_ranks_their_memory_and_the_engines_placement_are_shown(hlaunch: Launcher) -> None:
+    result = hlaunch.cli("up", "parallel", "--dry-run", "--set", "device=cpu")
+    assert result.returncode == 0, result.stderr
+    for part in ("placement: tp 2 pp 1 dp 1, 2 ranks", "[0]═[1]", " in 2 ranks", '"tensor_parallel_size": 2'):
+        assert part in result.stdout
+    assert " ranks share " in result.stderr
+    data = json.loads(hlaunch.cli("up", "parallel", "--dry-run", "--json", "--set", "device=cpu").stdout)
+    assert [memory["device"] for memory in data["memory"]] == ["cpu:0", "cpu:1"]
+    ranks = json.loads(data["engine_config"]["placement"])["ranks"]
+    assert [rank["device"] for rank in ranks] == ["cpu:0", "cpu:1"]
 
 
 def test_a_dry_run_loads_nothing_heavy(hlaunch: Launcher) -> None:

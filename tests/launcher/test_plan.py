@@ -189,13 +189,11 @@ def test_gpus_are_listed_by_the_drivers_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("tp=2", "tensor-parallel-size 2: this version runs one rank"),
-        ("pp=2", "pipeline-parallel-size 2"),
-        ("dp=2", "data-parallel-size 2"),
         ("device=cuda", "device cuda: no NVIDIA GPU is seen on host"),
         ("dtype=float16", "dtype float16"),
         ("kv-cache-dtype=fp8", "kv-cache-dtype fp8"),
-        ("distributed-executor-backend=mp", "distributed-executor-backend mp"),
+        ("distributed-executor-backend=mp", "distributed-executor-backend mp: the one rank of an engine"),
+        ("distributed-executor-backend=ray", "distributed-executor-backend ray: this version runs ranks as processes"),
         ("max-model-len=4096", "max-model-len 4096 is above the model's 2048 positions"),
     ],
 )
