@@ -23,7 +23,7 @@ def register(app: typer.Typer) -> None:
         ctx: typer.Context,
         tool: Annotated[str, typer.Argument(metavar="TOOL", help="env, claude, codex, opencode or openwebui.")],
         name: Annotated[
-            str | None, typer.Argument(metavar="[NAME]", help="A model that runs; left out: the only one.")
+            str | None, typer.Argument(metavar="NAME", help="A model that runs; left out: the only one.")
         ] = None,
         url: Annotated[str | None, typer.Option("--url", help="A server at this address instead.")] = None,
         as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,

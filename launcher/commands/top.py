@@ -22,7 +22,7 @@ def register(app: typer.Typer) -> None:
     def top(
         ctx: typer.Context,
         name: Annotated[
-            str | None, typer.Argument(metavar="[NAME]", help="A model that runs; left out: the only one.")
+            str | None, typer.Argument(metavar="NAME", help="A model that runs; left out: the only one.")
         ] = None,
         url: Annotated[
             str | None, typer.Option("--url", help="Any server with vLLM's or SGLang's /metrics instead.")

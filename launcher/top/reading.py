@@ -24,7 +24,7 @@ GAUGES: Mapping[str, Sequence[str]] = {
 COUNTERS: Mapping[str, Sequence[str]] = {
     "generated_tokens": ("vllm:generation_tokens", "sglang:generation_tokens"),
     "prompt_tokens": ("vllm:prompt_tokens", "sglang:prompt_tokens"),
-    "preemptions": ("vllm:num_preemptions", "sglang:num_retracted_reqs"),
+    "preemptions": ("vllm:num_preemptions", "sglang:num_retracted_requests"),
     "prefix_queries": ("vllm:prefix_cache_queries", "vllm:gpu_prefix_cache_queries", "sglang:prompt_tokens"),
     "prefix_hits": ("vllm:prefix_cache_hits", "vllm:gpu_prefix_cache_hits", "sglang:cached_tokens"),
     "finished": ("vllm:request_success", "sglang:num_requests"),
@@ -112,8 +112,10 @@ def read(samples: Mapping[str, Sequence[Sample]]) -> Reading:
 
 
 def _first(samples: Mapping[str, Sequence[Sample]], names: Iterable[str], suffixes: Iterable[str]) -> Sequence[Sample]:
+    """Return the samples of the first name that is there; some exporters write `vllm_` for `vllm:`."""
     endings = tuple(suffixes)
-    return next((samples[name + end] for name in names for end in endings if name + end in samples), ())
+    spelled = (form + end for name in names for form in (name, name.replace(":", "_")) for end in endings)
+    return next((samples[name] for name in spelled if name in samples), ())
 
 
 def _place(labels: Mapping[str, str], names: Sequence[str]) -> str:

@@ -125,6 +125,7 @@ def test_ranks_of_one_engine_count_once() -> None:
     assert (found.values["running"], found.values["waiting"], found.values["kv_usage"]) == (6, 1, 0.28)
     assert [row.name for row in found.rows] == ["0 tp 0", "0 tp 1"]
     assert Watch().add(0.0, found).prefix_hit_rate == 0.25
+    assert read(parse(SGLANG.replace("sglang:", "sglang_"))) == found
 
 
 def test_engines_come_in_the_order_of_their_numbers() -> None:
@@ -173,6 +174,13 @@ def test_quantiles_are_linear_in_a_bucket_and_stop_at_the_last_bound() -> None:
     assert quantile({0.1: 1.0, math.inf: 100.0}, 0.99) == (0.1, True)
     assert quantile({0.1: 0.0, 0.2: 4.0, math.inf: 4.0}, 0.5) == (pytest.approx(0.15), False)
     assert quantile({math.inf: 3.0}, 0.5) == (0.0, True)
+
+
+def test_a_gauge_that_falls_is_no_restart() -> None:
+    state = Watch()
+    for at, retracted in enumerate((3, 0)):
+        found = state.add(float(at), read(parse(f'{SGLANG}sglang:num_retracted_reqs{{tp_rank="0"}} {retracted}\n')))
+    assert (found.num_restarts, found.rates["generated_tokens"]) == (0, 0.0)
 
 
 def test_other_metrics_are_no_model_server() -> None:
