@@ -7,7 +7,7 @@ how it is printed, how processes run. Building a plan reads files; it starts, bi
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -131,6 +131,7 @@ def make_plan(
                 seen = replace(inventory, gpus=visible_gpus(inventory.gpus, environ))
                 spare = whole_value(entry, "ready.min-free-memory", 0)
                 memory = _fit_ranks(placement, Sizing(config, model, {seen.node: seen}, files.folder, spare), problems)
+                config = _with_pool(config, memory)
                 notes += _core_notes(config, placement, inventory)
         else:
             placement = _place(config, model, inventory)
@@ -223,6 +224,17 @@ def _with_ranks(config: EngineConfig, placement: Placement, inventory: Inventory
         enable_expert_parallel=sizes.expert_parallel,
         cpu_threads=threads,
     )
+
+
+def _with_pool(config: EngineConfig, memory: Sequence[RankMemory]) -> EngineConfig:
+    """Fix the pool where several engines share this host's memory: each would count on all that it sees free.
+
+    An engine that is started again, beside others that hold theirs, then gets what it had.
+    """
+    blocks = [rank.num_blocks for rank in memory if rank.num_blocks]
+    if config.device != "cpu" or config.data_parallel_size == 1 or not blocks or not all(rank.fits for rank in memory):
+        return config
+    return replace(config, cache=replace(config.cache, num_blocks=min(blocks)))
 
 
 def _core_notes(config: EngineConfig, placement: Placement, inventory: Inventory) -> list[str]:

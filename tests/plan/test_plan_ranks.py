@@ -121,10 +121,20 @@ def test_the_engine_sizes_the_pool_as_the_plan_does_where_memory_is_short(
         LoadedReport(rank.rank, plan.memory[rank.rank].weight_bytes, left, "float32", "float32", "cpu")
         for rank in first
     ]
-    found = fit_ranks(plan.config, plan.model, plan.placement, first, loaded, plan.model.max_position_embeddings)
+    assert plan.config.cache.num_blocks == (plan.memory[0].num_blocks if "dp=2" in overrides else 0)
+    config = replace(plan.config, cache=replace(plan.config.cache, num_blocks=0))
+    found = fit_ranks(config, plan.model, plan.placement, first, loaded, plan.model.max_position_embeddings)
     # The engine shares out what is left, the plan shares first: they differ as much as the ranks' weights do.
     assert found.num_blocks == pytest.approx(plan.memory[0].num_blocks, rel=0.12)
     assert found.num_blocks < 0.7 * ample[0].num_blocks
+
+
+def test_engines_that_share_memory_get_a_pool_of_fixed_size(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, "dp=2")
+    assert plan.config.cache.num_blocks == plan.memory[0].num_blocks == plan.memory[1].num_blocks
+    assert plan_of(tmp_path, "tp=2").config.cache.num_blocks == 0, "one engine takes what it finds"
+    gpus = plan_of(tmp_path, "dp=2", inventory=GPUS, model="oss20")
+    assert gpus.config.cache.num_blocks == 0, "GPUs share nothing"
 
 
 def test_ranks_that_do_not_fit_say_which_and_what_would(tmp_path: Path) -> None:
