@@ -1,6 +1,6 @@
-"""Draw docs/demo.svg: what a terminal shows while `hlaunch up tiny-oss` starts and answers. Needs tmux.
+"""Draw docs/demo.svg and docs/top.svg: what a terminal shows while tiny-oss starts, answers and is watched. Needs tmux.
 
-It runs the real commands in a real terminal and keeps the colours of the last screen.
+It runs the real commands in a real terminal and keeps the colours of the last screen. `record_demo.py top` draws one.
 """
 
 from __future__ import annotations
@@ -10,15 +10,48 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 from rich.text import Text
 
 ROOT = Path(__file__).resolve().parent.parent
-OUT = ROOT / "docs" / "demo.svg"
-COLUMNS, ROWS = 112, 44
 SESSION = "hlaunch-demo"
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Lines to type, each with the text to wait for, the seconds it may take, and how long to look on afterwards."""
+
+    title: str
+    columns: int
+    rows: int
+    lines: tuple[tuple[str, str, float, float], ...]
+
+
+SCENES = {
+    "demo": Scene(
+        "hlaunch up tiny-oss",
+        112,
+        44,
+        (
+            ("hlaunch up tiny-oss --detach", "stop with", 60.0, 0.5),
+            ("hlaunch ps", "UPTIME", 10.0, 0.5),
+            ("hlaunch chat tiny-oss --temperature 0 -m 'What is 3 + 4?'", "", 8.0, 4.0),
+        ),
+    ),
+    "top": Scene(
+        "hlaunch top",
+        80,
+        20,
+        (
+            ("hlaunch up tiny-oss --detach > /dev/null 2>&1; clear; echo up", "up", 60.0, 5.0),
+            ("(hlaunch bench tiny-oss -c 8 --output 512 -r 4 --runs 9 > /dev/null 2>&1 &) && clear", "$", 5.0, 4.0),
+            ("hlaunch top --interval 0.5", "first token", 10.0, 16.0),
+        ),
+    ),
+}
 
 
 def tmux(*args: str) -> str:
@@ -34,33 +67,45 @@ def wait_for(text: str, seconds: float) -> None:
 
 
 def main() -> int:
+    for name in sys.argv[1:] or SCENES:
+        record(SCENES[name], ROOT / "docs" / f"{name}.svg")
+    return 0
+
+
+def record(scene: Scene, out: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         setup = f"cd {ROOT} && export PATH={path} HLAUNCH_STATE_DIR={folder} PS1='$ ' && clear"
-        tmux("new-session", "-d", "-s", SESSION, "-x", str(COLUMNS), "-y", str(ROWS), "bash --norc --noprofile")
+        tmux(
+            "new-session",
+            "-d",
+            "-s",
+            SESSION,
+            "-x",
+            str(scene.columns),
+            "-y",
+            str(scene.rows),
+            "bash --norc --noprofile",
+        )
         try:
             tmux("send-keys", "-t", SESSION, setup, "Enter")
             time.sleep(0.5)
-            for line, marker, seconds in (
-                ("hlaunch up tiny-oss --detach", "stop with", 60.0),
-                ("hlaunch ps", "UPTIME", 10.0),
-                ("hlaunch chat tiny-oss --temperature 0 -m 'What is 3 + 4?'", "", 8.0),
-            ):
+            for line, marker, seconds, look_on in scene.lines:
                 tmux("send-keys", "-t", SESSION, "-l", line)
                 tmux("send-keys", "-t", SESSION, "Enter")
                 wait_for(marker, seconds)
-                time.sleep(4.0 if not marker else 0.5)
+                time.sleep(look_on)
             screen = tmux("capture-pane", "-e", "-p", "-t", SESSION).rstrip().replace(str(ROOT), "~/hlaunch")
         finally:
+            tmux("send-keys", "-t", SESSION, "C-c", "")
             tmux("send-keys", "-t", SESSION, "clear; hlaunch down --all", "Enter")
             time.sleep(3.0)
             tmux("kill-session", "-t", SESSION)
-    console = Console(record=True, width=COLUMNS, file=open(os.devnull, "w"))  # noqa: SIM115
+    console = Console(record=True, width=scene.columns, file=open(os.devnull, "w"))  # noqa: SIM115
     console.print(Text.from_ansi(screen))
-    OUT.parent.mkdir(exist_ok=True)
-    OUT.write_text(console.export_svg(title="hlaunch up tiny-oss"))
-    print(f"{OUT.relative_to(ROOT)}: {len(screen.splitlines())} lines")
-    return 0
+    out.parent.mkdir(exist_ok=True)
+    out.write_text(console.export_svg(title=scene.title))
+    print(f"{out.relative_to(ROOT)}: {len(screen.splitlines())} lines")
 
 
 if __name__ == "__main__":
