@@ -15,6 +15,8 @@ from stub_server import Stub, serving
 
 from launcher import cli
 from launcher.connect import TOOLS, Endpoint, KeyReference
+from launcher.supervise.cluster_run import RECORD, ClusterRun
+from launcher.supervise.instance import InstanceFolder
 
 CANARY = "canary-5f1c"
 HOSTILE = "a'b\"c$(id)`id`\\ {env:HOME}#é"
@@ -161,6 +163,26 @@ def test_what_a_server_lacks_is_said(home: Path, capsys: pytest.CaptureFixture[s
         code, out, _ = run(capsys, "claude", "--url", stub.url, "--json")
         found: dict[str, Any] = json.loads(out)
         assert (found["is_served"], found["context_tokens"], len(found["warnings"])) == (False, 4096, 2)
+
+
+def launch(home: Path, name: str, url: str) -> None:
+    folder = InstanceFolder(home / "state", name)
+    folder.create()
+    run = ClusterRun(name, "tiny-oss", "pair", "process", "0", (), 0.0, url)
+    (folder.path / RECORD).write_text(run.to_json())
+
+
+def test_launches_on_clusters_count_and_several_need_a_name(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with serving(Stub(whole())) as stub:
+        launch(home, "tiny-oss", stub.url)
+        code, out, _ = run(capsys, "env")
+        assert (code, f"OPENAI_BASE_URL={stub.url}/v1" in out) == (0, True)
+        launch(home, "other", "")
+        code, out, err = run(capsys, "env")
+        assert (code, out, err) == (2, "", "error: 2 models run: other, tiny-oss\nhint: say which one: NAME\n")
+        assert run(capsys, "env", "tiny")[0] == 0, "an alias names it"
+        code, _, err = run(capsys, "env", "other")
+        assert (code, err.startswith("error: other is not ready yet")) == (1, True)
 
 
 @pytest.mark.parametrize(
