@@ -114,7 +114,7 @@ class EngineCore:
             num_blocks=memory.num_blocks,
             block_size=memory.block_size,
             max_full_requests=memory.max_full_requests,
-            device=placement.ranks[0].device,
+            device=placement.engine(config.data_parallel_rank)[0].device,
             device_name=worker.device_name,
             dtype=worker.dtype_name,
         )

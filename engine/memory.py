@@ -199,7 +199,8 @@ def gpu_weight_bytes(model: ModelConfig, num_positions: int) -> int:
 def gpu_activation_bytes(model: ModelConfig, max_num_batched_tokens: int, max_num_seqs: int) -> int:
     """Arena of one step on a GPU: a layer's buffers for every token, and logits for every row.
 
-    The residual stream and logits are float32, the rest bf16; rows of experts are padded to 128 columns.
+    The residual stream and logits are float32, the rest bf16; rows of experts are padded to 128 columns. Rows with
+    penalties keep counts and marks of every token; with log-probabilities too, three more copies of their logits.
     """
 
     def padded(width: int) -> int:
@@ -209,7 +210,9 @@ def gpu_activation_bytes(model: ModelConfig, max_num_batched_tokens: int, max_nu
     width = 2 * hidden + 4 * hidden + padded(hidden) + 3 * query + 2 * model.num_kv_heads * model.head_dim
     experts = padded(hidden) + padded(model.intermediate_size) + hidden
     tokens = 2 * max_num_batched_tokens * (width + model.num_experts_per_token * experts)
-    return tokens + 4 * model.vocab_size * (2 * max_num_seqs + _GPU_SMALL_ROWS)
+    logits = 4 * (2 * max_num_seqs + _GPU_SMALL_ROWS)
+    sampling = max_num_seqs * (3 * 4 + 4 + 1)
+    return tokens + model.vocab_size * (logits + sampling)
 
 
 def fit(

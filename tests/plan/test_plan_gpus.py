@@ -210,7 +210,7 @@ def test_a_share_that_is_too_small_says_which_would_do(tmp_path: Path) -> None:
 def test_a_gpu_that_is_too_small_is_told_what_it_takes(tmp_path: Path) -> None:
     small = replace(HOST, gpus=(replace(H100, memory_bytes=24 * GIB, free_bytes=24 * GIB),))
     (problem,) = plan_of(tmp_path, "oss120", inventory=small).problems
-    assert problem.hint.startswith("no setting helps: this needs a GPU with 71.3 GiB free")
+    assert problem.hint.startswith("no setting helps: this needs a GPU with 71.4 GiB free")
 
 
 def test_unified_memory_leaves_what_the_entry_wants_free(tmp_path: Path) -> None:
