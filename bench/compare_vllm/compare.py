@@ -40,6 +40,8 @@ from launcher.benchmark import floor  # noqa: E402
 
 INPUT, OUTPUT = 1024, 257
 SIDES = ("hlaunch", "vllm-triton", "vllm-marlin")
+# vLLM compiles Triton kernels when it meets a shape for the first time; after one pass it was still at it.
+WARM_UPS = 3
 # What vLLM captures when it is short of time; exact sizes for the rows that are measured.
 MARLIN_GRAPHS = [1, 2, 4, 8, 16, 32, 64, 128, 256]
 
