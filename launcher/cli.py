@@ -207,6 +207,12 @@ def run(args: Sequence[str]) -> int:
         # The reader of our output has gone (`hlaunch list | head -1`); nothing is wrong here.
         _silence_stdout()
         return ExitCode.OK
+    except SystemExit:
+        # Typer ends with 1 by itself when that happens inside a command, and leaves its wrapper on stdout.
+        if type(sys.stdout).__name__ != "PacifyFlushWrapper":
+            raise
+        _silence_stdout()
+        return ExitCode.OK
     except OSError as error:
         if error.errno not in _FULL:
             return _unexpected(error, console, is_debug)
