@@ -17,11 +17,10 @@ from torch import Tensor
 from engine.config import ModelConfig
 from engine.models.checkpoint import DTYPES, Checkpoint, CheckpointError
 from engine.models.gpt_oss_gpu import GptOssGpu, GpuLayer
-from engine.models.gpt_oss_weights import expected_tensors, original_name, original_tensors
+from engine.models.gpt_oss_weights import expected_tensors, original_name, original_tensors, rotations
 from engine.models.gpu_staging import Copy, copy_to_gpu
 from engine.models.synthetic import synthetic_rule
 from kernels import gpu
-from kernels.reference.rope import YarnScaling, inverse_frequencies, rope_table
 
 _NORM = torch.float32
 _WEIGHT = torch.bfloat16
@@ -131,14 +130,7 @@ def _allocate(model: ModelConfig, device: torch.device, num_positions: int, wish
     embedding = want("model.embed_tokens.weight", model.vocab_size, hidden)
     norm = want("model.norm.weight", hidden, dtype=_NORM)
     head = embedding if model.tie_word_embeddings else want("lm_head.weight", model.vocab_size, hidden)
-    rope = model.rope
-    scaling = (
-        YarnScaling(rope.factor, rope.original_max_position_embeddings, rope.beta_fast, rope.beta_slow, rope.truncate)
-        if rope.factor != 1.0
-        else None
-    )
-    inverse, concentration = inverse_frequencies(model.head_dim, rope.theta, scaling)
-    table = torch.view_as_real(rope_table(inverse, concentration, num_positions)[:, 0]).contiguous()
+    table = torch.view_as_real(rotations(model, num_positions)[:, 0]).contiguous()
     return GptOssGpu(model, embedding, layers, norm, head, table.to(device))
 
 

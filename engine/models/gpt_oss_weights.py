@@ -178,21 +178,13 @@ def load_gpt_oss(
     else:
         name = "model.embed_tokens.weight" if model.tie_word_embeddings else "lm_head.weight"
         head = loader.dense(name, slice(*part.vocab))
-    rope = model.rope
-    # A factor of 1 is "no scaling" in the configuration; YaRN would then leave the frequencies alone too.
-    scaling = (
-        YarnScaling(rope.factor, rope.original_max_position_embeddings, rope.beta_fast, rope.beta_slow, rope.truncate)
-        if rope.factor != 1.0
-        else None
-    )
-    inverse, concentration = inverse_frequencies(model.head_dim, rope.theta, scaling)
     progress(1.0, "done")
     return GptOss(
         embedding=embedding,
         layers=layers,
         norm=norm,
         lm_head=_columns(head),
-        rope=rope_table(inverse, concentration, options.num_positions),
+        rope=rotations(model, options.num_positions),
         eps=model.rms_norm_eps,
         group=loader.group,
         vocab_rows=tuple(other.vocab[1] - other.vocab[0] for other in loader.stage),
@@ -235,6 +227,19 @@ def _part(model: ModelConfig, rank: RankSpec | None) -> _Part:
         adds_out_bias=rank.tp_rank == 0,
         adds_down_bias=first == 0,
     )
+
+
+def rotations(model: ModelConfig, num_positions: int) -> Tensor:
+    """Tabulate the rotary embedding as the model's configuration scales it: complex64 [P, 1, D/2]."""
+    rope = model.rope
+    # A factor of 1 is "no scaling" in the configuration; YaRN would then leave the frequencies alone too.
+    scaling = (
+        YarnScaling(rope.factor, rope.original_max_position_embeddings, rope.beta_fast, rope.beta_slow, rope.truncate)
+        if rope.factor != 1.0
+        else None
+    )
+    inverse, concentration = inverse_frequencies(model.head_dim, rope.theta, scaling)
+    return rope_table(inverse, concentration, num_positions)
 
 
 class _Loader:
