@@ -23,13 +23,14 @@ def child(workers: int, *, with_tasks: bool) -> None:
     started = time.perf_counter()
     import torch
 
+    from engine.worker.gpu_decode import LARGE
     from kernels.cuda.decode import DecodeShape
     from kernels.triton import warm
 
     torch.zeros(1, device="cuda")
     ready = time.perf_counter() - started
     shape = DecodeShape(2880, 2880, 64, 8, 64, 32, 4, 201088, 64)
-    report = warm.compile_all(shape, workers=workers)
+    report = warm.compile_all(shape, decode_rows=LARGE, workers=workers)
     print(f"  imports and context {ready:.2f} s, compile_all {report.seconds:.2f} s, {report.compiled} compiled")
     if with_tasks:
         for name, seconds in sorted(report.tasks.items(), key=lambda item: -item[1]):

@@ -27,7 +27,6 @@ from kernels.cuda.decode import DecodeShape
 from kernels.triton import attention_decode, attention_prefill, moe, norm, rope, router, sampling
 from kernels.triton.permute import expert_width
 
-DECODE_ROWS = (24, 32, 48, 64, 96, 128, 192, 256)
 _WINDOW = 128  # any: only whether there is one makes a difference
 
 
@@ -52,7 +51,7 @@ def use_cache() -> Path:
 def compile_all(
     shape: DecodeShape,
     *,
-    decode_rows: Sequence[int] = DECODE_ROWS,
+    decode_rows: Sequence[int],
     max_tokens: int = 16384,
     device: torch.device | str = "cuda",
     workers: int | None = None,
