@@ -6,6 +6,7 @@ prefix its KV belongs to; a row that attends to anything but its own prefix fail
 
 from __future__ import annotations
 
+import random
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -281,4 +282,19 @@ def make_request(
         priority=priority,
         arrival_time=arrival,
         cache_salt=salt,
+    )
+
+
+def drawn_request(rng: random.Random, texts: Sequence[Sequence[int]], number: int) -> EngineRequest:
+    """Draw a request of a random workload: a beginning of one of `texts`, a few tokens of its own, any options."""
+    prompt = [*rng.choice(texts)[: rng.randint(0, 24)], *(rng.randrange(VOCAB_SIZE) for _ in range(rng.randint(1, 3)))]
+    return make_request(
+        f"r{number}",
+        prompt,
+        rng.randint(6, 24),
+        stop=rng.choice([(), (), (1,)]),
+        min_tokens=rng.choice([0, 0, 1]),
+        priority=rng.randint(0, 2),
+        arrival=float(number),
+        salt=rng.choice(["", "", "a"]),
     )

@@ -9,7 +9,7 @@ import random
 from contextlib import suppress
 
 import pytest
-from core_support import VOCAB_SIZE, Loop, make_request
+from core_support import VOCAB_SIZE, Loop, drawn_request
 
 from engine.config import SchedulerConfig
 from engine.core.request import RequestRejected
@@ -45,17 +45,7 @@ def run_workload(seed: int, depth: int) -> Loop:
     texts = [[rng.randrange(VOCAB_SIZE) for _ in range(24)] for _ in range(2)]
     aborted = []
     for i in range(24):
-        prompt = rng.choice(texts)[: rng.randint(0, 24)] + [rng.randrange(VOCAB_SIZE) for _ in range(rng.randint(1, 3))]
-        request = make_request(
-            f"r{i}",
-            prompt,
-            rng.randint(6, 24),
-            stop=rng.choice([(), (), (1,)]),
-            min_tokens=rng.choice([0, 0, 1]),
-            priority=rng.randint(0, 2),
-            arrival=float(i),
-            salt=rng.choice(["", "", "a"]),
-        )
+        request = drawn_request(rng, texts, i)
         with suppress(RequestRejected):  # the queue may hold too many tokens already
             loop.add(request)
         for _ in range(rng.choice([0, 0, 1, 2])):
