@@ -11,7 +11,7 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.config import MXFP4_BLOCK, ConfigError, ModelConfig
+from engine.config import MXFP4_BLOCK, ConfigError, EngineConfig, ModelConfig
 
 MAX_HEADER_BYTES = 64 << 20
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
@@ -262,6 +262,37 @@ def fit(
         num_blocks=num_blocks,
         block_size=block_size,
         blocks_per_full_request=per_request,
+    )
+
+
+def fit_engine(
+    config: EngineConfig,
+    model: ModelConfig,
+    max_model_len: int,
+    *,
+    budget_bytes: int,
+    weight_bytes: int,
+    kv_dtype: str,
+    is_gpu: bool = False,
+    block_bytes: int | None = None,
+    share: ModelConfig | None = None,
+) -> MemoryFit:
+    """Size the block pool of one rank under a configuration's limits; the rest as in `fit`."""
+    cache, scheduler = config.cache, config.scheduler
+    return fit(
+        model,
+        budget_bytes=budget_bytes,
+        weight_bytes=weight_bytes,
+        kv_dtype=kv_dtype,
+        block_size=cache.block_size,
+        max_model_len=max_model_len,
+        max_num_seqs=scheduler.max_num_seqs,
+        max_num_batched_tokens=scheduler.max_num_batched_tokens,
+        kv_cache_bytes=cache.kv_cache_bytes,
+        num_blocks=cache.num_blocks,
+        is_gpu=is_gpu,
+        block_bytes=block_bytes,
+        share=share,
     )
 
 

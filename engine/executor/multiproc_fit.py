@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 from engine.config import EngineConfig, ModelConfig
 from engine.executor.messages import LoadedReport, PhaseReport
-from engine.memory import MemoryFit, fit, share_block_bytes
+from engine.memory import MemoryFit, fit_engine, share_block_bytes
 from engine.placement import Placement, RankSpec, shard
 
 
@@ -30,17 +30,13 @@ def fit_ranks(
     # Other engines of the placement take their part of the node as well.
     on_node = {rank.node: len(placement.on_node(rank.node)) for rank in ranks}
     fits = [
-        fit(
+        fit_engine(
+            config,
             model,
+            max_model_len,
             budget_bytes=report.budget_bytes // on_node[rank.node] + report.weight_bytes,
             weight_bytes=report.weight_bytes,
             kv_dtype=report.kv_dtype,
-            block_size=config.cache.block_size,
-            max_model_len=max_model_len,
-            max_num_seqs=config.scheduler.max_num_seqs,
-            max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
-            kv_cache_bytes=config.cache.kv_cache_bytes,
-            num_blocks=config.cache.num_blocks,
             block_bytes=block_bytes_of_rank(model, rank, config.cache.block_size, report.kv_dtype),
             share=shard(model, rank),
         )

@@ -19,7 +19,7 @@ from engine.config import ConfigError, EngineConfig, ModelConfig, resolve_model_
 from engine.core.plan import AdmittedRow, ExecutionPlan
 from engine.core.sampling_params import SamplingParams
 from engine.device import GPU_CAPABILITY
-from engine.memory import MemoryFit, fit, kv_cache_groups
+from engine.memory import MemoryFit, fit_engine, kv_cache_groups
 from engine.models.checkpoint import Checkpoint, CheckpointError
 from engine.placement import RankSpec
 
@@ -86,19 +86,14 @@ class GpuWorker:
 
     def fit_memory(self, max_model_len: int) -> MemoryFit:
         """Size the KV pool from what the GPU has left within `gpu_memory_utilization`."""
-        config = self._config
-        share = int(config.cache.gpu_memory_utilization * self._total)
-        return fit(
+        share = int(self._config.cache.gpu_memory_utilization * self._total)
+        return fit_engine(
+            self._config,
             self._model_config,
+            max_model_len,
             budget_bytes=min(share, self._free_at_start),
             weight_bytes=self.weight_bytes,
             kv_dtype=self.kv_dtype_name,
-            block_size=config.cache.block_size,
-            max_model_len=max_model_len,
-            max_num_seqs=config.scheduler.max_num_seqs,
-            max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
-            kv_cache_bytes=config.cache.kv_cache_bytes,
-            num_blocks=config.cache.num_blocks,
             is_gpu=True,
         )
 

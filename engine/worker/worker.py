@@ -14,7 +14,7 @@ from engine.comm.ranks import RankLinks
 from engine.config import ConfigError, EngineConfig, ModelConfig, resolve_model_folder
 from engine.core.plan import AdmittedRow, ExecutionPlan, StepResult
 from engine.core.sampling_params import SamplingParams
-from engine.memory import KVCacheGroup, MemoryFit, fit, kv_cache_groups, should_expand_experts
+from engine.memory import KVCacheGroup, MemoryFit, fit_engine, kv_cache_groups, should_expand_experts
 from engine.models.checkpoint import Checkpoint, CheckpointError, TensorSource
 from engine.models.dummy import DummySource
 from engine.models.gpt_oss import GptOss
@@ -80,18 +80,13 @@ class Worker:
 
     def fit_memory(self, max_model_len: int) -> MemoryFit:
         """Size the KV pool from the memory at hand."""
-        config = self._config
-        return fit(
+        return fit_engine(
+            self._config,
             self._model_config,
+            max_model_len,
             budget_bytes=self.available_memory() + self.weight_bytes,
             weight_bytes=self.weight_bytes,
             kv_dtype=self.kv_dtype_name,
-            block_size=config.cache.block_size,
-            max_model_len=max_model_len,
-            max_num_seqs=config.scheduler.max_num_seqs,
-            max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
-            kv_cache_bytes=config.cache.kv_cache_bytes,
-            num_blocks=config.cache.num_blocks,
         )
 
     def allocate_kv(self, num_blocks: int) -> None:
