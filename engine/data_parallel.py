@@ -7,7 +7,6 @@ text, HTTP, torch.
 from __future__ import annotations
 
 import asyncio
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine
@@ -20,6 +19,7 @@ from engine.config import ConfigError, EngineConfig
 from engine.core.load_balancer import LoadBalancer
 from engine.core.request import EngineRequest, SchedulerStats
 from engine.placement import Placement, PlacementError
+from engine.process import threads_per_rank
 
 RESTARTS = 5
 RESTART_WINDOW_SECONDS = 600.0
@@ -57,7 +57,7 @@ class DataParallelEngine:
         count = num_engines(config)
         threads = config.cpu_threads
         if config.device == "cpu" and not config.has_several_ranks and not threads:
-            threads = max(1, (len(os.sched_getaffinity(0)) - 1) // count)
+            threads = threads_per_rank(count)
         self.config = config
         self.ready = asyncio.Event()
         self._configs = [replace(config, data_parallel_rank=rank, cpu_threads=threads) for rank in range(count)]

@@ -20,6 +20,11 @@ _PR_SET_PDEATHSIG = 1
 PhaseState = Literal["begin", "progress", "end"]
 
 
+def threads_per_rank(num_ranks: int = 1) -> int:
+    """Share this process's cores out to ranks on CPUs, one left for the engine and the server."""
+    return max(1, (len(os.sched_getaffinity(0)) - 1) // num_ranks)
+
+
 def die_with_parent(parent_pid: int, sig: int = signal.SIGKILL) -> None:
     """Ask the kernel to send `sig` to this process when its parent dies; exit at once if it is dead already.
 

@@ -44,6 +44,7 @@ from engine.executor.multiproc_rank import FRAME
 from engine.executor.multiproc_watch import RankFailure, RankHandle, RankWatch
 from engine.executor.multiproc_wiring import RankSetup, Wiring
 from engine.placement import Placement, RankSpec
+from engine.process import threads_per_rank
 
 RANK_COMMAND = (sys.executable, "-m", "engine.executor.multiproc_rank")
 STOP_SECONDS = 5.0
@@ -72,7 +73,7 @@ class MultiprocExecutor:
         self._timeout = config.step_timeout_seconds
         self._silence = silence_seconds
         self._has_stages = placement.pipeline_parallel_size > 1
-        threads = config.cpu_threads or _threads_per_rank(self.ranks)
+        threads = config.cpu_threads or threads_per_rank(len(self.ranks))
         wiring = Wiring(self.ranks, replace(config, cpu_threads=threads), placement.to_json())
         self._board = wiring.board
         self._handles: list[RankHandle] = []
@@ -287,11 +288,6 @@ def _environment(base: Mapping[str, str], spec: RankSpec, threads: int) -> dict[
     if spec.backend == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
     return environment
-
-
-def _threads_per_rank(ranks: Sequence[RankSpec]) -> int:
-    """Share this process's cores out, one left for the engine and the server."""
-    return max(1, (len(os.sched_getaffinity(0)) - 1) // len(ranks))
 
 
 def _kernel_state(handle: RankHandle) -> str:

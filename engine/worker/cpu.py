@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import psutil
 import torch
+
+from engine.process import threads_per_rank
 
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 _CGROUP_USED = Path("/sys/fs/cgroup/memory.current")
@@ -18,7 +19,7 @@ def use_threads(wanted: int) -> int:
     The one left over is for the process that serves HTTP: threads of a parallel region wait for the last of them, so
     a core that is wanted elsewhere would stop all (measured: 5 ms a step instead of 1).
     """
-    count = wanted or max(1, len(os.sched_getaffinity(0)) - 1)
+    count = wanted or threads_per_rank()
     torch.set_num_threads(count)
     return count
 
