@@ -34,7 +34,6 @@ class Kind(enum.IntEnum):
     STOP = 2
     ALLOCATE_KV = 3
     WARM_UP = 4
-    RESULT = 16
     PHASE = 17
     LOADED = 18
     DONE = 19

@@ -57,7 +57,6 @@ class RankHandle:
     control: socket
     pidfd: int
     phase: str = "spawn"
-    fraction: float = 0.0
     since: float = field(default_factory=time.monotonic)
     heard: float = field(default_factory=time.monotonic)
     buffer: bytearray = field(default_factory=bytearray)
@@ -164,7 +163,6 @@ class RankWatch:
         if isinstance(report, PhaseReport):
             if report.phase != handle.phase:
                 handle.phase, handle.since = report.phase, time.monotonic()
-            handle.fraction = report.fraction
             self._on_phase(report)
         elif isinstance(report, FaultReport):
             self._blame(

@@ -145,7 +145,9 @@ class _Shares:
         tp, pp = sizes.tensor, sizes.pipeline
         if pp > model.num_layers:
             raise PlacementError(f"pp {pp}: the model has {model.num_layers} layers, each stage needs one")
-        self.layers = spans(_checked("layers", asked.layers, pp, model.num_layers) or split_layers(_windows(model), pp))
+        self.layers = spans(
+            _checked("layers", asked.layers, pp, model.num_layers) or split_layers(model.layer_windows, pp)
+        )
         self.kv_heads, self.query_heads = self._heads(model, tp, asked.kv_heads)
         units = -(-model.intermediate_size // MLP_UNIT)
         if sizes.expert_parallel:
@@ -177,10 +179,6 @@ class _Shares:
         # More ranks than KV heads: each head is kept by as many ranks, which share its query heads out.
         copies = tensor // kv_heads
         return tuple((rank // copies, rank // copies + 1) for rank in range(tensor)), queries
-
-
-def _windows(model: ModelConfig) -> tuple[int | None, ...]:
-    return model.layer_windows
 
 
 def _checked(name: str, counts: tuple[int, ...], parts: int, whole: int) -> tuple[int, ...]:
@@ -226,7 +224,7 @@ class _Seating:
             raise PlacementError(f"{self._sizes} needs {need} {_kind(self._main, need)}, {self._have()}")
         seats: list[Seat] = []
         for engine in range(self._sizes.data):
-            taken = self._take_engine(engine)
+            taken = self._take_engine()
             if taken is None:
                 raise PlacementError(self._refusal(engine))
             seats += taken
@@ -251,7 +249,7 @@ class _Seating:
         }.get(strategy, "its ranks find no free devices together")
         return f"{self._sizes}: engine {engine} cannot be placed by {strategy}: {where} ({self._have()})"
 
-    def _take_engine(self, engine: int) -> list[Seat] | None:
+    def _take_engine(self) -> list[Seat] | None:
         strategy = self._options.strategy
         if strategy.endswith("pack"):
             whole = {kind: sum(stage.get(kind, 0) for stage in self._stages) for kind in ("cuda", "cpu")}

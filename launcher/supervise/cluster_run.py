@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +120,7 @@ def start(
         with contextlib.suppress(HlaunchError):
             stop(run, folder, environ)
         raise
-    ready = ClusterRun(**{**{name: getattr(run, name) for name in ClusterRun.__slots__}, "url": url})
+    ready = replace(run, url=url)
     write_private(folder.path / RECORD, ready.to_json())
     return ready
 

@@ -118,10 +118,6 @@ class ViewProcess:
         os.set_blocking(self.fd, False)
         self._splitter = LineSplitter()
 
-    @property
-    def pid(self) -> int:
-        return self._process.pid
-
     def read(self) -> tuple[list[ClusterView], bool]:
         """Take what has arrived. Returns the answers, and False once the child is gone."""
         try:

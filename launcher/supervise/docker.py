@@ -1,4 +1,4 @@
-"""Docker as a command: the Compose binary to call, what the daemon may do, containers by label.
+"""Docker as a command: what the daemon may do, containers by label.
 
 Knows: argv and the JSON that Docker prints. Refuses to know: what is in the containers, ssh (a `Shell` is handed in).
 """
@@ -6,14 +6,11 @@ Knows: argv and the JSON that Docker prints. Refuses to know: what is in the con
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 from launcher.compose.host import HostFacts
-from launcher.errors import PreflightError
 
 FACTS_SCRIPT = """\
 pid=$(cat /var/run/docker.pid 2>/dev/null || pidof dockerd | tr ' ' '\\n' | tail -1)
@@ -51,28 +48,6 @@ def parse_host_facts(text: str) -> HostFacts:
     return HostFacts(can_raise, engine, nofile, has_rdma)
 
 
-def compose_argv(environ: Mapping[str, str]) -> list[str]:
-    """Choose this host's Compose v2: HLAUNCH_COMPOSE, Docker's plugin, or a docker-compose on the PATH.
-
-    Raises: PreflightError when there is none.
-    """
-    if own := environ.get("HLAUNCH_COMPOSE"):
-        return [own]
-    if shutil.which("docker", path=environ.get("PATH")) and _works(["docker", "compose", "version"], environ):
-        return ["docker", "compose"]
-    if found := shutil.which("docker-compose", path=environ.get("PATH")):
-        return [found]
-    raise PreflightError("Docker Compose v2 is not here", hint="install docker-compose-plugin, or set HLAUNCH_COMPOSE")
-
-
-def _works(argv: Sequence[str], environ: Mapping[str, str]) -> bool:
-    try:
-        done = subprocess.run(argv, env=dict(environ), capture_output=True, timeout=20, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return False
-    return done.returncode == 0
-
-
 def parse_containers(text: str) -> list[dict[str, Any]]:
     """Read `docker ps --format '{{json .}}'`, one object a line."""
     found = []
@@ -84,11 +59,3 @@ def parse_containers(text: str) -> list[dict[str, Any]]:
         if isinstance(loaded, dict):
             found.append(loaded)
     return found
-
-
-def secret_file(folder: Path, name: str, secret: str) -> Path:
-    """Write a secret of mode 0600 into a folder of ours."""
-    from launcher.supervise.instance import write_private
-
-    write_private(folder / name, secret)
-    return folder / name

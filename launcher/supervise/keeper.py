@@ -17,14 +17,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launcher.supervise.logfile import BoundedLog
-from launcher.supervise.supervisor import signal_wakeups
+from launcher.supervise.supervisor import STOP_SIGNALS, signal_wakeups
 
 MAX_RESTARTS = 3
 BACKOFF_SECONDS = (1.0, 2.0, 4.0)
 HEALTHY_SECONDS = 600.0
 """A run this long forgives the failures before it."""
 _PR_SET_CHILD_SUBREAPER = 36
-_STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def keep(argv: Sequence[str], log_file: Path) -> int:
@@ -93,7 +92,7 @@ def _copy(pipe: int, log: BoundedLog, *, is_final: bool = False) -> bool:
 
 def _is_stop(key: selectors.SelectorKey) -> bool:
     data: bytes = key.fileobj.recv(4096)  # type: ignore[union-attr]
-    return any(number in _STOP for number in data)
+    return any(number in STOP_SIGNALS for number in data)
 
 
 def _pause(selector: selectors.BaseSelector, seconds: float) -> bool:

@@ -34,7 +34,7 @@ from launcher.supervise.node_report import NodeReport
 from launcher.supervise.node_spec import NodeSpec
 from launcher.supervise.ray_process import ray_argv, ray_cause, ray_environment
 from launcher.supervise.status import Fatal, LineSplitter, Phase, Ready, parse_record
-from launcher.supervise.supervisor import signal_wakeups
+from launcher.supervise.supervisor import STOP_SIGNALS, signal_wakeups
 
 TICK_SECONDS = 0.5
 RAY_START_SECONDS = 90.0
@@ -46,7 +46,6 @@ LOST_SECONDS = 20.0
 LAST_WORDS_SECONDS = 5.0
 NUM_LAST_LINES = 400
 """Ray names what died first, then prints the tails of its logs."""
-_STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class _Failure(Exception):
@@ -266,7 +265,7 @@ class NodeSupervisor:
                 self._control.on_event(cast(socket.socket, key.fileobj), mask)
             elif key.fileobj is wakeups:
                 numbers = wakeups.recv(4096)
-                self._num_signals += sum(1 for number in numbers if number in _STOP)
+                self._num_signals += sum(1 for number in numbers if number in STOP_SIGNALS)
             elif self._view is not None and key.fd == self._view.fd:
                 self._read_view()
             elif not self._read_child(key.fd):

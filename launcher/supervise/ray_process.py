@@ -13,8 +13,6 @@ from importlib.util import find_spec
 
 from launcher.supervise.node_spec import NodeSpec
 
-MAX_RAY_FOLDER = 43
-"""Characters: Ray appends 64 for its sockets, and the kernel takes 107."""
 _ENDED = re.compile(r"(?:^|\s)(?P<name>[\w.-]+) \[exit code=(?P<code>[^\]]*)\]")
 _CAUSES = (
     (re.compile(r"InvalidAuthToken|AuthenticationError"), "the head refused this node's Ray token", True),

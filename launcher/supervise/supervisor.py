@@ -35,7 +35,7 @@ STACK_DUMP_SECONDS = 0.5
 LAST_WORDS_SECONDS = 5.0
 """How long an engine may live after its `fatal` record."""
 NUM_TAIL_LINES = 15
-_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Stage(enum.Enum):
@@ -198,7 +198,7 @@ class Supervisor:
     def _on_signals(self, numbers: bytes) -> None:
         """Handle what arrived: stop signals in order; SIGCHLD only had to wake the loop."""
         for number in numbers:
-            if number not in _STOP_SIGNALS:
+            if number not in STOP_SIGNALS:
                 continue
             self._stop_signals.append(number)
             if len(self._stop_signals) == 1:
@@ -305,7 +305,7 @@ def signal_wakeups() -> Iterator[socket.socket]:
     reader, writer = socket.socketpair()
     reader.setblocking(False)
     writer.setblocking(False)
-    handled = (*_STOP_SIGNALS, signal.SIGCHLD)
+    handled = (*STOP_SIGNALS, signal.SIGCHLD)
     previous = {number: signal.signal(number, lambda *_: None) for number in handled}
     # SIGWINCH and the like must not fill the socket with warnings when it is full.
     old_fd = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
