@@ -32,6 +32,7 @@ def _visit(
     position,
     scale,
     window,
+    key_begin,
     key_end,
     num_kv_heads: tl.constexpr,
     head_dim: tl.constexpr,
@@ -65,8 +66,9 @@ def _visit(
         total = total * shrink + tl.sum(weight, axis=1)
         acc = acc * shrink[:, None]
         if is_masked:
-            # Slots past the row's end hold anything, NaN too, and 0 · NaN would spread.
-            written = (start + lane < key_end)[:, None]
+            # Slots past the row's end, and of blocks given back below the window, hold anything, NaN too, and 0 · NaN
+            # would spread.
+            written = ((start + lane >= key_begin) & (start + lane < key_end))[:, None]
             value = tl.load(base + num_kv_heads * head_dim, mask=written, other=0.0)
         else:
             value = tl.load(base + num_kv_heads * head_dim)
@@ -134,18 +136,17 @@ def _prefill_kernel(
     total = tl.full([block_q * group], 1.0, tl.float32)
     acc = tl.zeros([block_q * group, head_dim], tl.float32)
     table = tables_ptr + row.to(tl.int64) * max_blocks
-    begin = 0
-    if has_window:
-        begin = tl.maximum(first_position - window + 1, 0) // block_n * block_n
-    else:
+    first_key = tl.maximum(first_position - window + 1, 0)
+    begin = first_key // block_n * block_n
+    if not has_window:
         full_end = (first_position + 1) // block_n * block_n
         acc, largest, total = _visit(
-            acc, largest, total, query, cache_ptr, table, kv_head, 0, full_end, position, scale, window, end,
+            acc, largest, total, query, cache_ptr, table, kv_head, 0, full_end, position, scale, window, 0, end,
             num_kv_heads, head_dim, block_size, block_n, False, stages,
         )  # fmt: skip
         begin = full_end
     acc, largest, total = _visit(
-        acc, largest, total, query, cache_ptr, table, kv_head, begin, end, position, scale, window, end,
+        acc, largest, total, query, cache_ptr, table, kv_head, begin, end, position, scale, window, first_key, end,
         num_kv_heads, head_dim, block_size, block_n, True, stages,
     )  # fmt: skip
     tl.store(out_ptr + at, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=inside)

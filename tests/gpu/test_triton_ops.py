@@ -116,6 +116,17 @@ def paged(lengths: list[int], kv_heads: int, dim: int, block_size: int) -> tuple
     return cache.bfloat16(), tables.to(DEVICE)
 
 
+def without_blocks_below(
+    cache: torch.Tensor, tables: torch.Tensor, rows: list[tuple[int, int]], window: int, block_size: int
+) -> torch.Tensor:
+    """Put NaN where another request may have written: into the blocks below the window of a row's first new token."""
+    cache = cache.clone()
+    for row, (prefix, _) in enumerate(rows):
+        for block in tables[row, : max(0, prefix - window + 1) // block_size].tolist():
+            cache[block * block_size : (block + 1) * block_size] = float("nan")
+    return cache
+
+
 def expected_attention(
     query: torch.Tensor, cache: torch.Tensor, table: torch.Tensor, length: int, block_size: int,
     sinks: torch.Tensor, window: int | None,
@@ -170,8 +181,9 @@ def test_prefill_attention() -> None:
             query, sinks = randn(int(starts[-1]), heads, dim), randn(heads, dtype=torch.float32)
             lens = torch.tensor(lengths, device=DEVICE, dtype=torch.int32)
             for window in (None, 128, 16):
+                given = cache if window is None else without_blocks_below(cache, tables, rows, window, block_size)
                 out = ap.paged_prefill_attention(
-                    query, cache, tables, starts.int().to(DEVICE), lens, sinks, dim**-0.5,
+                    query, given, tables, starts.int().to(DEVICE), lens, sinks, dim**-0.5,
                     block_size=block_size, window=window,
                 )  # fmt: skip
                 for row, length in enumerate(lengths):
