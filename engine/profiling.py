@@ -19,11 +19,12 @@ from typing import Any
 from engine.engine_core import EngineCore
 from kernels.ops import ALL_OPS, Ops
 from kernels.reference.moe import router_topk
+from kernels.stages import stage_of
 
 
 @dataclass(frozen=True, slots=True)
 class OpTime:
-    """One op, or one kernel, per step: calls and seconds. `spec` names the implementation, where one is known."""
+    """One op, or one kernel, per step: calls and seconds. `spec` names the implementation, or on a GPU how many kernels."""
 
     name: str
     spec: str
@@ -173,10 +174,18 @@ def _profile_cuda(core: EngineCore, num_steps: int) -> StepProfile:
 
 
 def kernel_times(events: Any, num_steps: int) -> list[OpTime]:
-    """Turn the profiler's averages (`key`, `count`, `self_device_time_total` in µs) into times per step."""
+    """Turn the profiler's averages (`key`, `count`, `self_device_time_total` in µs) into times of stages per step."""
+    stages: dict[str, list[Any]] = {}
+    for event in events:
+        if event.self_device_time_total > 0:
+            stages.setdefault(stage_of(event.key), []).append(event)
     found = [
-        OpTime(event.key, "kernel", event.count / num_steps, event.self_device_time_total / num_steps / 1e6)
-        for event in events
-        if event.self_device_time_total > 0
+        OpTime(
+            name,
+            "kernel" if len(parts) == 1 else f"{len(parts)} kernels",
+            sum(part.count for part in parts) / num_steps,
+            sum(part.self_device_time_total for part in parts) / num_steps / 1e6,
+        )
+        for name, parts in stages.items()
     ]
     return sorted(found, key=lambda op: -op.seconds)

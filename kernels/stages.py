@@ -53,6 +53,30 @@ BANDS = (
     ),
 )  # fmt: skip
 
+# What a profiler calls the kernels: Triton's names are those of its functions, cuBLAS's start as its families do.
+_DEVICE_NAMES = (
+    (("nvjet", "cublas", "cutlass", "sm80_xmma", "sm90_xmma", "gemv", "gemmSN", "splitKreduce"), "cuBLAS"),
+    (("_decode_kernel",), "paged_decode_attention"),
+    (("_expert_kernel",), "moe_decode"),
+    (("_norm_kernel",), "rms_norm"),
+    (("_rope_kernel",), "rope_kv_write"),
+    (("_slots_kernel",), "decode_slots"),
+    (("_router_kernel",), "router_topk"),
+    (("_index_kernel",), "expert_index"),
+    (("_partial_kernel", "_final_kernel", "_adjust_kernel"), "sample"),
+    (("_threshold_kernel",), "sampling_thresholds"),
+    (("Memcpy", "Memset"), "copies"),
+)
+
+
+def stage_of(device_name: str) -> str:
+    """Name the stage that a kernel of a decode step computes, from its name on the device; torch's own keep theirs."""
+    for parts, stage in _DEVICE_NAMES:
+        if any(part in device_name for part in parts):
+            return stage
+    return device_name
+
+
 _CUDA, _TRITON, _GLUON, _CUBLAS, _TORCH = "CUDA C++", "Triton", "Gluon", "cuBLAS", "torch"
 _LAYERS = ("decode_layers", _CUDA)
 _DECODE = "kernels.reference.decode"

@@ -232,6 +232,11 @@ def op_bytes(model: ModelConfig, name: str, num_seqs: int, context: int, experts
         "moe_down_add": whole.experts / 3,
         "logits": whole.lm_head,
         "norm_logits": whole.lm_head,
+        "decode_layers": whole.attention_and_router + whole.experts + whole.kv,
+        "router_topk": router,
+        "moe_decode": whole.experts,
+        # Beyond 16 rows, where all three products of a GPU step are cuBLAS's.
+        "cuBLAS": qkv + out + whole.lm_head,
     }.get(name)
 
 

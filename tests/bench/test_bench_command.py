@@ -103,6 +103,8 @@ def test_ops_add_up_to_the_bytes_of_the_step() -> None:
             *("norm_qkv_rope", "out_proj_add", "paged_decode_attention", "norm_router_topk", "moe_gate_up"),
             *("moe_down_add", "norm_logits"),
         ),
+        ("decode_layers", "norm_logits"),
+        ("cuBLAS", "paged_decode_attention", "router_topk", "moe_decode"),
     ):
         parts = [floor.op_bytes(model, name, 8, 1152) for name in names]
         assert None not in parts

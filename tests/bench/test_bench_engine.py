@@ -107,10 +107,16 @@ def test_kernels_of_a_device_are_per_step_and_in_order() -> None:
     events = [
         SimpleNamespace(key="router", count=240, self_device_time_total=500.0),
         SimpleNamespace(key="host only", count=10, self_device_time_total=0.0),
-        SimpleNamespace(key="qkv", count=240, self_device_time_total=3000.0),
+        SimpleNamespace(key="nvjet_tst_64x8_64x16_4x1", count=240, self_device_time_total=3000.0),
+        SimpleNamespace(key="cublasLt::splitKreduce_kernel<32>", count=10, self_device_time_total=100.0),
+        SimpleNamespace(key="_expert_kernel", count=480, self_device_time_total=9000.0),
     ]
-    found = kernel_times(events, 10)
-    assert [(op.name, op.calls, round(op.seconds * 1e6, 6)) for op in found] == [("qkv", 24, 300), ("router", 24, 50)]
+    found = [(op.name, op.spec, op.calls, round(op.seconds * 1e6, 6)) for op in kernel_times(events, 10)]
+    assert found == [
+        ("moe_decode", "kernel", 48, 900),
+        ("cuBLAS", "2 kernels", 25, 310),
+        ("router", "kernel", 24, 50),
+    ]
 
 
 def benchmark(request: dict[str, Any]) -> tuple[int, list[dict[str, Any]], str]:
