@@ -1,0 +1,167 @@
+"""What the head of an engine and the hosts of its ranks on other nodes tell each other, as msgpack.
+
+Knows: the wire form of each message, and who a node says it is. Refuses to know: plans, results and reports, whose
+bytes pass through as `engine.executor.messages` wrote them.
+"""
+
+from __future__ import annotations
+
+import enum
+import importlib.metadata
+import platform
+import socket
+from typing import TypeVar
+
+import msgspec
+
+from engine.comm.secure_link import LinkRefused
+
+T = TypeVar("T")
+MAX_HELLO_BYTES = 16 << 10
+"""The first frame of a node is small; more is not looked at."""
+
+
+class NodeKind(enum.IntEnum):
+    """One byte per message kind; below 64 are the kinds of `engine.executor.messages`, passed through as they are.
+
+    Node to head: HELLO, PREPARED, RESULT, STATES and reports. Head to node: the rest, plans and calls.
+    """
+
+    HELLO = 64
+    WELCOME = 65
+    REFUSED = 66
+    PREPARE = 67
+    PREPARED = 68
+    START = 69
+    RESULT = 70
+    STATES = 71
+    STACKS = 72
+    ORDER = 80
+    CANCEL = 81
+    GOODBYE = 82
+
+
+class NodeFacts(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What must be the same on all nodes, and what people call this one."""
+
+    hostname: str = ""
+    hlaunch: str = ""
+    python: str = ""
+    torch: str = ""
+    model_digest: str = ""
+    """SHA-256 of the model's configuration and weights, as `engine.executor.model_digest` takes it; "" is unknown."""
+
+
+class Hello(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The first frame: which node this is. `order_id` is set by the host of one engine's ranks, and not by a node that
+    joins and waits for orders.
+    """
+
+    node: str
+    order_id: str = ""
+    facts: NodeFacts = NodeFacts()
+
+
+class Refusal(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Why the head does not take a node in: one line, and the fix."""
+
+    message: str
+    hint: str = ""
+
+
+class Prepare(msgspec.Struct, frozen=True):
+    """What a host is to run: the engine's configuration and placement as JSON, and which engine of it."""
+
+    config: str
+    placement: str
+    engine: int
+
+
+class Prepared(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The host has made what its ranks share. `store` is where ranks of several nodes meet, from who keeps it."""
+
+    address: str
+    store: tuple[str, int] | None = None
+
+
+class Start(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Spawn the ranks; `store` is what the keeper's host said."""
+
+    store: tuple[str, int] | None = None
+
+
+class RankStateMessage(msgspec.Struct, frozen=True, array_like=True):
+    """One line of a host's board; `kernel` says what keeps the process from running, if anything does."""
+
+    rank: int
+    phase: str
+    activity: int
+    step_id: int
+    num_meetings: int
+    seconds: float
+    kernel: str = ""
+
+
+def own_facts(model_digest: str = "") -> NodeFacts:
+    """Tell this node's versions. Imports nothing heavy."""
+    return NodeFacts(
+        hostname=socket.gethostname(),
+        hlaunch=_version_of("hlaunch"),
+        python=platform.python_version(),
+        torch=_version_of("torch"),
+        model_digest=model_digest,
+    )
+
+
+def check_facts(ours: NodeFacts, node: str, theirs: NodeFacts) -> None:
+    """Hold a node's versions and model against the head's. Raises: LinkRefused naming what differs, and where."""
+    for what, one, other in (
+        ("hlaunch", ours.hlaunch, theirs.hlaunch),
+        # Patch releases of Python speak the same: nothing of Python's own travels.
+        ("Python", _minor(ours.python), _minor(theirs.python)),
+        ("torch", ours.torch, theirs.torch),
+    ):
+        if one != other:
+            raise LinkRefused(f"{node} ({theirs.hostname}) has {what} {other or 'none'}, the head {one or 'none'}")
+    if ours.model_digest and theirs.model_digest and ours.model_digest != theirs.model_digest:
+        raise LinkRefused(
+            f"{node} ({theirs.hostname}) has other weights: its model's digest is {theirs.model_digest[:12]}, "
+            f"the head's {ours.model_digest[:12]}"
+        )
+
+
+def encode(message: msgspec.Struct) -> bytes:
+    """Write a message's body."""
+    return msgspec.msgpack.encode(message)
+
+
+def decode(body: bytes, kind: type[T]) -> T:
+    """Read a message's body. Raises: LinkRefused when it is anything else."""
+    try:
+        return msgspec.msgpack.decode(body, type=kind)
+    except msgspec.DecodeError as error:
+        raise LinkRefused(f"not a {kind.__name__}: {error}") from error
+
+
+def read_hello(frame: tuple[int, bytes] | None) -> Hello:
+    """Read a node's first frame. Raises: LinkRefused when it is late or anything else."""
+    if frame is None:
+        raise LinkRefused("a node proved the secret and then said nothing")
+    kind, body = frame
+    if kind != NodeKind.HELLO or len(body) > MAX_HELLO_BYTES:
+        raise LinkRefused(f"a node's first frame is of kind {kind} with {len(body)} bytes, not its hello")
+    hello = decode(body, Hello)
+    if not hello.node or len(hello.node) > 255 or not hello.node.isprintable():
+        raise LinkRefused(f"a node calls itself {hello.node[:40]!r}")
+    return hello
+
+
+def _version_of(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _minor(version: str) -> str:
+    return ".".join(version.split(".")[:2])
