@@ -8,6 +8,7 @@
 | `guard`, `errors`, `http`, `lifecycle`, `metrics` | keys and hosts; the error shape; raw ASGI tools; drain; counters |
 | `schemas`, `parsing` | the bodies as structs; JSON → struct with errors that name the path |
 | `generation` | one HTTP request's sequences in the engine, as one stream of events |
+| `conversation`, `tools`, `reply` | what the chat dialects share: body → prompt and plan, tools, outputs → pieces |
 | `chat`, `completions`, `tokens`, `info` | the dialects and the small routes; `routes` is the table |
 
 Names are loaded when first used, so that the process entry stays cheap.

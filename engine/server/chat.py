@@ -1,4 +1,4 @@
-"""POST /v1/chat/completions, second half: engine outputs → pieces → a stream or a whole answer.
+"""POST /v1/chat/completions, second half: pieces → a stream or a whole answer.
 
 Both answers are made from the same pieces, so one is the concatenation of the other by construction.
 """
@@ -11,135 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from engine.core.request import FinishReason, RequestOutput, TokenLogprobs
 from engine.server import info
 from engine.server.chat_request import ChatPlan, plan_chat
-from engine.server.choices import TokenNames
-from engine.server.generation import Generation
 from engine.server.http import Exchange
+from engine.server.reply import Piece, ReplyPlan, replying
 from engine.server.stream import EventStream
-from engine.text import (
-    ChatEvent,
-    ChatOutputProcessor,
-    ChatUpdate,
-    ContentDelta,
-    ReasoningDelta,
-    StreamEnd,
-    ToolArgumentsDelta,
-    ToolCallStart,
-)
-from engine.text.events import ChatFinishReason
+from engine.text import ContentDelta, ReasoningDelta, ToolArgumentsDelta, ToolCallStart
 
 if TYPE_CHECKING:
     from engine.server.app import App
-
-
-@dataclass(slots=True)
-class Piece:
-    """What one engine output adds to one choice; most pieces hold one event. `logprobs` are of content tokens."""
-
-    index: int
-    events: list[ChatEvent]
-    logprobs: list[dict[str, Any]] | None = None
-    finish_reason: str | None = None
-    token_ids: list[int] | None = None
-
-
-class Choice:
-    """One sequence of the answer: engine outputs in, pieces out."""
-
-    def __init__(self, app: App, plan: ChatPlan, index: int) -> None:
-        self.index = index
-        self._plan = plan
-        self._ends_after_call = not plan.parallel_tool_calls or plan.tools.forced is not None
-        self._processor = ChatOutputProcessor(
-            plan.chat_format,
-            plan.tools.definitions,
-            stop=plan.params.stop,
-            include_stop=plan.params.include_stop_str_in_output,
-            is_continuation=plan.is_continuation,
-            parallel_tool_calls=not self._ends_after_call,
-        )
-        self._reply_reason: ChatFinishReason = "stop"
-        self._drops_calls = not plan.tools.may_call
-        self._names = TokenNames(app.tokenizer, skip_special_tokens=plan.params.skip_special_tokens)
-        # By position since the start of the reply, prefix included; kept only when logprobs are wanted.
-        self._history: list[tuple[int, TokenLogprobs] | None] = []
-        if plan.prefix_ids:
-            self._processor.push(plan.prefix_ids)
-            self._history.extend(None for _ in plan.prefix_ids)
-
-    def feed(self, output: RequestOutput) -> tuple[Piece, int, bool]:
-        """Return the piece, the number of tokens used, and whether the engine must be told to stop."""
-        plan = self._plan
-        update = self._push(output)
-        num_used, must_abort, finish_reason = update.num_tokens, update.must_abort, update.finish_reason
-        if plan.params.ignore_eos and update.stop_string is None:
-            # The reply is over for the client but not the measurement: the engine goes on to its limit.
-            num_used, must_abort = len(output.new_token_ids), False
-            self._reply_reason = update.finish_reason or self._reply_reason
-            finish_reason = None
-            if output.finish_reason is not None:
-                is_cut = output.finish_reason is FinishReason.LENGTH and self._reply_reason != "tool_calls"
-                finish_reason = "length" if is_cut else self._reply_reason
-        piece = Piece(self.index, update.events)
-        if plan.num_top_logprobs is not None:
-            piece.logprobs = self._logprobs(output, update.content_positions, plan.num_top_logprobs)
-        if plan.returns_ids:
-            piece.token_ids = output.new_token_ids[:num_used]
-        piece.finish_reason = finish_reason
-        if update.finish_reason is not None:
-            for event in update.events:
-                if isinstance(event, StreamEnd):
-                    plan.usage.reasoning_tokens += event.reasoning_tokens
-        if self._drops_calls:
-            self._drop_calls(piece, output.finish_reason)
-        if not plan.includes_reasoning:
-            piece.events = [event for event in piece.events if not isinstance(event, ReasoningDelta)]
-        return piece, num_used, must_abort
-
-    def _push(self, output: RequestOutput) -> ChatUpdate:
-        ids = output.new_token_ids
-        if not self._ends_after_call or len(ids) < 2:
-            return self._processor.push(ids, output.finish_reason, output.stop_token_id)
-        # One by one, so that what follows the call is not counted, however the engine cuts its outputs.
-        events: list[ChatEvent] = []
-        positions: list[int] = []
-        for at, token_id in enumerate(ids):
-            is_last = at == len(ids) - 1
-            update = self._processor.push(
-                (token_id,), output.finish_reason if is_last else None, output.stop_token_id if is_last else None
-            )
-            events += update.events
-            positions += [at + position for position in update.content_positions]
-            if update.finish_reason is not None:
-                break
-        must_abort = update.finish_reason is not None and output.finish_reason is None
-        return ChatUpdate(events, at + 1, positions, update.finish_reason, update.stop_string, must_abort)
-
-    def _logprobs(self, output: RequestOutput, positions: list[int], num_top: int) -> list[dict[str, Any]]:
-        base = len(self._history)
-        self._history.extend(zip(output.new_token_ids, output.new_logprobs or (), strict=False))
-        entries = []
-        for position in positions:
-            # A negative position is a token of an earlier output, whose text was first taken for a header.
-            at = base + position
-            known = self._history[at] if 0 <= at < len(self._history) else None
-            if known is not None:
-                entries.append(self._names.chat_entry(*known, num_top))
-        return entries
-
-    def _drop_calls(self, piece: Piece, reason: FinishReason | None) -> None:
-        """A call that nobody offered is text, and ends as text does."""
-        events: list[ChatEvent] = []
-        for event in piece.events:
-            if isinstance(event, ToolArgumentsDelta):
-                events.append(ContentDelta(event.text, 0))
-            elif not isinstance(event, ToolCallStart):
-                events.append(event)
-        piece.events = events
-        if piece.finish_reason == "tool_calls":
-            piece.finish_reason = "length" if reason is FinishReason.LENGTH else "stop"
 
 
 async def create_chat_completion(app: App, exchange: Exchange) -> None:
@@ -147,46 +27,34 @@ async def create_chat_completion(app: App, exchange: Exchange) -> None:
     info.check_accepting(app)
     data = await exchange.read_json(app.config.server.max_body_bytes)
     plan = await app.run_text(exchange.body_bytes, plan_chat, app, exchange, data)
-    app.metrics.params_n.observe(plan.params.n)
-    app.metrics.params_max_tokens.observe(plan.requests[0].max_tokens)
-    choices = [Choice(app, plan, index) for index in range(plan.params.n)]
-    async with Generation(app, exchange, plan.requests) as generation:
-        pieces = _pieces(plan, choices, generation)
-        if plan.is_streaming:
+    async with replying(app, exchange, plan.reply) as pieces:
+        if plan.reply.is_streaming:
             await _stream(app, exchange, plan, pieces)
         else:
-            await _whole(app, exchange, plan, pieces)
-
-
-async def _pieces(plan: ChatPlan, choices: list[Choice], generation: Generation) -> AsyncIterator[Piece]:
-    async for index, output in generation.outputs():
-        piece, num_used, must_abort = choices[index].feed(output)
-        plan.usage.add(0, output, num_used)
-        if must_abort:
-            generation.stop(index)
-        yield piece
+            await _whole(app, exchange, plan.reply, pieces)
 
 
 class ChunkWriter:
     """Writes pieces as chunks. Text takes the short way: a template around one JSON string."""
 
     def __init__(self, app: App, plan: ChatPlan) -> None:
+        reply, num_choices = plan.reply, plan.reply.params.n
         head = {
-            "id": plan.id,
+            "id": reply.id,
             "object": "chat.completion.chunk",
-            "created": plan.created,
-            "model": plan.model,
+            "created": reply.created,
+            "model": reply.model,
             "system_fingerprint": app.fingerprint,
             "choices": [],
         }
         self._head = b"data: " + orjson.dumps(head)[:-2]
         self._tail = b'],"usage":null}\n\n' if plan.includes_usage else b"]}\n\n"
         self._short_tail = b'},"logprobs":null,"finish_reason":null}' + self._tail
-        self._content = [self._start(i) + b'"content":' for i in range(plan.params.n)]
-        self._reasoning = [self._start(i) + b'"reasoning":' for i in range(plan.params.n)]
-        self._is_open = [False] * plan.params.n
-        self._pending: list[list[dict[str, Any]]] = [[] for _ in range(plan.params.n)]
-        self._prompt_ids = plan.requests[0].prompt_token_ids if plan.returns_ids else None
+        self._content = [self._start(i) + b'"content":' for i in range(num_choices)]
+        self._reasoning = [self._start(i) + b'"reasoning":' for i in range(num_choices)]
+        self._is_open = [False] * num_choices
+        self._pending: list[list[dict[str, Any]]] = [[] for _ in range(num_choices)]
+        self._prompt_ids = reply.requests[0].prompt_token_ids if reply.returns_ids else None
 
     def write(self, piece: Piece) -> bytes:
         """Return the chunks of a piece, which may be none."""
@@ -259,7 +127,7 @@ async def _stream(app: App, exchange: Exchange, plan: ChatPlan, pieces: AsyncIte
         async for piece in pieces:
             if data := writer.write(piece):
                 await stream.send(data)
-        await stream.end(writer.usage(plan.usage.to_json()) if plan.includes_usage else b"")
+        await stream.end(writer.usage(plan.reply.usage.to_json()) if plan.includes_usage else b"")
 
 
 @dataclass(slots=True)
@@ -288,7 +156,7 @@ class Message:
         self.token_ids += piece.token_ids or ()
         self.finish_reason = piece.finish_reason or self.finish_reason
 
-    def to_json(self, index: int, plan: ChatPlan) -> dict[str, Any]:
+    def to_json(self, index: int, plan: ReplyPlan) -> dict[str, Any]:
         content = "".join(self.content)
         message: dict[str, Any] = {
             "role": "assistant",
@@ -313,7 +181,7 @@ class Message:
         return choice
 
 
-async def _whole(app: App, exchange: Exchange, plan: ChatPlan, pieces: AsyncIterator[Piece]) -> None:
+async def _whole(app: App, exchange: Exchange, plan: ReplyPlan, pieces: AsyncIterator[Piece]) -> None:
     messages = [Message() for _ in range(plan.params.n)]
     async for piece in pieces:
         messages[piece.index].add(piece)

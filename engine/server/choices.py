@@ -1,4 +1,4 @@
-"""What both dialects of OpenAI share: checks of the common fields, engine requests, logprobs, usage.
+"""What the dialects share: checks of the common fields, engine requests, logprobs, usage.
 
 Knows limits and the arithmetic of contexts and seeds. Refuses to know how an answer is laid out.
 """
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from engine.core.request import EngineRequest, RequestOutput, TokenLogprobs
 from engine.core.sampling_params import SamplingParams, sequence_seed
 from engine.server import errors
-from engine.server.schemas import GenerationBody
+from engine.server.schemas import GenerationBody, SamplingBody
 from engine.text import Tokenizer
 from engine.text.tokenizer import readable_token
 
@@ -27,9 +27,14 @@ MAX_CACHE_SALT_CHARS = 256
 
 
 def check_common(body: GenerationBody) -> None:
-    """Raise ApiError 400 for combinations that neither dialect takes."""
+    """Raise ApiError 400 for combinations that neither completions nor chat takes."""
     if body.stream_options is not None and not body.stream:
         raise errors.invalid_value("stream_options", "stream_options is only allowed when stream is true.")
+    check_sharing(body)
+
+
+def check_sharing(body: SamplingBody) -> None:
+    """Raise ApiError 400 for a cache salt or a priority that no engine request can carry."""
     if body.cache_salt is not None and not 1 <= len(body.cache_salt) <= MAX_CACHE_SALT_CHARS:
         raise errors.invalid_value("cache_salt", f"cache_salt must have 1 to {MAX_CACHE_SALT_CHARS} characters.")
     if body.priority is not None and not -(2**31) <= body.priority < 2**31:
@@ -59,7 +64,7 @@ def engine_requests(
     params: SamplingParams,
     max_tokens: Sequence[int],
     stop_token_ids: tuple[int, ...],
-    body: GenerationBody,
+    body: SamplingBody,
 ) -> list[EngineRequest]:
     """Make prompts × n requests, numbered in order; choice j of every prompt has the j-th derived seed."""
     if len(prompts) * params.n > MAX_SEQUENCES:

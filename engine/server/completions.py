@@ -144,6 +144,8 @@ def _plan(app: App, data: dict[str, Any]) -> Plan:
         max_tokens=body.max_tokens,
         logprobs=body.logprobs,
         vocab_size=app.engine.model.vocab_size,
+        n=body.n,
+        stop=body.stop,
     )
     if body.best_of is not None and body.best_of != params.n:
         if body.best_of < params.n:

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import msgspec
 
 from engine.core.sampling_params import InvalidSamplingParams, SamplingParams
 from engine.server import errors
-from engine.server.schemas import GenerationBody
+from engine.server.schemas import Body, SamplingBody
 
 T = TypeVar("T", bound=msgspec.Struct)
 
@@ -32,6 +33,7 @@ _JSON_NAMES = {
     "float": "number",
 }
 _MAX_LOGGED_FIELDS = 16
+NO_NAMES: Mapping[str, str] = MappingProxyType({})
 
 
 def convert(data: Mapping[str, Any], type_: type[T]) -> T:
@@ -59,7 +61,7 @@ def _explain(text: str) -> errors.ApiError:
     return errors.invalid_value(param, f"{param or 'body'}: this value is not valid.")
 
 
-def check_fields(data: Mapping[str, Any], type_: type[GenerationBody]) -> None:
+def check_fields(data: Mapping[str, Any], type_: type[Body]) -> None:
     """Refuse what is known and unsupported; note what is unknown in the debug log.
 
     Raises: ApiError 400 `unsupported_parameter` naming the field.
@@ -74,18 +76,21 @@ def check_fields(data: Mapping[str, Any], type_: type[GenerationBody]) -> None:
 
 
 def sampling_params(
-    body: GenerationBody,
+    body: SamplingBody,
     *,
     defaults: Mapping[str, float],
     max_tokens: int | None,
     logprobs: int | None,
     vocab_size: int,
+    n: int | None = None,
+    stop: str | Sequence[str] | None = None,
+    names: Mapping[str, str] = NO_NAMES,
 ) -> SamplingParams:
     """Turn the sampling fields of a body into `SamplingParams`; `defaults` are the model's own.
 
+    `names` says what a dialect calls an option, where that is not our name for it.
     Raises: ApiError 400 naming the option that is out of range.
     """
-    stop = body.stop
     try:
         params = SamplingParams(
             max_tokens=max_tokens,
@@ -95,7 +100,7 @@ def sampling_params(
             top_k=_top_k(_or(body.top_k, int(defaults.get("top_k", 0)))),
             min_p=_or(body.min_p, 0.0),
             seed=body.seed,
-            n=_or(body.n, 1),
+            n=_or(n, 1),
             presence_penalty=_or(body.presence_penalty, 0.0),
             frequency_penalty=_or(body.frequency_penalty, 0.0),
             repetition_penalty=_or(body.repetition_penalty, 1.0),
@@ -108,7 +113,8 @@ def sampling_params(
             logprobs=logprobs,
         )
     except InvalidSamplingParams as error:
-        raise errors.invalid_value(error.param, f"{error.param}: {error.message}.") from None
+        param = names.get(error.param, error.param)
+        raise errors.invalid_value(param, f"{param}: {error.message}.") from None
     for token_id in params.stop_token_ids:
         if token_id >= vocab_size:
             raise errors.invalid_value("stop_token_ids", f"stop_token_ids: {token_id} is outside the vocabulary.")

@@ -16,21 +16,26 @@ class StreamOptions(Struct):
     include_obfuscation: bool | None = None
 
 
-class GenerationBody(Struct, kw_only=True):
-    """What completions and chat share. Extensions carry vLLM's names."""
+class Body(Struct):
+    """What `check_fields` reads of every generating route's body."""
+
+    # Fields that are known and cannot be honoured yet. A value other than null is an error, not a silent surprise.
+    UNSUPPORTED: ClassVar[dict[str, str]] = {}
+    # Accepted and without effect; listed so that they are not reported as unknown.
+    IGNORED: ClassVar[frozenset[str]] = frozenset()
+
+
+class SamplingBody(Body, kw_only=True):
+    """What all dialects share. Extensions carry vLLM's names."""
 
     model: str
     temperature: float | None = None
     top_p: float | None = None
-    n: int | None = None
     seed: int | None = None
-    stop: str | list[str] | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
-    max_tokens: int | None = None
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
@@ -39,13 +44,11 @@ class GenerationBody(Struct, kw_only=True):
     stop_token_ids: list[int] | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
-    return_token_ids: bool | None = None
     cache_salt: str | None = None
     priority: int | None = None
     # Requests with the same key go to the same one of several engines.
     prompt_cache_key: str | None = None
 
-    # Fields that are known and cannot be honoured yet. A value other than null is an error, not a silent surprise.
     UNSUPPORTED: ClassVar[dict[str, str]] = {
         "prompt_logprobs": "Log-probabilities of prompt tokens are not supported yet.",
         "prompt_embeds": "Prompt embeddings are not supported.",
@@ -58,7 +61,17 @@ class GenerationBody(Struct, kw_only=True):
         "guided_grammar": "Structured output is not supported yet.",
         "thinking_token_budget": "thinking_token_budget is not supported yet.",
     }
-    # Accepted and without effect; listed so that they are not reported as unknown.
+
+
+class GenerationBody(SamplingBody, kw_only=True):
+    """What completions and chat share."""
+
+    n: int | None = None
+    stop: str | list[str] | None = None
+    max_tokens: int | None = None
+    stream_options: StreamOptions | None = None
+    return_token_ids: bool | None = None
+
     IGNORED: ClassVar[frozenset[str]] = frozenset(
         {
             "user",

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from engine.server import errors, info
-from engine.server.chat_request import read_tools, render
+from engine.server.chat_request import read_conversation
 from engine.server.completions import check_ids
+from engine.server.conversation import render
 from engine.server.http import Exchange
 from engine.server.parsing import convert
 from engine.server.schemas import ChatBody, DetokenizeBody, TokenizeBody
@@ -37,8 +38,6 @@ def _encode(app: App, exchange: Exchange, body: TokenizeBody) -> list[int]:
             return app.tokenizer.encode(body.prompt)
         except TokenizerError:
             raise errors.invalid_value("prompt", "prompt: this text cannot be encoded.") from None
-    if app.chat_format is None:
-        raise errors.unsupported_parameter("messages", "This model has no chat format.")
     chat = ChatBody(
         model=app.model_names[0],
         messages=body.messages or [],
@@ -47,7 +46,7 @@ def _encode(app: App, exchange: Exchange, body: TokenizeBody) -> list[int]:
         add_generation_prompt=body.add_generation_prompt,
         continue_final_message=body.continue_final_message,
     )
-    return render(app, exchange, app.chat_format, chat, read_tools(chat, exchange))
+    return render(app, exchange, read_conversation(chat, exchange)).ids
 
 
 async def detokenize(app: App, exchange: Exchange) -> None:

@@ -139,6 +139,11 @@ def test_ranges_and_paths(http: httpx.Client) -> None:
             "tools[0].function.name",
         ),
         ("/v1/chat/completions", {"tools": [{"type": "x"}] * 129}, "tools"),
+        (
+            "/v1/chat/completions",
+            {"tools": [{"type": "function", "function": {"name": "f", "strict": True}}]},
+            "tools[0].function.strict",
+        ),
         ("/v1/chat/completions", {"tool_choice": "sometimes"}, "tool_choice"),
         ("/v1/chat/completions", {"tool_choice": "required"}, "tool_choice"),
         ("/v1/chat/completions", {"reasoning_effort": "heroic"}, "reasoning_effort"),
