@@ -36,6 +36,9 @@ def register(app: typer.Typer) -> None:
         container: Annotated[
             str | None, typer.Option("--container", metavar="NAME", help="Look inside this container of each node.")
         ] = None,
+        is_inside: Annotated[
+            bool, typer.Option("--inside", help="Look inside the containers of the running MODEL.")
+        ] = False,
         deadline: Annotated[
             float | None,
             typer.Option("--deadline", metavar="SECONDS", min=1, max=600, help="For each node (20) and pair (30)."),
@@ -57,10 +60,15 @@ def register(app: typer.Typer) -> None:
             return
         if active and root is not None:
             raise UsageError("--active needs real hosts, --root reads files", hint="leave one of them out")
+        if is_inside and target.entry is None:
+            raise UsageError(
+                "--inside needs a MODEL, whose containers it looks into", hint="hlaunch ps shows what runs"
+            )
         began = time.monotonic()
         from launcher.fabric.remote import Reach
 
-        reach = Reach(container=container, local_python=sys.executable)
+        launch = target.entry.name if is_inside and target.entry is not None else None
+        reach = Reach(container=container, launch=launch, local_python=sys.executable)
         read = _read(target, reach, deadline, root)
         found = _judge(target, read)
         if active:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from launcher.compose.render import LABEL
 from launcher.fabric.bounded import Ended, run_bounded
 from launcher.fabric.facts import BadFacts, NodeFacts, node_facts, parse_facts
 from launcher.registry.cluster import Cluster, Node
@@ -22,6 +24,12 @@ from launcher.registry.cluster import Cluster, Node
 NODE_SECONDS = 20.0
 CONNECT_SECONDS = 8
 _MODULES = ("files", "network", "infiniband", "host", "main")
+_INSIDE = (
+    f'id=$(docker ps -q --filter "label={LABEL}.model=$1" --filter "label={LABEL}.node=$2" | head -n 1); '
+    '[ -n "$id" ] || { echo "No such container: $1 does not run in one on $2" >&2; exit 1; }; '
+    'shift 2; exec docker exec -i "$id" "$@"'
+)
+"""Runs a program inside the node's container, whatever its number is by now."""
 _WAYS_TO_FAIL = (
     ("Permission denied", "ssh-copy-id {ssh}"),
     ("Host key verification failed", "ssh {ssh} true, and accept the host key once"),
@@ -45,25 +53,30 @@ class Unreachable:
 
 @dataclass(frozen=True, slots=True)
 class Reach:
-    """How commands get to nodes. `container`: run inside it. `python`: the interpreter's name there.
+    """How commands get to nodes. `container`: run inside it. `launch`: inside the node's container of that launch.
 
-    `local_python` reads a node without `ssh`: this very host.
+    `python` is the interpreter's name there; `local_python` reads a node without `ssh`: this very host.
     """
 
     container: str | None = None
+    launch: str | None = None
     python: str = "python3"
     local_python: str = "python3"
 
     def argv(self, node: Node) -> list[str]:
         """Return the command that gives a node's Python a program on its standard input."""
         inner = [self.python, "-"]
-        if self.container is not None:
+        if self.launch is not None:
+            inner = ["sh", "-c", _INSIDE, "sh", self.launch, node.name, *inner]
+        elif self.container is not None:
             inner = ["docker", "exec", "-i", self.container, *inner]
+        elif node.ssh is None:
+            return [self.local_python, "-"]
         if node.ssh is None:
-            return inner if self.container is not None else [self.local_python, "-"]
+            return inner
         options = ["-T", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_SECONDS}"]
-        # ssh joins what follows with spaces for a shell there; none of these words has anything a shell would read.
-        return ["ssh", *options, "--", node.ssh, *inner]
+        # ssh joins what follows with spaces for a shell there, so each word is quoted.
+        return ["ssh", *options, "--", node.ssh, shlex.join(inner)]
 
 
 @cache

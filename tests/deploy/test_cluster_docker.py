@@ -1,13 +1,12 @@
 """The rendered files in a real Docker Engine: two containers with their own addresses, from `up` to nothing left.
 
-By hand: `.venv/bin/pytest -m slow tests/deploy/test_cluster_docker.py`. Needs a running daemon (`dockerd &`, or
-DOCKER_HOST); the image is built from deploy/Dockerfile on a base made of this machine, since none can be pulled.
+By hand: `.venv/bin/pytest -m slow -s tests/deploy/test_cluster_docker.py`. It finds or starts its engine by itself
+(`docker_engine.py`) and skips with the reason where none can run; the image is built from deploy/Dockerfile.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -16,11 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from docker_engine import COMPOSE, IMAGE, ROOT, DockerEngine
 
-ROOT = Path(__file__).resolve().parents[2]
-SITE = next(Path(path) for path in sys.path if path.endswith("site-packages"))
-COMPOSE = SITE / "compose" / "docker-compose"
-IMAGE, BASE = "hlaunch-engine:proof", "hlaunch-base:here"
+from launcher.supervise.docker import read_host_facts
+
 HEAD_IP, WORKER_IP = "172.30.77.11", "172.30.77.12"
 HEAD, WORKER = "hl-tiny-oss-one-node-1", "hl-tiny-oss-two-node-1"
 KEY = "canary-api-key-of-the-proof"
@@ -50,18 +48,6 @@ print(response.status, [line for line in response.read().split(b"\\n") if line][
 """
 
 
-def docker(*args: str, seconds: float = 60) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["docker", *args], capture_output=True, text=True, timeout=seconds, check=False)
-
-
-def why_not() -> str:
-    try:
-        found = docker("version", "--format", "{{.Server.Version}}")
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return f"no docker here: {error}"
-    return "" if found.returncode == 0 else f"no Docker daemon answers: {found.stderr.strip()[:120]}"
-
-
 def wait_for(condition: Callable[[], Any], seconds: float) -> Any:
     deadline = time.monotonic() + seconds
     while not (value := condition()):
@@ -71,10 +57,10 @@ def wait_for(condition: Callable[[], Any], seconds: float) -> Any:
 
 
 class Deployment:
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.said = folder, ""
+    def __init__(self, folder: Path, engine: DockerEngine) -> None:
+        self.folder, self.engine, self.said = folder, engine, ""
         (folder / "model_registry.yml").write_text(REGISTRY)
-        self.environ = {**os.environ, "HOME": str(folder), "PYTHONPATH": str(ROOT), "HLAUNCH_API_KEY": KEY}
+        self.environ = {**engine.environ, "HOME": str(folder), "PYTHONPATH": str(ROOT), "HLAUNCH_API_KEY": KEY}
         self.environ["HLAUNCH_COMPOSE"] = str(COMPOSE)
         self.environ.pop("HLAUNCH_STATE_DIR", None)
 
@@ -96,39 +82,82 @@ class Deployment:
         return [node["state"] for node in launches[0]["nodes"]]
 
 
+class Stopwatch:
+    """Times of the steps, printed at the end: `pytest -s` shows them."""
+
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+        self.steps: list[str] = []
+
+    def lap(self, what: str) -> None:
+        now = time.monotonic()
+        self.steps.append(f"{what} {now - self._last:.1f} s")
+        self._last = now
+
+
 @pytest.fixture
-def deployment(tmp_path: Path) -> Iterator[Deployment]:
-    if reason := why_not():
-        pytest.skip(reason)
-    if docker("image", "inspect", BASE).returncode != 0:
-        script = Path(__file__).with_name("base_image.sh")
-        prefix = str(Path(sys.base_prefix).resolve())
-        subprocess.run(["sh", str(script), BASE, prefix, str(SITE)], check=True, timeout=280)
-    subprocess.run(
-        ["docker", "build", "-q", "-f", "deploy/Dockerfile", "-t", IMAGE,
-         "--build-arg", f"BASE={BASE}", "--build-arg", "FLAVOUR=prepared", "."],
-        cwd=ROOT, env={**os.environ, "DOCKER_BUILDKIT": "0"}, check=True, timeout=280, capture_output=True,
-    )  # fmt: skip
-    made = Deployment(tmp_path)
+def deployment(tmp_path: Path, docker_engine: DockerEngine, engine_image: str) -> Iterator[Deployment]:
+    assert engine_image == IMAGE
+    made = Deployment(tmp_path, docker_engine)
     yield made
     made.cli("down", "--all")
 
 
+def check_override(deployment: Deployment, up: subprocess.CompletedProcess[str]) -> None:
+    """Where Docker cannot raise limits, the files of this host say so, the user was told, and the containers run."""
+    files = list((deployment.folder / ".local/state/hlaunch/nodes").glob("*/docker-compose.yml"))
+    assert len(files) == 2
+    assert all("memlock: -1" in file.read_text() for file in files), "the rendered file is the same on all hosts"
+    overrides = [file.with_name("docker-compose.override.yml") for file in files]
+    if read_host_facts(deployment.environ).can_raise_limits:
+        assert not any(path.is_file() and "memlock" in path.read_text() for path in overrides)
+        return
+    for path in overrides:
+        assert "memlock: !reset" in path.read_text()
+        assert "# no memlock: -1, because Docker here lacks CAP_SYS_RESOURCE" in path.read_text()
+    for name in ("one", "two"):
+        assert f"{name}: no memlock: -1, because Docker here lacks CAP_SYS_RESOURCE" in up.stderr
+
+
+def check_doctor(deployment: Deployment) -> None:
+    """The doctor looks into both containers and finds them at their addresses, on the fabric's interface."""
+    done = deployment.cli("doctor", "tiny-oss", "--inside", "--json")
+    answer = json.loads(done.stdout)
+    assert {name: node["read"] for name, node in answer["nodes"].items()} == {"one": True, "two": True}, done
+    codes = {found["code"] for found in answer["findings"]}
+    assert not codes & {"node-unreachable", "node-ip-absent", "ifname-absent", "peer-unreachable", "port-busy"}, done
+    assert [f["where"] for f in answer["findings"] if f["code"] == "version-skew"] == []
+    table = deployment.cli("doctor", "tiny-oss", "--inside").stdout.splitlines()
+    assert [line.split()[:3] for line in table[1:3]] == [["one", HEAD_IP, "eth0"], ["two", WORKER_IP, "eth0"]]
+
+
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_two_containers_from_up_to_nothing_left(deployment: Deployment) -> None:
+    docker, watch = deployment.engine.docker, Stopwatch()
     up = deployment.cli("up", "tiny-oss")
+    watch.lap("up")
     assert up.returncode == 0, up.stderr
     assert f"tiny-oss is ready at http://{HEAD_IP}:8000 on 2 nodes" in up.stdout
+    check_override(deployment, up)
     assert deployment.states() == ["ready", "ready"]
+    table = deployment.cli("ps").stdout
+    assert f"one   head    {HEAD_IP}  ready" in table
+    assert f"two   worker  {WORKER_IP}  ready" in table
     assert docker("exec", HEAD, "python", "-m", "launcher.probe", "ready").returncode == 0
     assert docker("exec", WORKER, "python", "-m", "launcher.probe", "worker").returncode == 0
+    watch.lap("ps and probes")
+    check_doctor(deployment)
+    watch.lap("doctor, twice")
     assert deployment.stream() == "200 data: [DONE]"
+    watch.lap("stream")
 
     # Ray refuses a wrong token: the very same image, network and address space, another token.
     view = ("python", "-m", "engine.executor.ray_view", "--address", f"{HEAD_IP}:6379")
     assert docker("exec", WORKER, *view).returncode == 0
     wrong = docker("exec", "-e", "RAY_AUTH_TOKEN_PATH=", "-e", "RAY_AUTH_TOKEN=" + "x" * 43, WORKER, *view)
     assert (wrong.returncode, json.loads(wrong.stdout)["error"]) == (1, "refused"), wrong
+    watch.lap("right and wrong token")
 
     # The worker's Ray dies: Docker starts the container again, the node joins again, the cause has a name.
     kill = "import os, signal\nfor p in os.listdir('/proc'):\n if p.isdigit() and b'raylet/raylet\\0' in "
@@ -138,12 +167,15 @@ def test_two_containers_from_up_to_nothing_left(deployment: Deployment) -> None:
     wait_for(lambda: deployment.states() == ["ready", "ready"], 90)
     wait_for(lambda: "joined again" in deployment.cli("status", "tiny-oss").stdout, 60)
     assert deployment.stream() == "200 data: [DONE]"
+    watch.lap("worker killed, named, back")
 
     inspected = docker("inspect", HEAD, WORKER).stdout
     assert KEY not in inspected
     down = deployment.cli("down", "tiny-oss")
+    watch.lap("down")
     assert (down.returncode, down.stdout) == (0, "tiny-oss: stopped on 2 nodes, nothing is left\n"), down.stderr
     assert docker("ps", "-aq", "--filter", "label=dev.hlaunch.model=tiny-oss").stdout == ""
     assert docker("network", "ls", "-q", "--filter", "name=hl-proof").stdout == ""
     assert not list((deployment.folder / ".local/state/hlaunch/nodes").glob("*"))
     assert KEY not in deployment.said
+    print("\n" + "\n".join(watch.steps))

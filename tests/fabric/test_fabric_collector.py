@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import random
 import subprocess
 import sys
@@ -140,4 +141,21 @@ def test_a_destination_is_never_an_option() -> None:
     argv = Reach().argv(node)
     assert argv[argv.index("--") + 1] == node.ssh
     assert Reach(container="hl-node-1").argv(Node("n", "head", "10.0.0.1"))[:4] == ["docker", "exec", "-i", "hl-node-1"]
-    assert Reach(container="c").argv(node)[-6:] == ["docker", "exec", "-i", "c", "python3", "-"]
+    # ssh hands one text to a shell there: what stands in it is quoted.
+    assert Reach(container="c; id").argv(node)[-1] == "docker exec -i 'c; id' python3 -"
+
+
+def test_the_container_of_a_launch_is_found_by_its_labels(tmp_path: Path) -> None:
+    docker = tmp_path / "docker"
+    docker.write_text('#!/bin/sh\n[ "$1" = ps ] && { echo "$@" >> said; cat number; exit; }\necho "$@" >> said\n')
+    docker.chmod(0o755)
+    (tmp_path / "number").write_text("f00d\n")
+    environ = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    argv = Reach(launch="tiny $(id)").argv(Node("one", "head", "10.0.0.1"))
+    subprocess.run(argv, env=environ, cwd=tmp_path, check=True, timeout=20)
+    asked, ran = (tmp_path / "said").read_text().splitlines()
+    assert asked == "ps -q --filter label=dev.hlaunch.model=tiny $(id) --filter label=dev.hlaunch.node=one"
+    assert ran == "exec -i f00d python3 -"
+    (tmp_path / "number").write_text("")
+    lost = subprocess.run(argv, env=environ, cwd=tmp_path, check=False, timeout=20, capture_output=True, text=True)
+    assert (lost.returncode, lost.stderr) == (1, "No such container: tiny $(id) does not run in one on one\n")
