@@ -1,10 +1,11 @@
 """A decode layer and a prefill layer as the runner runs them: a row does not depend on its neighbours, bit for bit;
-padding harms nobody; both ways through the experts agree."""
+padding harms nobody; both ways through the experts agree; what a step needs is compiled ahead."""
 
 from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -148,3 +149,72 @@ def test_activations(dtype: torch.dtype) -> None:
         assert ops.explain(ops.Platform("cuda", dtype), name)[0].name == "triton"
         found, wanted = getattr(ops, name)(x).float(), getattr(basic, name)(x.float())
         assert float((found - wanted).norm() / wanted.norm()) < (1e-6 if dtype is torch.float32 else 4e-3)
+
+
+def test_everything_a_step_needs_is_compiled_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After `compile_all`, decode steps and prefills at any size add no file to the cache."""
+    import triton
+
+    from engine.worker.gpu_decode import LARGE
+    from kernels.cuda.decode import DecodeShape
+    from kernels.triton import (
+        attention_decode,
+        attention_prefill,
+        moe,
+        moe_decode,
+        moe_gluon,
+        moe_prefill,
+        norm,
+        permute,
+        rope,
+        router,
+        sampling,
+        warm,
+    )
+
+    monkeypatch.setenv("HLAUNCH_KERNEL_CACHE", str(tmp_path))
+    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+    kept = triton.knobs.cache.dir
+    modules = (attention_decode, attention_prefill, moe_decode, moe_gluon, moe_prefill, norm, rope, router, sampling)
+    try:
+        for module in modules:
+            for value in vars(module).values():
+                if hasattr(value, "device_caches"):
+                    value.device_caches.clear()
+        shape = DecodeShape(HIDDEN, INTER, HEADS, KV_HEADS, DIM, EXPERTS, TOP_K, 201088, BLOCK)
+        report = warm.compile_all(shape, decode_rows=LARGE)
+        assert report.compiled >= 20
+        assert warm.use_cache().is_relative_to(tmp_path)
+        assert warm.compile_all(shape, decode_rows=LARGE).compiled == 0
+        names = set(warm.use_cache().rglob("*.cubin"))
+        layer = Layer()
+        for rows in LARGE:
+            layer.decode(*batch(rows))
+        for tokens in (1, 33, 200, 1000, 3001, 6000):
+            x = randn(tokens, HIDDEN)
+            residual = torch.zeros(tokens, HIDDEN, device=DEVICE)
+            ids, weights = router.router_topk(x, layer.router, layer.router_bias, TOP_K)
+            deltas, shares = moe.run_experts(
+                permute.to_expert_order(x), weights, router.expert_index(ids, EXPERTS), layer.gate_up, layer.down, 7.0
+            )
+            norm.add_rms_norm(deltas, None, residual, layer.norm, 1e-5, slot_weights=shares)
+            lens = torch.tensor([tokens], device=DEVICE, dtype=torch.int32)
+            starts = torch.tensor([0, tokens], device=DEVICE, dtype=torch.int32)
+            table = torch.arange(1, 100, device=DEVICE, dtype=torch.int32)[None]
+            cache = randn(100 * BLOCK, 2, KV_HEADS, DIM)
+            for window in (None, 128):
+                attention_prefill.paged_prefill_attention(
+                    randn(tokens, HEADS, DIM), cache, table, starts, lens, layer.sinks, DIM**-0.5,
+                    block_size=BLOCK, window=window,
+                )  # fmt: skip
+        logits, ones = torch.zeros(37, 201088, device=DEVICE), torch.ones(37, device=DEVICE)
+        ints = torch.ones(37, device=DEVICE, dtype=torch.int32)
+        cuts = sampling.sampling_thresholds(logits, ones, ints, ones, ones)
+        sampling.sample(logits, ones, ints.long(), ints, thresholds=cuts)
+        sampling.sample(logits, ones, ints.long(), ints)
+        sampling.greedy(logits)
+        torch.cuda.synchronize()
+        added = {path.name for path in warm.use_cache().rglob("*.cubin") if path not in names}
+        assert not added, added
+    finally:
+        triton.knobs.cache.dir = kept
