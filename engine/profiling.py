@@ -24,7 +24,10 @@ from kernels.stages import stage_of
 
 @dataclass(frozen=True, slots=True)
 class OpTime:
-    """One op, or one kernel, per step: calls and seconds. `spec` names the implementation, or on a GPU how many kernels."""
+    """One op, or the kernels of one stage, per step: calls and seconds.
+
+    `spec` names the implementation of an op, or says how many kernels a stage has.
+    """
 
     name: str
     spec: str
