@@ -52,6 +52,8 @@ def open_gloo(
 class GlooGroup:
     """One rank's place in a group that may span hosts; see `engine.comm.group.Group`."""
 
+    way = "NET/Gloo"
+
     def __init__(self, gloo: Any, rank: int, size: int, notes: Notes | None = None) -> None:
         self.rank = rank
         self.size = size
@@ -92,6 +94,8 @@ class GlooGroup:
 class GlooSender:
     """The way to the next stage, rank `peer` of a process group."""
 
+    way = "NET/Gloo"
+
     def __init__(self, gloo: Any, peer: int) -> None:
         self._gloo = gloo
         self._peer = peer
@@ -110,6 +114,8 @@ class GlooSender:
 
 class GlooReceiver:
     """The way from the stage before, rank `peer` of a process group."""
+
+    way = "NET/Gloo"
 
     def __init__(self, gloo: Any, peer: int, notes: Notes | None = None) -> None:
         self._gloo = gloo

@@ -50,8 +50,10 @@ class SharedGroup:
     """One rank's place in a group on its host.
 
     `timeout_seconds` bounds every wait; `notes` is told of it, so that a rank that waits is not taken for one that
-    hangs.
+    hangs. `way`: see `engine.comm.edges`.
     """
+
+    way = "SHM/group"
 
     def __init__(self, end: GroupEnd, *, timeout_seconds: float = 600.0, notes: Notes | None = None) -> None:
         self._segment = Segment(end.segment)

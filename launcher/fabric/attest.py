@@ -1,8 +1,8 @@
-"""What carried the bytes: NCCL's `via …` lines and RDMA counters, turned into one transport per pair of ranks.
+"""What carried the bytes: `via …` lines and RDMA counters, turned into one transport per pair of ranks.
 
-Pure. Knows: the two spellings of NCCL 2.28 and 2.30, and what the counters count. Refuses to know: where a log is, how
-counters are read (`facts`), what to do about it. A line that names a transport nobody here knows is kept as such,
-never dropped.
+Pure. Knows: the two spellings of NCCL 2.28 and 2.30, the same form as the engine's CPU ranks write it, and what the
+counters count. Refuses to know: where a log is, how counters are read (`facts`), what to do about it. A line that names
+a transport nobody here knows is kept as such, never dropped.
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ _EDGE = re.compile(
     r"(?: \[(?P<side>send|receive)\])? via (?P<way>\S.*?)(?: comm 0x.*)?\s*$"
 )
 _NET = re.compile(r"NET/(?P<net>[^/]+?)/(?P<device>\d+)(?:\(\d+\))?(?P<gdr>/GDRDMA)?(?:\(PCI\))?(?:/Shared)?$")
+_GLOO = re.compile(r"NET/Gloo/(?P<addresses>[0-9A-Fa-f.:,]+|unknown)$")
+_MEMBERS = re.compile(r"\bpid (?P<pid>\d+): NCCL's ranks are (?P<ranks>\d+(?: \d+)*)\s*$")
+_SPEAKER = re.compile(r"\S+?:(?P<pid>\d+):\d+ \[\d+\] NCCL ")
 _USING = re.compile(r"Using network (?P<net>\S+)|Assigned NET plugin (?P<plugin>\S+) to comm")
 _DEVICE = re.compile(r"NET/IB : Using (?P<devices>.*?)(?:; OOB (?P<oob>\S+?):.*)?$")
 _HCA = re.compile(r"\[(?P<index>\d+)\](?P<name>[^:\s]+):(?P<port>\d+)/(?P<layer>RoCE|IB)")
@@ -41,13 +44,17 @@ class Transport(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Edge:
-    """One connection of a channel. `way` is NCCL's own word for it; `device` the NIC's index, None within a host."""
+    """One connection of a channel. `way` is NCCL's own word for it; `device` the NIC's index, None within a host.
+
+    `addresses` are the local ones of a rank that uses TCP by Gloo.
+    """
 
     source: int
     target: int
     transport: Transport
     way: str
     device: int | None = None
+    addresses: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,14 +102,36 @@ _SLOWNESS = (
 
 
 def edges_of(lines: Iterable[str]) -> tuple[Edge, ...]:
-    """Return every edge that a log names, in order, each once."""
+    """Return every edge that the log of one node names, in order, each once.
+
+    NCCL's ranks are those of its communicator; where a process has said which ranks these are, they are translated.
+    """
     found: dict[Edge, None] = {}
+    members: dict[str, list[int]] = {}
     for line in lines:
+        if (told := _MEMBERS.search(line)) is not None:
+            members[told["pid"]] = [int(rank) for rank in told["ranks"].split()]
+            continue
         match = _EDGE.search(line)
         if match is not None:
-            transport, device = _transport(match["way"])
-            found[Edge(int(match["source"]), int(match["target"]), transport, match["way"], device)] = None
+            speaker = _SPEAKER.search(line)
+            ranks = members.get(speaker["pid"], []) if speaker is not None else []
+            source, target = (_member(ranks, int(match[end])) for end in ("source", "target"))
+            found[_edge(source, target, match["way"])] = None
     return tuple(found)
+
+
+def _member(ranks: list[int], number: int) -> int:
+    return ranks[number] if number < len(ranks) else number
+
+
+def _edge(source: int, target: int, way: str) -> Edge:
+    gloo = _GLOO.match(way)
+    if gloo is not None:
+        known = () if gloo["addresses"] == "unknown" else tuple(gloo["addresses"].split(","))
+        return Edge(source, target, Transport.SOCKET, way, None, known)
+    transport, device = _transport(way)
+    return Edge(source, target, transport, way, device)
 
 
 def _transport(way: str) -> tuple[Transport, int | None]:
