@@ -14,7 +14,7 @@ import contextlib
 import ipaddress
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, MutableMapping, Sequence
 from pathlib import Path
 
 from engine.comm.ranks import RankLinks
@@ -32,6 +32,16 @@ def tell_edges(placement: Placement, spec: RankSpec, links: RankLinks) -> None:
 def tell_members(members: Sequence[int]) -> None:
     """Say before NCCL makes a communicator which ranks it has, in its order."""
     print(members_line(members), file=sys.stderr, flush=True)
+
+
+def ask_nccl(environ: MutableMapping[str, str]) -> None:
+    """Have NCCL say what it connects, unless its log was set by somebody; before this process first uses it.
+
+    `INIT` alone holds the lines about connections: some fifty at the start, nothing while it serves.
+    """
+    if "NCCL_DEBUG" not in environ:
+        environ["NCCL_DEBUG"] = "INFO"
+        environ.setdefault("NCCL_DEBUG_SUBSYS", "INIT")
 
 
 def members_line(members: Sequence[int]) -> str:

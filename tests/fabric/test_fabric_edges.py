@@ -7,7 +7,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
-from engine.comm.edges import edge_lines, members_line, own_addresses
+from engine.comm.edges import ask_nccl, edge_lines, members_line, own_addresses
 from engine.comm.ranks import RankLinks
 from engine.config import ModelConfig, load_model_config, resolve_model_folder
 from engine.placement import Device, HostSpec, ParallelSizes, Placement, place
@@ -70,3 +70,12 @@ def test_nccl_counts_within_its_communicator() -> None:
         "host:99:77 [0] NCCL INFO Channel 00/0 : 0[0] -> 1[1] [send] via NET/Socket/0",
     ]
     assert attest(lines).pairs == {(0, 1): Transport.SOCKET, (2, 3): Transport.P2P}
+
+
+def test_nccl_is_asked_unless_somebody_set_its_log() -> None:
+    environ: dict[str, str] = {}
+    ask_nccl(environ)
+    assert environ == {"NCCL_DEBUG": "INFO", "NCCL_DEBUG_SUBSYS": "INIT"}
+    mine = {"NCCL_DEBUG": "WARN"}
+    ask_nccl(mine)
+    assert mine == {"NCCL_DEBUG": "WARN"}
