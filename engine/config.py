@@ -128,6 +128,27 @@ class ServerConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class NodesConfig:
+    """Where ranks on other nodes are reached. Empty `names`: all ranks are on this host.
+
+    `names` are the placement's nodes, the head's own first; `addresses` are theirs, where they are known. Nodes come to
+    `head_host`:`head_port`, the one address that the head listens on for them (port 0: a free one, told by who starts
+    them). The secret that they share is never here: it is in a file or a variable (`engine.comm.node_secret`). A node
+    that says nothing for `silence_seconds` is lost. With Ray, whose cluster is at `ray_address` (empty: this node's),
+    ranks must find their places within `placement_timeout_seconds`.
+    """
+
+    names: tuple[str, ...] = ()
+    addresses: tuple[str, ...] = ()
+    head_host: str = ""
+    head_port: int = 0
+    join_timeout_seconds: float = 300.0
+    silence_seconds: float = 5.0
+    ray_address: str = ""
+    placement_timeout_seconds: float = 60.0
+
+
+@dataclass(frozen=True, slots=True)
 class EngineConfig:
     """Everything the engine needs to serve one model. Exactly this, as JSON, is what the launcher hands over.
 
@@ -137,7 +158,9 @@ class EngineConfig:
 
     More than one rank: `placement` is the JSON of an `engine.placement.Placement` and says everything; without it the
     sizes do, with all ranks on this host. `data_parallel_rank` is the engine of the placement that this process runs.
-    CPU ranks talk through shared memory, or over TCP by Gloo, bound to `node_address`.
+    CPU ranks of one node talk through shared memory, or over TCP by Gloo, bound to `node_address`, as they do between
+    nodes. `executor` says who starts ranks on other nodes: those that join by themselves, or Ray's.
+    `max_restarts` is how often in ten minutes an engine that served and died is started again; 0 ends the server.
     """
 
     model: str
@@ -157,6 +180,9 @@ class EngineConfig:
     enable_expert_parallel: bool = False
     cpu_communicator: Literal["shared_memory", "gloo"] = "shared_memory"
     node_address: str = "127.0.0.1"
+    executor: Literal["auto", "multinode", "ray", "ray-cgraph"] = "auto"
+    max_restarts: int = 5
+    nodes: NodesConfig = field(default_factory=NodesConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
@@ -177,11 +203,21 @@ class EngineConfig:
         for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
             _check(getattr(self, name) >= 1, name, "must be at least 1")
         _check(self.data_parallel_rank >= 0, "data_parallel_rank", "must not be negative")
+        _check(self.max_restarts >= 0, "max_restarts", "must not be negative")
+        _check(0 <= self.nodes.head_port <= 65535, "nodes.head_port", "must be between 0 and 65535")
+        _check(self.nodes.silence_seconds >= 1, "nodes.silence_seconds", "must be at least 1")
+        _check(len(set(self.nodes.names)) == len(self.nodes.names), "nodes.names", "must differ")
+        _check(bool(self.nodes.head_host) or len(self.nodes.names) < 2, "nodes.head_host", "is needed by other nodes")
 
     @property
     def has_several_ranks(self) -> bool:
         """Whether an engine may consist of more than one process."""
         return bool(self.placement) or self.tensor_parallel_size * self.pipeline_parallel_size > 1
+
+    @property
+    def has_other_nodes(self) -> bool:
+        """Whether ranks may run on nodes beside this one."""
+        return len(self.nodes.names) > 1
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2, sort_keys=True)
@@ -200,7 +236,12 @@ class EngineConfig:
         return built
 
 
-_NESTED: dict[str, type] = {"scheduler": SchedulerConfig, "cache": CacheConfig, "server": ServerConfig}
+_NESTED: dict[str, type] = {
+    "scheduler": SchedulerConfig,
+    "cache": CacheConfig,
+    "server": ServerConfig,
+    "nodes": NodesConfig,
+}
 
 
 def _build(cls: type[Any], data: object, where: str) -> Any:

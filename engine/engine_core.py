@@ -12,15 +12,20 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from engine.config import ConfigError, EngineConfig, ModelConfig, load_model_config, resolve_model_folder
 from engine.core.request import EngineRequest, FinishReason, RequestOutput, SchedulerStats
 from engine.core.scheduler import RequestRejected, Scheduler
 from engine.executor.base import Executor, ExecutorError
+from engine.executor.choice import open_executor, runs_in_process
 from engine.executor.inline import make_executor, make_worker
 from engine.memory import MemoryFit, kv_cache_groups
 from engine.placement import Device, HostSpec, ParallelSizes, Placement, PlacementError, single_rank
 from engine.placement import place as place_on_hosts
+
+if TYPE_CHECKING:
+    from engine.executor.node_starter import NodeStarter
 
 PhaseReport = Callable[[str, str, float | None, str], None]
 
@@ -77,8 +82,10 @@ class EngineCore:
             self.step = self._step_pipelined
 
     @classmethod
-    def start(cls, config: EngineConfig, report: PhaseReport = lambda *_: None) -> EngineCore:
-        """Load the model, size the KV pool, warm up.
+    def start(
+        cls, config: EngineConfig, report: PhaseReport = lambda *_: None, starter: NodeStarter | None = None
+    ) -> EngineCore:
+        """Load the model, size the KV pool, warm up. `starter` brings ranks to life on nodes that join.
 
         Raises: ConfigError (and its kinds), CheckpointError; each names what, where and the fix.
         """
@@ -92,8 +99,8 @@ class EngineCore:
                 f"use at most {model.max_position_embeddings}",
             )
         placement = place(config, model)
-        if len(placement.engine(config.data_parallel_rank)) > 1:
-            return cls._start_ranks(config, model, placement, max_model_len, report)
+        if not runs_in_process(config, placement):
+            return cls._start_ranks(config, model, placement, max_model_len, report, starter)
         worker = make_worker(config, model, placement.engine(config.data_parallel_rank)[0])
         worker.load(lambda fraction, detail: report("load", "progress", fraction, detail))
         report("load", "end", 1.0, f"{worker.weight_bytes / 2**20:.1f} MiB of weights from {folder.name}")
@@ -123,14 +130,24 @@ class EngineCore:
 
     @classmethod
     def _start_ranks(
-        cls, config: EngineConfig, model: ModelConfig, placement: Placement, max_model_len: int, report: PhaseReport
+        cls,
+        config: EngineConfig,
+        model: ModelConfig,
+        placement: Placement,
+        max_model_len: int,
+        report: PhaseReport,
+        starter: NodeStarter | None,
     ) -> EngineCore:
         """Do the same with ranks in processes of their own."""
-        from engine.executor.multiproc import MultiprocExecutor
         from engine.executor.multiproc_fit import LoadProgress, fit_ranks
 
-        progress = LoadProgress(report)
-        executor = MultiprocExecutor(config, placement, dp_rank=config.data_parallel_rank, on_phase=progress)
+        executor = open_executor(
+            config,
+            placement,
+            on_phase=LoadProgress(report),
+            on_nodes=lambda line: report("nodes", "progress", None, line),
+            starter=starter,
+        )
         try:
             loaded = executor.wait_loaded()
             weight_bytes = sum(rank.weight_bytes for rank in loaded)
@@ -262,12 +279,18 @@ def place(config: EngineConfig, model: ModelConfig) -> Placement:
             f"{config.data_parallel_rank}: the placement has {placement.data_parallel_size} engines",
         )
     ranks = placement.engine(config.data_parallel_rank)
-    if len(nodes := sorted({rank.node for rank in ranks})) > 1:
-        raise ConfigError(
-            "placement",
-            f"the ranks of engine {config.data_parallel_rank} are on {', '.join(nodes)}: they start on one host only",
-            "place each engine inside a node",
-        )
+    nodes = sorted({rank.node for rank in ranks})
+    if unknown := [node for node in nodes if node not in config.nodes.names]:
+        if config.has_other_nodes:
+            raise ConfigError(
+                "placement", f"no node is called {unknown[0]}", f"nodes are {', '.join(config.nodes.names)}"
+            )
+        if len(nodes) > 1:
+            raise ConfigError(
+                "placement",
+                f"the ranks of engine {config.data_parallel_rank} are on {', '.join(nodes)}, and only this node serves",
+                "start them with: hlaunch up --nnodes",
+            )
     if len(ranks) > 1 and any(rank.backend != "cpu" for rank in ranks):
         raise ConfigError("placement", f"{placement.sizes}: several ranks serve on CPUs only", "use one GPU per engine")
     return placement

@@ -23,7 +23,7 @@ class Activity(enum.IntEnum):
     WAITS = 2
 
 
-PHASES = ("spawn", "import", "load", "kv", "warmup", "serve")
+PHASES = ("spawn", "import", "rendezvous", "load", "kv", "warmup", "serve")
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,7 +49,7 @@ class NodeFacts(msgspec.Struct, frozen=True, omit_defaults=True):
     python: str = ""
     torch: str = ""
     model_digest: str = ""
-    """SHA-256 of the model's configuration and weights, as `engine.executor.model_digest` takes it; "" is unknown."""
+    """SHA-256 of the model's configuration and weights, as `engine.model_digest` takes it; "" is unknown."""
 
 
 class Hello(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -80,7 +80,6 @@ class Prepare(msgspec.Struct, frozen=True):
 class Prepared(msgspec.Struct, frozen=True, omit_defaults=True):
     """The host has made what its ranks share. `store` is where ranks of several nodes meet, from who keeps it."""
 
-    address: str
     store: tuple[str, int] | None = None
 
 

@@ -90,6 +90,10 @@ class SecureLink:
         """This side's address on the network that the link goes over."""
         self.peer: str = sock.getpeername()[0]
 
+    def allow_silence(self, seconds: float) -> None:
+        """Set how long the peer may say nothing."""
+        self._silence = seconds
+
     def start_heartbeat(self) -> None:
         """Send a sign of life whenever nothing else was sent for a while, from a thread, until the link is closed."""
         if self._beat is None:

@@ -28,7 +28,9 @@ class MessageError(Exception):
 
 
 class Kind(enum.IntEnum):
-    """One byte per message kind. Engine to ranks: PLAN, STOP and the calls; ranks to engine: the rest."""
+    """One byte per message kind, below 64. Engine to ranks: PLAN, STOP and the calls; to the engine: the rest, ENDED by
+    who watches the rank's process.
+    """
 
     PLAN = 1
     STOP = 2
@@ -38,6 +40,7 @@ class Kind(enum.IntEnum):
     LOADED = 18
     DONE = 19
     FAULT = 20
+    ENDED = 21
 
 
 class SampledTokens(msgspec.Struct, array_like=True, frozen=True, gc=False):
@@ -123,13 +126,21 @@ class FaultReport(msgspec.Struct, array_like=True, frozen=True):
     """The fault is another rank's: this one waited for it in vain."""
 
 
-Report = PhaseReport | LoadedReport | DoneReport | FaultReport
+class EndedReport(msgspec.Struct, array_like=True, frozen=True):
+    """The process of a rank is gone. `how` is what to say of it: by which signal, with which code."""
+
+    rank: int
+    how: str
+
+
+Report = PhaseReport | LoadedReport | DoneReport | FaultReport | EndedReport
 
 _REPORTS: dict[Kind, type[Any]] = {
     Kind.PHASE: PhaseReport,
     Kind.LOADED: LoadedReport,
     Kind.DONE: DoneReport,
     Kind.FAULT: FaultReport,
+    Kind.ENDED: EndedReport,
 }
 _KINDS = {report: kind for kind, report in _REPORTS.items()}
 _ENCODER = msgspec.msgpack.Encoder()

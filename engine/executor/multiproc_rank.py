@@ -82,6 +82,8 @@ class Rank:
     spec: RankSpec
     setup: RankSetup
     line: BoardLine
+    enter: Callable[[str], None] = lambda _: None
+    """Says which phase it is in."""
 
 
 MakeWorker = Callable[[Rank], RankWorker]
@@ -100,40 +102,42 @@ def make_model_worker(rank: Rank) -> RankWorker:
 
 
 def connect(rank: Rank) -> RankLinks:
-    """Take the rank's places in its group and its pipeline."""
+    """Take the rank's places in its group and its pipeline: in shared memory where it has an end, else over TCP."""
+    from engine.comm.edges import tell_edges
     from engine.comm.group import SharedGroup
     from engine.comm.link import RingReceiver, RingSender
     from engine.comm.ranks import RankLinks
 
     setup = rank.setup
-    if setup.rendezvous is not None:
-        return _connect_over_tcp(rank, setup.rendezvous)
-    return RankLinks(
+    links = RankLinks(
         stage=rank.placement.stage(rank.spec.dp_rank, rank.spec.pp_rank),
         group=SharedGroup(setup.group, notes=rank.line) if setup.group is not None else None,
         receiver=RingReceiver(setup.previous, notes=rank.line) if setup.previous is not None else None,
         sender=RingSender(setup.next) if setup.next is not None else None,
     )
+    if setup.rendezvous is not None:
+        rank.enter("rendezvous")
+        _connect_over_tcp(rank, links, setup.rendezvous)
+    tell_edges(rank.placement, rank.spec, links)
+    return links
 
 
-def _connect_over_tcp(rank: Rank, rendezvous: Rendezvous) -> RankLinks:
+def _connect_over_tcp(rank: Rank, links: RankLinks, rendezvous: Rendezvous) -> None:
+    """Make what is missing. All ranks go in the same order: group, stage before, next stage."""
     from engine.comm.gloo import GlooGroup, GlooReceiver, GlooSender, open_gloo, open_store
-    from engine.comm.ranks import RankLinks
 
-    spec, placement, host = rank.spec, rank.placement, rank.config.node_address
+    spec, host, size = rank.spec, rank.config.node_address, len(links.stage)
     store = open_store(rendezvous)
-    links = RankLinks(stage=placement.stage(spec.dp_rank, spec.pp_rank))
-    size = len(links.stage)
-    if size > 1:
+    if links.group is None and size > 1:
         gloo = open_gloo(store, f"stage {spec.pp_rank}", spec.tp_rank, size, host)
         links.group = GlooGroup(gloo, spec.tp_rank, size, rank.line)
-    if placement.pipeline_parallel_size > 1:
-        gloo = open_gloo(store, "pipeline", rank.setup.index, len(rank.setup.members), host)
-        if spec.pp_rank > 0:
-            links.receiver = GlooReceiver(gloo, rank.setup.index - size, rank.line)
-        if spec.pp_rank < placement.pipeline_parallel_size - 1:
-            links.sender = GlooSender(gloo, rank.setup.index + size)
-    return links
+    # A group of two for each hop: a mesh of all ranks would open far more connections than are used.
+    if links.receiver is None and spec.pp_rank > 0:
+        gloo = open_gloo(store, f"hop {spec.pp_rank - 1} {spec.tp_rank}", 1, 2, host)
+        links.receiver = GlooReceiver(gloo, 0, rank.line)
+    if links.sender is None and spec.pp_rank < rank.placement.pipeline_parallel_size - 1:
+        gloo = open_gloo(store, f"hop {spec.pp_rank} {spec.tp_rank}", 0, 2, host)
+        links.sender = GlooSender(gloo, 1)
 
 
 class _Control:
@@ -204,7 +208,7 @@ class _RankProcess:
         if allowed := os.sched_getaffinity(0).intersection(spec.cores):
             os.sched_setaffinity(0, allowed)
         self._enter("import")
-        worker = make_worker(Rank(config, placement, spec, setup, self._line))
+        worker = make_worker(Rank(config, placement, spec, setup, self._line, self._enter))
         self._enter("load")
         worker.load(self._report_load)
         self._control.send(

@@ -1,7 +1,7 @@
-"""What the ranks of one engine on one host share, made before any of them starts: rings, groups, links, a board.
+"""What the ranks of one engine on one node share, made before any of them starts: rings, groups, links, a board.
 
-Knows: which ends belong to which rank, by placement. Refuses to know: processes. Everything is a descriptor without a
-name, inherited by exactly the rank it belongs to: nothing can be left behind.
+Knows: which ends belong to which rank, by placement; which ranks must meet others over TCP. Refuses to know: processes.
+Everything is a descriptor without a name, inherited by exactly the rank it belongs to: nothing can be left behind.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from engine.config import EngineConfig
 from engine.placement import RankSpec
 
 RESULT_SLOT_BYTES = 256 << 10
+LEAST_PLAN_SLOTS = 8
 
 
 class RankSetup(msgspec.Struct):
-    """Everything that a rank's process is told: configurations as JSON, its place among `members`, its ends.
+    """Everything that a rank's process is told: configurations as JSON, its ends, its place `index` on the board.
 
-    `members` are the ranks of its engine, in order; `index` is its own among them. `results` belongs to the one rank
-    that answers: tensor rank 0 of the last stage. With a `rendezvous` groups and links are made over TCP instead.
+    `results` belongs to the one rank that answers: tensor rank 0 of the last stage. Where a neighbour is but `group`,
+    `previous` or `next` is not, the two meet at `rendezvous`, over TCP.
     """
 
     config: str
     placement: str
     rank: int
     index: int
-    members: tuple[int, ...]
     plans: RingEnd
     board: int
     results: RingEnd | None = None
@@ -60,41 +60,84 @@ class RankSetup(msgspec.Struct):
 
 
 class Wiring:
-    """The engine's own ends, and each rank's setup in rank order."""
+    """A node's own ends, and the setups of its ranks, `local` of the engine's `members`, in rank order.
 
-    def __init__(self, ranks: Sequence[RankSpec], config: EngineConfig, placement_json: str) -> None:
+    `store` is where ranks that talk over TCP meet, when a rank of this node keeps it; the setups of ranks on other
+    nodes get it by `meet_at`. `results` is None where the answering rank is on another node.
+    """
+
+    def __init__(
+        self, members: Sequence[RankSpec], local: Sequence[RankSpec], config: EngineConfig, placement_json: str
+    ) -> None:
         config_json = config.to_json()
-        self.board: Segment = create_board(len(ranks))
-        self.plans, readers = create_ring(len(ranks))
-        answer, (self.results,) = create_ring(1, slot_bytes=RESULT_SLOT_BYTES)
-        members = tuple(rank.rank for rank in ranks)
+        num_stages = 1 + max(rank.pp_rank for rank in members)
+        self.board: Segment = create_board(len(local))
+        # A slot for every plan in flight: who writes them must not have to wait for a slow reader.
+        self.plans, readers = create_ring(len(local), slots=max(LEAST_PLAN_SLOTS, num_stages + 2))
         self.setups = [
-            RankSetup(config_json, placement_json, rank.rank, index, members, readers[index], os.dup(self.board.fd))
-            for index, rank in enumerate(ranks)
+            RankSetup(config_json, placement_json, rank.rank, index, readers[index], os.dup(self.board.fd))
+            for index, rank in enumerate(local)
         ]
-        stages: dict[int, list[int]] = {}
-        for index, rank in enumerate(ranks):
-            stages.setdefault(rank.pp_rank, []).append(index)
-        ordered = [stages[stage] for stage in sorted(stages)]
-        self.setups[ordered[-1][0]].results = answer
-        if config.cpu_communicator == "gloo":
-            for setup, place in zip(self.setups, create_rendezvous(config.node_address, len(ranks)), strict=True):
-                setup.rendezvous = place
-            return
-        for indices in ordered:
-            if len(indices) > 1:
-                widest = max(ranks[index].vocab[1] - ranks[index].vocab[0] for index in indices)
-                slot_bytes = max(SLOT_BYTES, -(-4 * widest // 4096) * 4096)
-                for index, end in zip(indices, create_group(len(indices), slot_bytes=slot_bytes), strict=True):
-                    self.setups[index].group = end
-        for before, after in zip(ordered, ordered[1:], strict=False):
-            for source, target in zip(before, after, strict=True):
-                self.setups[source].next, self.setups[target].previous = create_link()
+        self._by_rank = {setup.rank: setup for setup in self.setups}
+        stages: list[list[RankSpec]] = [[] for _ in range(num_stages)]
+        for rank in members:
+            stages[rank.pp_rank].append(rank)
+        self.results: RingEnd | None = None
+        if (answering := self._by_rank.get(stages[-1][0].rank)) is not None:
+            answering.results, (self.results,) = create_ring(1, slot_bytes=RESULT_SLOT_BYTES)
+        is_met = [self._make_group(stage, config) for stage in stages]
+        is_met += [
+            self._make_link(source, target, config)
+            for before, after in zip(stages, stages[1:], strict=False)
+            for source, target in zip(before, after, strict=True)
+        ]
+        self.needs_store = not all(is_met)
+        self.store: tuple[str, int] | None = None
+        if self.needs_store and (keeper := self._by_rank.get(members[0].rank)) is not None:
+            keeper.rendezvous, *_ = create_rendezvous(config.node_address, 1)
+            self.meet_at((keeper.rendezvous.host, keeper.rendezvous.port))
+
+    def meet_at(self, store: tuple[str, int]) -> None:
+        """Tell all ranks where the store is."""
+        self.store = store
+        for setup in self.setups:
+            setup.rendezvous = setup.rendezvous or Rendezvous(*store)
 
     def close(self) -> None:
         """Close everything, where not all ranks could be started."""
         for setup in self.setups:
             setup.close()
         self.plans.close()
-        self.results.close()
+        if self.results is not None:
+            self.results.close()
         self.board.close()
+
+    def _make_group(self, stage: Sequence[RankSpec], config: EngineConfig) -> bool:
+        """Make a stage's shared memory if it can have one; whether that is all it needs."""
+        if len(stage) == 1:
+            return True
+        ours = [self._by_rank[rank.rank] for rank in stage if rank.rank in self._by_rank]
+        if not _shares_memory(config, *stage):
+            return False
+        if ours:  # all of them, then
+            widest = max(rank.vocab[1] - rank.vocab[0] for rank in stage)
+            slot_bytes = max(SLOT_BYTES, -(-4 * widest // 4096) * 4096)
+            for setup, end in zip(ours, create_group(len(ours), slot_bytes=slot_bytes), strict=True):
+                setup.group = end
+        return True
+
+    def _make_link(self, source: RankSpec, target: RankSpec, config: EngineConfig) -> bool:
+        if not _shares_memory(config, source, target):
+            return False
+        if source.rank in self._by_rank:
+            self._by_rank[source.rank].next, self._by_rank[target.rank].previous = create_link()
+        return True
+
+
+def _shares_memory(config: EngineConfig, *ranks: RankSpec) -> bool:
+    """Whether ranks reach each other through the memory of one host: rings and groups carry CPU tensors."""
+    return (
+        config.cpu_communicator == "shared_memory"
+        and len({rank.node for rank in ranks}) == 1
+        and all(rank.backend == "cpu" for rank in ranks)
+    )

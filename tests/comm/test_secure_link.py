@@ -61,7 +61,7 @@ def pair(silence_seconds: float = 5.0) -> tuple[SecureLink, SecureLink]:
         node = connect("127.0.0.1", server.getsockname()[1], SECRET)
         thread.join()
     for link in (node, ends[0]):
-        link._silence = silence_seconds
+        link.allow_silence(silence_seconds)
     return node, ends[0]
 
 

@@ -14,7 +14,7 @@ from engine.core.request import EngineRequest, RequestOutput
 from engine.core.sampling_params import SamplingParams
 from engine.core.scheduler import Scheduler
 from engine.engine_core import open_model, place
-from engine.executor.multiproc import MultiprocExecutor
+from engine.executor.multinode import MultiNodeExecutor
 
 HERE = Path(__file__).parent
 STAND_IN = (sys.executable, str(HERE / "stand_in_rank.py"))
@@ -27,7 +27,7 @@ CONFIG = EngineConfig(
 )
 
 
-def start(num_ranks: int = 2, *, num_stages: int = 1, **options: float) -> MultiprocExecutor:
+def start(num_ranks: int = 2, *, num_stages: int = 1, **options: float) -> MultiNodeExecutor:
     """Start stand-in ranks, ready for plans. Options: step_timeout_seconds, silence_seconds."""
     silence = options.pop("silence_seconds", 30.0)
     config = replace(
@@ -38,7 +38,7 @@ def start(num_ranks: int = 2, *, num_stages: int = 1, **options: float) -> Multi
     )
     os.environ["PYTHONPATH"] = str(HERE.parents[1])
     placement = place(config, open_model(config)[1])
-    executor = MultiprocExecutor(config, placement, command=STAND_IN, silence_seconds=silence)
+    executor = MultiNodeExecutor(config, placement, command=STAND_IN, silence_seconds=silence)
     try:
         executor.wait_loaded()
         executor.allocate_kv(64)
@@ -66,7 +66,7 @@ def add_requests(scheduler: Scheduler, count: int, max_tokens: int) -> None:
         scheduler.add(EngineRequest(f"r{index}", prompt, SamplingParams(temperature=0.0), max_tokens, seed=1))
 
 
-def drive(executor: MultiprocExecutor, scheduler: Scheduler) -> list[RequestOutput]:
+def drive(executor: MultiNodeExecutor, scheduler: Scheduler) -> list[RequestOutput]:
     """Run the overlapped loop until nothing is left to do."""
     outputs = []
     while scheduler.has_unfinished or executor.num_in_flight:

@@ -25,8 +25,8 @@ from executor_support import (
 from engine.core.request import FinishReason
 from engine.core.scheduler import Scheduler
 from engine.executor.base import ExecutorError
-from engine.executor.multiproc import MultiprocExecutor
-from engine.executor.multiproc_watch import RankFailure
+from engine.executor.multinode import MultiNodeExecutor
+from engine.executor.roster import RankFailure
 
 
 @pytest.mark.parametrize(("num_ranks", "num_stages"), [(2, 1), (2, 2)])
@@ -126,7 +126,7 @@ def test_a_death_is_noticed_while_nothing_runs() -> None:
     executor.stop()
 
 
-def drive_for_ever(executor: MultiprocExecutor, scheduler: Scheduler) -> None:
+def drive_for_ever(executor: MultiNodeExecutor, scheduler: Scheduler) -> None:
     while True:
         drive(executor, scheduler)
         add_requests(scheduler, 8, 400)

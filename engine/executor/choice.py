@@ -1,0 +1,64 @@
+"""Which executor runs an engine's ranks, seen from the node that holds the engine core.
+
+Knows: the configuration's words for it. Refuses to know: how any of them works; each is imported when it is chosen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from engine.config import ConfigError, EngineConfig
+from engine.executor.messages import PhaseReport
+from engine.placement import Placement
+
+if TYPE_CHECKING:
+    from engine.executor.multinode import MultiNodeExecutor
+    from engine.executor.node_starter import NodeStarter
+
+
+def runs_in_process(config: EngineConfig, placement: Placement) -> bool:
+    """Whether an engine is one rank of this node, which needs no process of its own."""
+    ranks = placement.engine(config.data_parallel_rank)
+    is_here = not config.has_other_nodes or ranks[0].node == config.nodes.names[0]
+    return len(ranks) == 1 and is_here
+
+
+def open_executor(
+    config: EngineConfig,
+    placement: Placement,
+    *,
+    on_phase: Callable[[PhaseReport], None] = lambda _: None,
+    on_nodes: Callable[[str], None] = lambda _: None,
+    starter: NodeStarter | None = None,
+) -> MultiNodeExecutor:
+    """Start the ranks of the configuration's engine; `starter` is for nodes that join by themselves.
+
+    Raises: ConfigError when nothing can start ranks where the placement wants them, RankFailure.
+    """
+    from engine.executor.multinode import MultiNodeExecutor
+
+    dp_rank = config.data_parallel_rank
+    nodes = dict.fromkeys(rank.node for rank in placement.engine(dp_rank))
+    if not config.has_other_nodes:
+        return MultiNodeExecutor(config, placement, dp_rank=dp_rank, on_phase=on_phase)
+    from engine.comm.node_messages import own_facts
+    from engine.model_digest import digest_of
+
+    here = config.nodes.names[0]
+    facts = own_facts(digest_of(config.model, config.load_format))
+    if config.executor in ("ray", "ray-cgraph"):
+        raise ConfigError("executor", f"{config.executor} cannot start ranks on other nodes yet", "join them by hand")
+    if starter is None and any(node != here for node in nodes):
+        raise ConfigError("nodes", "nothing starts ranks on other nodes in this process", "serve with: hlaunch up")
+    return MultiNodeExecutor(
+        replace(config, node_address=config.nodes.head_host),
+        placement,
+        dp_rank=dp_rank,
+        on_phase=on_phase,
+        starter=starter,
+        node=here,
+        facts=facts,
+        on_nodes=on_nodes,
+    )

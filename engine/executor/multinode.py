@@ -1,0 +1,388 @@
+"""The executor of ranks as processes, on this node and on others: one small plan per step to all, one result back.
+
+Knows: how a plan reaches ranks, when they are all there, whom to blame. Refuses to know: scheduling, tensors, the
+processes themselves (`engine.executor.rank_host`), how node hosts on other nodes come to life
+(`engine.executor.node_starter`). With all ranks on one node there is no link, no listener and no other process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import select
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+
+import msgspec
+
+from engine.comm.board import suspects
+from engine.comm.node_listener import NodeArrival, refuse
+from engine.comm.node_messages import NodeFacts, Prepare, Refusal, check_facts, own_facts
+from engine.comm.ring import RingClosed, RingError, RingTimeout
+from engine.comm.secure_link import LinkRefused, NodeLinkError
+from engine.config import EngineConfig
+from engine.core.plan import ExecutionPlan, StepResult
+from engine.executor.base import ExecutorError
+from engine.executor.messages import (
+    DoneReport,
+    Kind,
+    LoadedReport,
+    PhaseReport,
+    PlanEncoder,
+    Report,
+    SampledTokens,
+    decode_result,
+    pack_ints,
+)
+from engine.executor.node_starter import NodeOrder, NodeStarter, orders_for
+from engine.executor.rank_host import RANK_COMMAND, STOP_SECONDS, RankHost, RankLine
+from engine.executor.remote_node import RemoteNode
+from engine.executor.roster import RankFailure, Roster
+from engine.placement import Placement
+
+# A rank that says nothing for this long while it starts is taken to hang; loading reports every layer.
+SILENCE_SECONDS = 120.0
+PREPARE_SECONDS = 30.0
+_STATES_SECONDS = 1.0
+
+
+class MultiNodeExecutor:
+    """The ranks of one data-parallel engine. Call `wait_loaded`, `allocate_kv`, `warm_up`, then submit and collect.
+
+    `starter` brings node hosts to life on nodes other than `node`, this one; without it all ranks are processes of this
+    host. `on_nodes` is told, in a line, of nodes that come and of those that are waited for. Not for two threads at
+    once. Raises from every method: RankFailure, or ExecutorError when a node does not come.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        placement: Placement,
+        *,
+        dp_rank: int = 0,
+        on_phase: Callable[[PhaseReport], None] = lambda _: None,
+        command: Sequence[str] = RANK_COMMAND,
+        silence_seconds: float = SILENCE_SECONDS,
+        starter: NodeStarter | None = None,
+        node: str = "",
+        facts: NodeFacts | None = None,
+        on_nodes: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self.ranks = placement.engine(dp_rank)
+        self._config = config
+        self._placement = placement
+        self._dp_rank = dp_rank
+        self._timeout = config.step_timeout_seconds
+        self._silence = silence_seconds
+        self._has_stages = placement.pipeline_parallel_size > 1
+        self._starter = starter
+        self._facts = facts or own_facts()
+        self._on_nodes = on_nodes
+        self._is_stopped = False
+        self._encoder = PlanEncoder()
+        self._in_flight: deque[tuple[ExecutionPlan, float]] = deque()
+        self._sampled: tuple[list[int], list[int]] = ([], [])
+        self._collected_at = 0.0
+        self._remote: dict[str, RemoteNode] = {}
+        self._roster = Roster(self.ranks, on_phase)
+        local = [rank for rank in self.ranks if starter is None or rank.node == node]
+        self._host: RankHost | None = None
+        try:
+            if local:
+                self._host = RankHost(config, placement, dp_rank, local, command)
+            orders = orders_for(placement, dp_rank, node, secrets.token_hex(8)) if starter is not None else []
+            if orders and starter is not None:
+                self._assemble(starter, orders)
+            elif self._host is not None:
+                self._host.spawn(self._roster.hear)
+            self._answering = self._find_answering()
+        except BaseException:
+            self.stop()
+            raise
+
+    @property
+    def num_in_flight(self) -> int:
+        return len(self._in_flight)
+
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """Process ids of this node's ranks, in rank order."""
+        return self._host.pids if self._host is not None else ()
+
+    def on_failure(self, callback: Callable[[ExecutorError], None]) -> None:
+        """Have `callback` called, from another thread, when a rank fails; also while no step runs."""
+        self._roster.on_failure = callback
+        if self._roster.failure is not None:
+            callback(self._roster.failure)
+
+    def wait_loaded(self) -> list[LoadedReport]:
+        """Wait until all ranks hold their weights; returns their reports in rank order."""
+        reports = self._gather(lambda report: isinstance(report, LoadedReport), "load")
+        return sorted((r for r in reports if isinstance(r, LoadedReport)), key=lambda report: report.rank)
+
+    def allocate_kv(self, num_blocks: int) -> None:
+        """Make the KV pool on every rank: `num_blocks` blocks of each rank's own size."""
+        self._call(Kind.ALLOCATE_KV, num_blocks)
+
+    def warm_up(self) -> None:
+        """Run a few small steps on all ranks together, so that the first request finds everything ready."""
+        self._call(Kind.WARM_UP, None)
+
+    def submit(self, plan: ExecutionPlan) -> None:
+        """Send a plan to all ranks. Blocks only while a ring is full of unread plans."""
+        self._check()
+        rows, tokens = self._sampled
+        sampled = None
+        if rows:
+            sampled = SampledTokens(pack_ints(rows), pack_ints(tokens))
+            self._sampled = ([], [])
+        self._write(self._encoder.encode(plan, sampled), Kind.PLAN)
+        self._in_flight.append((plan, time.monotonic()))
+
+    def collect(self) -> StepResult:
+        """Wait for the oldest plan's result, at most for the step's deadline."""
+        self._check()
+        plan, submitted_at = self._in_flight[0]
+        deadline = max(submitted_at, self._collected_at) + self._timeout
+        while (body := self._read_result(max(0.0, deadline - time.monotonic()))) is None:
+            self._check()
+            if time.monotonic() >= deadline:
+                raise self._hang(plan.step_id)
+        result = decode_result(body)
+        self._in_flight.popleft()
+        self._collected_at = time.monotonic()
+        if self._has_stages:
+            # Stages before the last did not see what was sampled: they are told with the next plan.
+            self._sampled[0].extend(result.rows)
+            self._sampled[1].extend(result.token_ids)
+        return result
+
+    def stop(self) -> None:
+        """End all ranks on all nodes and give everything back. Idempotent; no process of this node is left then."""
+        if self._is_stopped:
+            return
+        self._is_stopped = True
+        self._roster.expect_end()
+        grace = 0.0
+        parts: list[RankHost | RemoteNode] = [*self._remote.values()]
+        if self._host is not None:
+            parts.insert(0, self._host)
+        if self._roster.failure is None:
+            grace = STOP_SECONDS
+            for part in parts:
+                part.begin_stop()
+        deadline = time.monotonic() + grace
+        for part in parts:
+            part.stop(max(0.0, deadline - time.monotonic()))
+        if self._starter is not None:
+            self._starter.stop()
+        self._roster.close()
+        self._in_flight.clear()
+
+    # Nodes come together.
+
+    def _assemble(self, starter: NodeStarter, orders: Sequence[NodeOrder]) -> None:
+        """Have a host on every node, tell all of them where to meet, and start the ranks."""
+        host, roster = self._host, self._roster
+        # Ranks of this node may import while others are waited for, as soon as it is known where all meet.
+        if host is not None and (host.store is not None or not host.needs_store):
+            host.spawn(roster.hear)
+        starter.start(orders, self._on_lost)
+        arrivals = self._await_nodes(starter, orders)
+        message = Prepare(self._config.to_json(), self._placement.to_json(), self._dp_rank)
+        store = host.store if host is not None else None
+        for order in orders:
+            node = RemoteNode(arrivals[order.node], order.ranks, roster, self._config.nodes.silence_seconds)
+            self._remote[order.node] = node
+            with self._blaming(node):
+                store = node.prepare(message, PREPARE_SECONDS).store or store
+        if host is not None and not host.pids:
+            host.spawn(roster.hear, store)
+        for node in self._remote.values():
+            with self._blaming(node):
+                node.spawn(store)
+
+    def _await_nodes(self, starter: NodeStarter, orders: Sequence[NodeOrder]) -> dict[str, NodeArrival]:
+        """Wait for all node hosts that were ordered. Raises: ExecutorError naming those that did not come."""
+        wanted = {order.node: order for order in orders}
+        came: dict[str, NodeArrival] = {}
+        began = time.monotonic()
+        said = ""
+        try:
+            while missing := [node for node in wanted if node not in came]:
+                self._check()
+                waited = time.monotonic() - began
+                if waited > self._config.nodes.join_timeout_seconds:
+                    raise self._roster.fail(
+                        RankFailure(
+                            wanted[missing[0]].ranks[0],
+                            "nodes",
+                            f"has no node to run on: {_list(missing)} did not come within {waited:.0f} s",
+                            seconds=waited,
+                            hint=starter.advice(missing[0]),
+                        )
+                    )
+                if said != (line := f"waiting for {_list(missing)}; {starter.advice(missing[0])}"):
+                    self._on_nodes(said := line)
+                arrival = starter.accept(0.5)
+                if arrival is not None and self._is_wanted(arrival, wanted, came):
+                    came[arrival.hello.node] = arrival
+        except BaseException:
+            for arrival in came.values():
+                arrival.link.dispose()
+            raise
+        return came
+
+    def _is_wanted(self, arrival: NodeArrival, wanted: dict[str, NodeOrder], came: dict[str, NodeArrival]) -> bool:
+        """Take a host in, or send it away with the reason."""
+        hello = arrival.hello
+        order = wanted.get(hello.node)
+        try:
+            if order is None or hello.order_id != order.order_id:
+                raise LinkRefused(f"no host of {hello.node} is wanted for this run of the engine")
+            if hello.node in came:
+                raise LinkRefused(f"{hello.node} is here already")
+            check_facts(self._facts, hello.node, hello.facts)
+        except LinkRefused as error:
+            refuse(arrival.link, Refusal(str(error)))
+            self._on_nodes(str(error))
+            return False
+        # Others may take long to come: it must not take that for silence.
+        arrival.link.start_heartbeat()
+        self._on_nodes(f"{hello.node} came from {hello.facts.hostname or arrival.link.peer}")
+        return True
+
+    def _on_lost(self, node: str, why: str) -> None:
+        """The starter knows that a host is gone."""
+        ranks = [rank for rank in self.ranks if rank.node == node]
+        if ranks:
+            self._roster.lose_node(ranks, why)
+            for other in self._remote.values():
+                other.wake()
+
+    @contextlib.contextmanager
+    def _blaming(self, node: RemoteNode) -> Iterator[None]:
+        """Turn the loss of a link into the loss of its node."""
+        try:
+            yield
+        except NodeLinkError as error:
+            self._roster.lose_node(node.ranks, str(error))
+            raise self._end_of_a_rank() from error
+
+    # Plans out, results and reports back.
+
+    def _find_answering(self) -> RankHost | RemoteNode:
+        """The part whose rank answers: tensor rank 0 of the last stage."""
+        if self._host is not None and self._host.results is not None:
+            self._host.results.watch(self._roster.bell, select.POLLIN)
+            return self._host
+        answering = self._placement.stage(self._dp_rank, self._placement.pipeline_parallel_size - 1)[0]
+        return self._remote[answering.node]
+
+    def _read_result(self, timeout_seconds: float) -> bytes | None:
+        answering = self._answering
+        if isinstance(answering, RemoteNode):
+            return answering.read_result(timeout_seconds)
+        if answering.results is None:
+            raise ExecutorError("the executor was stopped")
+        try:
+            got = answering.results.read(timeout_seconds)
+        except RingClosed:
+            raise self._end_of_a_rank() from None
+        return None if got is None else got[1]
+
+    def _write(self, body: bytes, kind: Kind) -> None:
+        for node in self._remote.values():
+            node.write(body, kind)
+        if self._host is None:
+            return
+        try:
+            self._host.write(body, kind, self._timeout)
+        except RingTimeout:
+            step_id = self._in_flight[0][0].step_id if self._in_flight else 0
+            raise self._hang(step_id) from None
+        except RingError:
+            raise self._end_of_a_rank() from None
+
+    def _call(self, kind: Kind, argument: object) -> None:
+        self._check()
+        self._write(msgspec.msgpack.encode(argument), kind)
+        self._gather(lambda report: isinstance(report, DoneReport) and report.call == kind, kind.name.lower())
+
+    def _gather(self, is_wanted: Callable[[Report], bool], what: str) -> list[Report]:
+        """Take one wanted report from each rank; a rank that stays silent too long hangs."""
+        came: dict[int, Report] = {}
+        began = time.monotonic()
+        while len(came) < len(self.ranks):
+            self._check()
+            report = self._roster.next_report(0.2)
+            if report is not None and is_wanted(report):
+                came[report.rank] = report
+            now = time.monotonic()
+            for rank, view in self._roster.views.items():
+                if rank in came:
+                    continue
+                silent = now - max(view.heard, began)
+                # Nothing can be reported while Python and torch are imported, perhaps from a cold disk.
+                limit = max(self._silence, SILENCE_SECONDS) if view.phase in ("spawn", "import") else self._silence
+                if silent > limit:
+                    said = f"has said nothing for {silent:.0f} s (waited for: {what}); stacks are in the log"
+                    raise self._fail_with_stacks(RankFailure(view.spec, view.phase, said, seconds=now - view.since))
+        return list(came.values())
+
+    # What goes wrong.
+
+    def _check(self) -> None:
+        if self._roster.failure is not None:
+            raise self._roster.failure
+        if self._is_stopped:
+            raise ExecutorError("the executor was stopped")
+
+    def _fail_with_stacks(self, failure: RankFailure) -> RankFailure:
+        """Settle on a failure, unless one is known already, and put the stacks of all ranks into their nodes' logs."""
+        stands = self._roster.fail(failure)
+        for node in self._remote.values():
+            node.dump_stacks()
+        if self._host is not None:
+            self._host.dump_stacks()
+        return stands
+
+    def _end_of_a_rank(self) -> ExecutorError:
+        """A ring or a link is closed: the roster is about to know why."""
+        return self._roster.wait_for_cause(3.0) or ExecutorError("a rank closed its ring")
+
+    def _hang(self, step_id: int) -> RankFailure:
+        """Name who holds a step up, with the stacks of all ranks in the log."""
+        lines = self._host.lines() if self._host is not None else []
+        for node in self._remote.values():
+            if not (theirs := node.lines(_STATES_SECONDS)):
+                # Its link still lives, or the failure would be known: the host itself does not answer.
+                self._roster.lose_node(node.ranks, f"its host did not say what its ranks do in step {step_id}")
+                self._roster.wait_for_cause(3.0)
+            lines += theirs
+        blamed = _blame(lines, step_id)
+        if not blamed:
+            return self._roster.failure or RankFailure(self.ranks[0], "serve", "did not answer", seconds=self._timeout)
+        first = blamed[0]
+        others = [str(line.spec.rank) for line in blamed[1:]]
+        what = f"did not finish step {step_id} within {self._timeout:.0f} s: {first.state}{first.kernel}"
+        what += f" (and ranks {', '.join(others)})" if others else ""
+        waiting = [str(line.spec.rank) for line in lines if line not in blamed]
+        what += f"; ranks {', '.join(waiting)} wait" if waiting else ""
+        return self._fail_with_stacks(
+            RankFailure(first.spec, first.state.phase, what + "; stacks are in the log", seconds=first.state.seconds)
+        )
+
+
+def _blame(lines: Sequence[RankLine], step_id: int) -> list[RankLine]:
+    """Those who hold a step up. A rank may be stopped while it waits: what the kernel says goes first."""
+    stopped = [line for line in lines if "stopped" in line.kernel]
+    if stopped:
+        return stopped
+    guilty = suspects([line.state for line in lines], step_id)
+    return [line for line in lines if any(line.state is state for state in guilty)] or list(lines)
+
+
+def _list(nodes: Sequence[str]) -> str:
+    return f"node {nodes[0]}" if len(nodes) == 1 else f"nodes {', '.join(nodes)}"

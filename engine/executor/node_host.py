@@ -1,0 +1,233 @@
+"""The host of an engine's ranks on a node other than the head's: `python -m engine.executor.node_host`.
+
+It comes to the head over one authenticated connection, is told what to run, starts and watches the ranks of its node,
+and carries plans to them and results, reports and answers back. It ends when the head says so; when the head is lost it
+kills its ranks first. Whoever starts it (`join_agent`, a Ray actor) only has to keep it running.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import traceback
+from dataclasses import dataclass, replace
+from typing import Any
+
+import msgspec
+
+from engine.comm.node_messages import (
+    Hello,
+    NodeKind,
+    Prepare,
+    Prepared,
+    RankStateMessage,
+    Refusal,
+    Start,
+    decode,
+    encode,
+    own_facts,
+)
+from engine.comm.ring import RingClosed, RingError, RingReader, RingTimeout
+from engine.comm.secure_link import LinkRefused, NodeLinkError, SecureLink, connect
+from engine.config import EngineConfig
+from engine.executor.messages import FaultReport, Kind, Report, encode_report
+from engine.executor.rank_host import STOP_SECONDS, RankHost
+from engine.model_digest import digest_of
+from engine.placement import Placement, RankSpec
+from engine.process import die_with_parent, dump_stacks_on_signal
+
+PREPARE_SECONDS = 900.0
+"""Other nodes may take long to come, and the head says nothing to this one meanwhile but that it is there."""
+EXIT_LOST = 1
+EXIT_REFUSED = 2
+_RESULT_SECONDS = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class HostTask:
+    """Whom to come to, and as whom. `model`, `address`, `cpu_threads`: this node's own where they are set, else the
+    head's (`address`: that of this end of the link). `load_format` says how weights are read, for the digest.
+    """
+
+    host: str
+    port: int
+    secret: bytes
+    node: str
+    order_id: str
+    model: str = ""
+    address: str = ""
+    cpu_threads: int = 0
+    load_format: str = "auto"
+    command: tuple[str, ...] = ()
+
+
+def run_node_host(task: HostTask) -> int:
+    """Be the host until the engine ends (0), the head is lost (1) or does not want it (2). From the main thread."""
+    try:
+        link = connect(task.host, task.port, task.secret, bind=task.address)
+    except NodeLinkError as error:
+        _say(task, str(error))
+        return EXIT_LOST
+    host = _NodeHost(task, link)
+    try:
+        host.run()
+    except LinkRefused as error:
+        _say(task, str(error))
+        return EXIT_REFUSED
+    except NodeLinkError as error:
+        _say(task, f"lost the head: {error}; its ranks here end")
+        return EXIT_LOST
+    finally:
+        host.stop()
+    return 0
+
+
+class _NodeHost:
+    def __init__(self, task: HostTask, link: SecureLink) -> None:
+        self._task = task
+        self._link = link
+        self._host: RankHost | None = None
+        self._timeout = 60.0
+        self._is_stopping = threading.Event()
+        self._results: threading.Thread | None = None
+        self._grace = 0.0
+
+    def run(self) -> None:
+        """Raises: NodeLinkError when the head is lost or refuses."""
+        task, link = self._task, self._link
+        link.start_heartbeat()
+        facts = own_facts(digest_of(task.model, task.load_format) if task.model else "")
+        link.send(NodeKind.HELLO, encode(Hello(task.node, task.order_id, facts)))
+        prepare = decode(self._expect(NodeKind.PREPARE, PREPARE_SECONDS), Prepare)
+        try:
+            host, ranks = self._prepare(prepare)
+        except Exception as error:  # noqa: BLE001 - whatever is wrong with this node, the head is to say it
+            traceback.print_exc()
+            self._report(FaultReport(0, "spawn", type(error).__name__, str(error) or "cannot prepare"))
+            raise LinkRefused(str(error)) from error
+        link.send(NodeKind.PREPARED, encode(Prepared(host.store)))
+        start = decode(self._expect(NodeKind.START, PREPARE_SECONDS), Start)
+        try:
+            host.spawn(self._report, start.store)
+        except OSError as error:
+            self._report(FaultReport(ranks[0].rank, "spawn", type(error).__name__, f"cannot be started: {error}"))
+        if host.results is not None:
+            self._results = threading.Thread(target=self._carry_results, args=(host.results,), daemon=True)
+            self._results.start()
+        self._serve(host)
+
+    def stop(self) -> None:
+        """End the ranks and the link; no process is left."""
+        self._is_stopping.set()
+        if self._host is not None:
+            if self._results is not None:
+                self._results.join(2 * _RESULT_SECONDS)
+            self._host.stop(self._grace)
+        self._link.dispose()
+
+    def _prepare(self, message: Prepare) -> tuple[RankHost, list[RankSpec]]:
+        task = self._task
+        config = EngineConfig.from_json(message.config)
+        placement = Placement.from_json(message.placement)
+        self._timeout = config.step_timeout_seconds
+        self._link.allow_silence(config.nodes.silence_seconds)
+        local = replace(
+            config,
+            model=task.model or config.model,
+            node_address=task.address or self._link.address,
+            cpu_threads=task.cpu_threads or config.cpu_threads,
+        )
+        ranks = [rank for rank in placement.engine(message.engine) if rank.node == task.node]
+        if not ranks:
+            raise ValueError(f"engine {message.engine} has no rank on {task.node}")
+        options = {"command": task.command} if task.command else {}
+        self._host = RankHost(local, placement, message.engine, ranks, **options)
+        return self._host, ranks
+
+    def _expect(self, kind: NodeKind, timeout_seconds: float) -> bytes:
+        frame = self._link.receive(timeout_seconds)
+        if frame is None:
+            raise LinkRefused(f"the head sent no {kind.name} within {timeout_seconds:.0f} s")
+        if frame[0] == NodeKind.REFUSED:
+            refusal = decode(frame[1], Refusal)
+            raise LinkRefused(f"the head does not take this node: {refusal.message}")
+        if frame[0] == NodeKind.GOODBYE:
+            raise LinkRefused("the head does not go on")
+        if frame[0] != kind:
+            raise LinkRefused(f"the head sent a message of kind {frame[0]} where {kind.name} was due")
+        return frame[1]
+
+    def _serve(self, host: RankHost) -> None:
+        while True:
+            frame = self._link.receive()
+            if frame is None:
+                continue
+            kind, body = frame
+            if kind < NodeKind.HELLO:
+                self._pass_on(host, Kind(kind), body)
+            elif kind == NodeKind.STATES:
+                self._link.send(NodeKind.STATES, msgspec.msgpack.encode(_lines_of(host)))
+            elif kind == NodeKind.STACKS:
+                host.dump_stacks()
+            elif kind == NodeKind.GOODBYE:
+                host.begin_stop()
+                self._grace = STOP_SECONDS
+                return
+            else:
+                raise LinkRefused(f"the head sent a message of kind {kind} while serving")
+
+    def _pass_on(self, host: RankHost, kind: Kind, body: bytes) -> None:
+        try:
+            host.write(body, kind, self._timeout)
+        except RingTimeout as error:
+            slow = host.ranks[error.readers[0]]
+            self._report(FaultReport(slow.rank, "serve", "RingTimeout", f"reads no plans for {self._timeout:.0f} s"))
+        except RingError:
+            pass  # the ranks are gone: the watch says how
+
+    def _carry_results(self, results: RingReader) -> None:
+        with contextlib.suppress(RingClosed, NodeLinkError):
+            while not self._is_stopping.is_set():
+                got = results.read(_RESULT_SECONDS)
+                if got is not None:
+                    self._link.send(NodeKind.RESULT, got[1])
+
+    def _report(self, report: Report) -> None:
+        kind, body = encode_report(report)
+        with contextlib.suppress(NodeLinkError):  # who receives learns of it
+            self._link.send(kind, body)
+
+
+def _lines_of(host: RankHost) -> list[RankStateMessage]:
+    return [
+        RankStateMessage(
+            line.spec.rank,
+            line.state.phase,
+            int(line.state.activity),
+            line.state.step_id,
+            line.state.num_meetings,
+            line.state.seconds,
+            line.kernel,
+        )
+        for line in host.lines()
+    ]
+
+
+def _say(task: HostTask, line: str) -> None:
+    print(f"node host of {task.node}: {line}", file=sys.stderr, flush=True)
+
+
+def main() -> int:
+    """Read the task from stdin, as JSON: the secret must stand on no command line."""
+    die_with_parent(os.getppid())
+    dump_stacks_on_signal()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    task: Any = msgspec.json.decode(sys.stdin.buffer.read(1 << 16), type=HostTask)
+    return run_node_host(task)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

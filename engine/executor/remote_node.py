@@ -1,0 +1,152 @@
+"""The ranks of another node, as the engine core sees them: one link, and a thread that listens to it.
+
+Knows: how plans, results, reports and questions cross the link. Refuses to know: the ranks' processes
+(`engine.executor.node_host`, at the other end), who started that host.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Sequence
+from queue import Empty, SimpleQueue
+
+import msgspec
+
+from engine.comm.board import Activity, RankState
+from engine.comm.node_listener import NodeArrival
+from engine.comm.node_messages import NodeKind, Prepare, Prepared, RankStateMessage, Start, decode, encode
+from engine.comm.secure_link import LinkLost, LinkRefused, NodeLinkError
+from engine.executor.messages import Kind, MessageError, decode_report
+from engine.executor.rank_host import RankLine
+from engine.executor.roster import Roster
+from engine.placement import RankSpec
+
+_STATES = msgspec.msgpack.Decoder(list[RankStateMessage])
+
+
+class RemoteNode:
+    """The ranks `ranks` of an engine on the node that has arrived. Losing it is reported to the roster, once."""
+
+    def __init__(self, arrival: NodeArrival, ranks: Sequence[RankSpec], roster: Roster, silence_seconds: float) -> None:
+        self.name = ranks[0].node
+        self.ranks = tuple(ranks)
+        self.hostname = arrival.hello.facts.hostname
+        self._link = arrival.link
+        self._link.allow_silence(silence_seconds)
+        self._roster = roster
+        self._results: SimpleQueue[bytes | None] = SimpleQueue()
+        self._states: SimpleQueue[list[RankStateMessage]] = SimpleQueue()
+        self._gone = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    @property
+    def where(self) -> str:
+        """The node's name for people: its own, its host's and its address."""
+        return f"{self.name} ({self.hostname}, {self._link.peer})" if self.hostname else f"{self.name}"
+
+    def prepare(self, message: Prepare, timeout_seconds: float) -> Prepared:
+        """Have the host make what its ranks share. Raises: NodeLinkError."""
+        self._link.send(NodeKind.PREPARE, encode(message))
+        frame = self._link.receive(timeout_seconds)
+        if frame is None:
+            raise LinkLost(f"did not prepare its ranks within {timeout_seconds:.0f} s")
+        kind, body = frame
+        if kind == Kind.FAULT:
+            raise LinkRefused(f"cannot prepare its ranks: {_fault_of(kind, body)}")
+        if kind != NodeKind.PREPARED:
+            raise LinkRefused(f"answered with a message of kind {kind} when it was to prepare its ranks")
+        return decode(body, Prepared)
+
+    def spawn(self, store: tuple[str, int] | None) -> None:
+        """Have the host start its ranks, and listen to it from now on. Raises: NodeLinkError."""
+        self._link.send(NodeKind.START, encode(Start(store)))
+        self._thread = threading.Thread(target=self._listen, name=f"node {self.name}", daemon=True)
+        self._thread.start()
+
+    def write(self, body: bytes, kind: Kind) -> None:
+        """Give a message to all ranks. A link that breaks is the roster's news, not the caller's."""
+        try:
+            self._link.send(kind, body)
+        except LinkLost as error:
+            self._lose(error)
+
+    def read_result(self, timeout_seconds: float) -> bytes | None:
+        """Take the next result; None at the timeout, or when the node is gone."""
+        with contextlib.suppress(Empty):
+            return self._results.get(timeout=timeout_seconds)
+        return None
+
+    def wake(self) -> None:
+        """Let who waits for a result go."""
+        self._results.put(None)
+
+    def lines(self, timeout_seconds: float) -> list[RankLine]:
+        """Ask what each rank does at this moment; nothing when the node does not answer in time."""
+        with contextlib.suppress(NodeLinkError, Empty):
+            self._link.send(NodeKind.STATES)
+            by_rank = {rank.rank: rank for rank in self.ranks}
+            return [
+                RankLine(by_rank[line.rank], _state_of(line), line.kernel)
+                for line in self._states.get(timeout=timeout_seconds)
+                if line.rank in by_rank
+            ]
+        return []
+
+    def dump_stacks(self) -> None:
+        """Have the host put the stacks of its ranks into its log."""
+        with contextlib.suppress(NodeLinkError):
+            self._link.send(NodeKind.STACKS)
+
+    def begin_stop(self) -> None:
+        """Ask the host to end its ranks and itself."""
+        with contextlib.suppress(NodeLinkError):
+            self._link.send(NodeKind.GOODBYE)
+
+    def stop(self, grace_seconds: float = 0.0) -> None:
+        """Give a host that was asked to end the time to, and close the link: then it kills what is left."""
+        if self._thread is not None:
+            self._gone.wait(grace_seconds)
+        self._link.close()
+        if self._thread is not None:
+            self._thread.join(2.0)
+        self._link.dispose()
+
+    def _listen(self) -> None:
+        try:
+            while True:
+                frame = self._link.receive()
+                if frame is None:
+                    continue
+                kind, body = frame
+                if kind == NodeKind.RESULT:
+                    self._results.put(body)
+                elif kind == NodeKind.STATES:
+                    self._states.put(_STATES.decode(body))
+                else:
+                    self._hear(kind, body)
+        except (NodeLinkError, MessageError, msgspec.DecodeError) as error:
+            self._lose(error)
+
+    def _hear(self, kind: int, body: bytes) -> None:
+        report = decode_report(kind, body)
+        if all(report.rank != rank.rank for rank in self.ranks):
+            raise MessageError(f"a report about rank {report.rank}, which is not its own")
+        self._roster.hear(report)
+
+    def _lose(self, error: Exception) -> None:
+        if self._gone.is_set():
+            return
+        self._gone.set()
+        self._roster.lose_node(self.ranks, str(error))
+        self._link.close()
+        self.wake()
+
+
+def _state_of(line: RankStateMessage) -> RankState:
+    return RankState(line.rank, line.phase, Activity(line.activity), line.step_id, line.num_meetings, line.seconds)
+
+
+def _fault_of(kind: int, body: bytes) -> str:
+    report = decode_report(kind, body)
+    return str(getattr(report, "message", report))
