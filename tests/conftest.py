@@ -4,4 +4,4 @@ from __future__ import annotations
 
 import pytest
 
-pytest.register_assert_rewrite("scenarios")
+pytest.register_assert_rewrite("scenarios", "messages_scenarios", "messages_stream")

@@ -107,10 +107,10 @@ class App:
         except ClientDisconnected:
             exchange.status = STATUS_CLIENT_LEFT
         except ApiError as error:
-            await self._fail(exchange, error)
+            await exchange.fail(error)
         except Exception:  # noqa: BLE001 -- the request handler is a named boundary: one request, not the server
             logger.exception("request %s failed", exchange.request_id)
-            await self._fail(exchange, errors.internal_error())
+            await exchange.fail(errors.internal_error())
         finally:
             self.metrics.count_response(route, exchange.status)
             if exchange.method == "POST":
@@ -137,12 +137,6 @@ class App:
         if handler is None:
             raise errors.method_not_allowed(tuple(methods))
         return name, handler
-
-    async def _fail(self, exchange: Exchange, error: ApiError) -> None:
-        if exchange.started:
-            await exchange.end_stream(error.sse_event())
-        else:
-            await exchange.answer_error(error)
 
 
 def create_app(

@@ -114,12 +114,18 @@ class Usage:
             seen = self.cached_tokens.get(prompt_index, 0)
             self.cached_tokens[prompt_index] = max(seen, output.num_cached_tokens)
 
+    @property
+    def num_cached(self) -> int:
+        """Prompt tokens that the prefix cache held, never more than there are."""
+        return min(self.prompt_tokens, sum(self.cached_tokens.values()))
+
     def to_json(self) -> dict[str, Any]:
+        """Lay out as chat and completions do."""
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": min(self.prompt_tokens, sum(self.cached_tokens.values()))},
+            "prompt_tokens_details": {"cached_tokens": self.num_cached},
             "completion_tokens_details": {"reasoning_tokens": self.reasoning_tokens},
         }
 

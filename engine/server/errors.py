@@ -1,6 +1,6 @@
-"""The one place where an error becomes bytes, in OpenAI's shape.
+"""The one place where an error becomes bytes, in OpenAI's shape or in Anthropic's.
 
-Knows: statuses, types and codes of the API, and which headers go with them. Refuses to know: exceptions of other
+Knows: statuses, types and codes of both APIs, and which headers go with them. Refuses to know: exceptions of other
 packages; whoever catches one picks a sentence here. `str(exc)` of a foreign exception never reaches a client.
 
     ApiError                 anything that ends a request with an error body
@@ -12,6 +12,16 @@ from __future__ import annotations
 import orjson
 
 MAX_MESSAGE_CHARS = 500
+# The statuses that Anthropic's API has a type for; others of the 4xx kind are invalid requests.
+_ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+ANTHROPIC_OVERLOADED = 529
 
 
 class ClientDisconnected(Exception):
@@ -55,6 +65,21 @@ class ApiError(Exception):
     def sse_event(self) -> bytes:
         """Encode the event that ends a stream which cannot end well; no `[DONE]` follows it."""
         return b"data: " + self.body() + b"\n\n"
+
+    @property
+    def anthropic_status(self) -> int:
+        """Anthropic's status of being overloaded is its own; the rest are HTTP's."""
+        return ANTHROPIC_OVERLOADED if self.status == 503 else self.status
+
+    def anthropic_body(self, request_id: str) -> bytes:
+        """Encode `{"type": "error", "error": {...}}`. That shape has no field for the path, so the message names it."""
+        kind = _ANTHROPIC_TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "api_error")
+        message = self.message if self.param is None or self.param in self.message else f"{self.param}: {self.message}"
+        return orjson.dumps({"type": "error", "error": {"type": kind, "message": message}, "request_id": request_id})
+
+    def anthropic_event(self, request_id: str) -> bytes:
+        """Encode the event that ends a stream of Anthropic's, whose SDK skips events without a name."""
+        return b"event: error\ndata: " + self.anthropic_body(request_id) + b"\n\n"
 
     def headers(self) -> list[tuple[bytes, bytes]]:
         """Return the headers that belong to this error, without content-type and length."""

@@ -30,7 +30,8 @@ class Exchange:
     """One HTTP request and its answer.
 
     `path` is `scope["path"]`, the only path that anything is decided on. `request_id` is the client's when well formed.
-    `tenant` is the digest of the key that let the request in, empty where no key is asked for.
+    `tenant` is the digest of the key that let the request in, empty where no key is asked for. `is_anthropic` says in
+    whose shape errors are answered. `on_failure` writes the event that ends an open stream, where a dialect needs that.
     """
 
     __slots__ = (
@@ -38,7 +39,9 @@ class Exchange:
         "_send",
         "body_bytes",
         "headers",
+        "is_anthropic",
         "method",
+        "on_failure",
         "path",
         "query",
         "request_id",
@@ -64,6 +67,9 @@ class Exchange:
             self.request_id = offered.decode("ascii")
         else:
             self.request_id = "req_" + secrets.token_hex(12)
+        is_messages = self.path == "/v1/messages" or self.path.startswith("/v1/messages/")
+        self.is_anthropic = is_messages or b"anthropic-version" in self.headers
+        self.on_failure: Callable[[ApiError], bytes] | None = None
         self.started_at = time.monotonic()
         self.started = False
         self.status = 0
@@ -132,6 +138,8 @@ class Exchange:
         elapsed_ms = int((time.monotonic() - self.started_at) * 1000)
         headers.append((b"x-request-id", self.request_id.encode("ascii")))
         headers.append((b"openai-processing-ms", str(elapsed_ms).encode()))
+        if self.is_anthropic:
+            headers.append((b"request-id", self.request_id.encode("ascii")))
         if self.warnings:
             text = "; ".join(self.warnings).encode("ascii", "replace")
             headers.append((b"x-hlaunch-warning", re.sub(rb"[^\x20-\x7e]", b"?", text)[:1024]))
@@ -157,7 +165,21 @@ class Exchange:
         headers = error.headers()
         if close:
             headers.append((b"connection", b"close"))
-        await self.answer(error.status, error.body(), headers)
+        if self.is_anthropic:
+            await self.answer(error.anthropic_status, error.anthropic_body(self.request_id), headers)
+        else:
+            await self.answer(error.status, error.body(), headers)
+
+    async def fail(self, error: ApiError) -> None:
+        """Answer with an error, or end the open stream with it."""
+        if not self.started:
+            await self.answer_error(error)
+        elif self.on_failure is not None:
+            await self.end_stream(self.on_failure(error))
+        elif self.is_anthropic:
+            await self.end_stream(error.anthropic_event(self.request_id))
+        else:
+            await self.end_stream(error.sse_event())
 
     async def open_stream(self) -> None:
         """Start an answer of server-sent events."""

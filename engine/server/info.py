@@ -98,7 +98,31 @@ def model_card(app: App, name: str, exchange: Exchange) -> dict[str, Any]:
             "max_input_tokens": limit,
             "max_tokens": limit,
         }
+        card["capabilities"] |= _anthropic_capabilities(has_chat=app.chat_format is not None)
     return card
+
+
+def _anthropic_capabilities(*, has_chat: bool) -> dict[str, Any]:
+    """Say in Anthropic's form what the messages route does; every field there is an object."""
+
+    def says(is_supported: bool, **parts: Any) -> dict[str, Any]:
+        return {"supported": is_supported, **parts}
+
+    no, chat = says(False), says(has_chat)
+    kinds = dict.fromkeys(("adaptive", "between_tools", "disabled", "enabled"), chat)
+    efforts = dict.fromkeys(("low", "medium", "high", "xhigh", "max"), chat)
+    return {
+        "batch": no,
+        "citations": no,
+        "code_execution": no,
+        "context_management": no,
+        "effort": says(has_chat, **efforts),
+        "image_input": no,
+        "pdf_input": no,
+        "server_tools": says(False, code_execution=no, web_search=no),
+        "structured_outputs": no,
+        "thinking": says(has_chat, types=kinds),
+    }
 
 
 def state_of(app: App) -> str:

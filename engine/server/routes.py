@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from engine.server import chat, completions, info, tokens
 from engine.server.app import Handler
+from engine.server.messages import answer as messages
 
 
 def _read(handler: Handler) -> dict[str, Handler]:
@@ -20,6 +21,8 @@ ROUTES: dict[str, dict[str, Handler]] = {
     "/v1/models": _read(info.list_models),
     "/v1/completions": {"POST": completions.create_completion},
     "/v1/chat/completions": {"POST": chat.create_chat_completion},
+    "/v1/messages": {"POST": messages.create_message},
+    "/v1/messages/count_tokens": {"POST": messages.count_message_tokens},
     "/tokenize": {"POST": tokens.tokenize},
     "/detokenize": {"POST": tokens.detokenize},
 }

@@ -126,6 +126,44 @@ class ChatBody(GenerationBody, kw_only=True):
     }
 
 
+class CountTokensBody(SamplingBody, kw_only=True):
+    """POST /v1/messages/count_tokens, which takes what the messages route takes."""
+
+    messages: list[dict[str, Any]]
+    system: str | list[dict[str, Any]] | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: dict[str, Any] | None = None
+    thinking: dict[str, Any] | None = None
+    output_config: dict[str, Any] | None = None
+
+    UNSUPPORTED: ClassVar[dict[str, str]] = {
+        **SamplingBody.UNSUPPORTED,
+        "mcp_servers": "The server connects to no tool servers.",
+        "output_format": "Structured output is not supported yet.",
+    }
+    IGNORED: ClassVar[frozenset[str]] = frozenset(
+        {
+            "cache_control",
+            "container",
+            "context_management",
+            "diagnostics",
+            "inference_geo",
+            "metadata",
+            "service_tier",
+            "speed",
+            "user_profile_id",
+            "workspace_id",
+        }
+    )
+
+
+class MessagesBody(CountTokensBody, kw_only=True):
+    """POST /v1/messages (Anthropic)."""
+
+    max_tokens: int
+    stop_sequences: list[str] | None = None
+
+
 class TokenizeBody(Struct, kw_only=True):
     """POST /tokenize: either a prompt or messages."""
 

@@ -17,13 +17,17 @@ PING_SECONDS = 15.0
 
 
 class EventStream:
-    """Sends chunks; a comment goes out after `PING_SECONDS` of silence.
+    """Sends chunks; a `ping` goes out after `PING_SECONDS` of silence, and `done` comes last.
 
     The answer is opened by the first chunk and not earlier, so that until then a failure is still an HTTP status.
     """
 
-    def __init__(self, exchange: Exchange, ping_seconds: float = PING_SECONDS) -> None:
+    def __init__(
+        self, exchange: Exchange, ping_seconds: float = PING_SECONDS, *, ping: bytes = PING, done: bytes = DONE
+    ) -> None:
         self._exchange = exchange
+        self._ping_data = ping
+        self._done_data = done
         self._ping_seconds = ping_seconds
         self._sent_at = time.monotonic()
         self._timer: asyncio.TimerHandle | None = None
@@ -48,11 +52,11 @@ class EventStream:
         await self._exchange.send_chunk(data)
 
     async def end(self, data: bytes = b"") -> None:
-        """Send the last chunks and `[DONE]`."""
+        """Send the last chunks and what says that they are."""
         await self.__aexit__(None, None, None)
         if not self._exchange.started:
             await self._exchange.open_stream()
-        await self._exchange.end_stream(data + DONE)
+        await self._exchange.end_stream(data + self._done_data)
 
     def _arm(self) -> None:
         self._timer = asyncio.get_running_loop().call_later(self._ping_seconds / 2, self._tick)
@@ -60,5 +64,5 @@ class EventStream:
     def _tick(self) -> None:
         is_silent = time.monotonic() - self._sent_at >= self._ping_seconds
         if is_silent and (self._ping is None or self._ping.done()):
-            self._ping = asyncio.create_task(self.send(PING))
+            self._ping = asyncio.create_task(self.send(self._ping_data))
         self._arm()

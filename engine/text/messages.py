@@ -185,7 +185,7 @@ def _tool_call(raw: object, path: str, *, is_old: bool = False) -> ToolCall:
         arguments = "{}"
     elif not isinstance(arguments, str):  # clients that replay a parsed call send the object
         arguments = compact_json(arguments, f"{at}.arguments")
-    return ToolCall(id=call_id, name=_name(function.get("name"), f"{at}.name"), arguments=arguments)
+    return ToolCall(id=call_id, name=function_name(function.get("name"), f"{at}.name"), arguments=arguments)
 
 
 def _tool(raw: object, path: str) -> ToolDefinition:
@@ -197,10 +197,11 @@ def _tool(raw: object, path: str) -> ToolDefinition:
     parameters = raw.get("parameters")
     if parameters is not None and not isinstance(parameters, Mapping):
         raise ChatRequestError("the parameters of a tool must be a JSON Schema object", f"{path}.parameters")
-    return ToolDefinition(_name(raw.get("name"), f"{path}.name"), description or "", parameters)
+    return ToolDefinition(function_name(raw.get("name"), f"{path}.name"), description or "", parameters)
 
 
-def _name(raw: object, path: str) -> str:
+def function_name(raw: object, path: str) -> str:
+    """Return a function's name. Raises: ChatRequestError for what cannot stand in a message header."""
     if not isinstance(raw, str) or not _NAME.match(raw):
         raise ChatRequestError("a function name is 1 to 128 of the characters a-z A-Z 0-9 _ - .", path)
     return raw

@@ -597,10 +597,11 @@ def _check_stream_order(chunks: list[ChatCompletionChunk], *, num_choices: int, 
     assert all(chunk.choices for chunk in body)
 
 
-def main() -> int:
+def run_all(scenarios: list[Callable[[Target], None]]) -> int:
+    """Run scenarios against the server that the command line names; return the exit code."""
     target = Target(sys.argv[1].rstrip("/"), sys.argv[2], sys.argv[3] if len(sys.argv) > 3 else "none")
     num_failed = 0
-    for scenario in SCENARIOS:
+    for scenario in scenarios:
         started = time.monotonic()
         try:
             scenario(target)
@@ -609,9 +610,9 @@ def main() -> int:
             num_failed += 1
             verdict = "FAILED\n" + traceback.format_exc()
         print(f"{scenario.__name__:45} {time.monotonic() - started:6.2f} s  {verdict}")
-    print(f"{len(SCENARIOS) - num_failed} of {len(SCENARIOS)} scenarios passed")
+    print(f"{len(scenarios) - num_failed} of {len(scenarios)} scenarios passed")
     return 1 if num_failed else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_all(SCENARIOS))

@@ -49,7 +49,8 @@ def test_private_routes_need_the_key(locked: RunningServer, path: str, method: s
         for headers in wrong:
             answer = client.request(method, path, headers=headers)
             assert answer.status_code == 401, headers
-            bodies.add(answer.content)
+            # Anthropic's shape holds the request's id, and nothing else that differs.
+            bodies.add(answer.text.replace(answer.headers["x-request-id"], "id"))
         assert len(bodies) == 1
         for headers in (
             {"authorization": f"Bearer {KEY}"},
@@ -156,7 +157,11 @@ def test_methods_types_and_routes(http: httpx.Client) -> None:
         answer = http.request("PATCH", path)
         assert answer.status_code == 405
         assert answer.headers["allow"] == ", ".join(methods)
-        assert answer.json()["error"]["code"] == "method_not_allowed"
+        error = answer.json()["error"]
+        if path.startswith("/v1/messages"):
+            assert error == {"type": "invalid_request_error", "message": "This route answers POST only."}
+        else:
+            assert error["code"] == "method_not_allowed"
     for headers in (
         {"content-type": "text/plain"},
         {"content-type": "application/x-www-form-urlencoded"},
