@@ -14,7 +14,7 @@ PRODUCT = [path for package in ("launcher", "engine", "kernels") for path in sor
 
 # Package -> the only places that may import it.
 DOORWAYS = {
-    "rich": ("launcher/console.py",),
+    "rich": ("launcher/console.py", "launcher/console_phases.py"),
     "matplotlib": ("launcher/benchmark/plot.py",),
     "fastapi": ("engine/server/",),
     "starlette": ("engine/server/",),
