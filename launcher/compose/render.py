@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from launcher import __version__
 from launcher.compose.readme import node_readme
@@ -276,30 +277,41 @@ def is_hidden_variable(plan: ClusterPlan, name: str) -> bool:
     return name == api_key_variable(plan)
 
 
-def host_variables(plan: ClusterPlan, node: NodePlan) -> Mapping[str, str]:
-    """What the host must export before `docker compose up`: name -> what it is, secrets included, no values."""
+@dataclass(frozen=True, slots=True)
+class HostVariable:
+    """A variable that the host must export. `default` is what `.env.example` proposes; a secret has none there."""
+
+    description: str
+    is_secret: bool = False
+    default: str = ""
+
+
+def host_variables(plan: ClusterPlan, node: NodePlan) -> Mapping[str, HostVariable]:
+    """What the host must export before `docker compose up`, by name; secrets included, no values."""
     wanted = {
-        "HLAUNCH_UID": "user id that owns ray_token and may read the models (id -u)",
-        "HLAUNCH_GID": "its group (id -g)",
+        "HLAUNCH_UID": HostVariable("user id that owns ray_token and may read the models (id -u)", default="1000"),
+        "HLAUNCH_GID": HostVariable("its group (id -g)", default="1000"),
     }
     if needs_model_folder(plan) and (node.is_head or node.ranks):
-        wanted["HLAUNCH_MODEL_DIR"] = "host folder of the models: a Hugging Face cache, or the checkpoint's own folder"
+        wanted["HLAUNCH_MODEL_DIR"] = HostVariable(
+            "host folder of the models: a Hugging Face cache, or the checkpoint's own folder"
+        )
     reference = plan.entry.secret("api-key")
     if node.is_head and reference is not None and reference.kind != "file":
-        wanted[api_key_variable(plan)] = "the API key that clients send (secret: export it, do not write it here)"
+        wanted[api_key_variable(plan)] = HostVariable(
+            "the API key that clients send (secret: export it, do not write it here)", is_secret=True
+        )
     for name in node_environment(node):
         if is_secret(name):
-            wanted[name] = "secret: export it, do not write it here"
+            wanted[name] = HostVariable("secret: export it, do not write it here", is_secret=True)
     return wanted
 
 
 def env_example(plan: ClusterPlan, node: NodePlan) -> str:
     """The `.env` to copy: every variable that the compose file reads, secrets only named."""
     lines = ["# copy to .env (mode 0600) and fill in; hlaunch up does this by itself"]
-    defaults = {"HLAUNCH_UID": "1000", "HLAUNCH_GID": "1000"}
-    for name, what in host_variables(plan, node).items():
-        is_hidden = what.startswith("secret") or "(secret" in what
-        lines += ["", f"# {what}", f"#{name}=" if is_hidden else f"{name}={defaults.get(name, '')}"]
+    for name, variable in host_variables(plan, node).items():
+        lines += ["", f"# {variable.description}", f"#{name}=" if variable.is_secret else f"{name}={variable.default}"]
     return "\n".join(lines) + "\n"
 
 
