@@ -131,14 +131,15 @@ class ServerConfig:
 class NodesConfig:
     """Where ranks on other nodes are reached. Empty `names`: all ranks are on this host.
 
-    `names` are the placement's nodes, the head's own first; `addresses` are theirs, where they are known. Nodes come to
-    `head_host`:`head_port`, the one address that the head listens on for them (port 0: a free one, told by who starts
-    them). The secret that they share is never here: it is in a file or a variable (`engine.comm.node_secret`). A node
-    that says nothing for `silence_seconds` is lost. With Ray, whose cluster is at `ray_address` (empty: this node's),
-    ranks must find their places within `placement_timeout_seconds`.
+    `names` are the placement's nodes, the head's own first; this one's is `names[rank]`. `addresses` are theirs, where
+    they are known. Nodes come to `head_host`:`head_port`, the one address that the head listens on for them (port 0: a
+    free one, told by who starts them). The secret that they share is never here: it is in a file or a variable
+    (`engine.comm.node_secret`). A node that says nothing for `silence_seconds` is lost. With Ray, whose cluster is at
+    `ray_address` (empty: this node's), ranks must find their places within `placement_timeout_seconds`.
     """
 
     names: tuple[str, ...] = ()
+    rank: int = 0
     addresses: tuple[str, ...] = ()
     head_host: str = ""
     head_port: int = 0
@@ -205,9 +206,12 @@ class EngineConfig:
         _check(self.data_parallel_rank >= 0, "data_parallel_rank", "must not be negative")
         _check(self.max_restarts >= 0, "max_restarts", "must not be negative")
         _check(0 <= self.nodes.head_port <= 65535, "nodes.head_port", "must be between 0 and 65535")
+        _check(0 <= self.nodes.rank < max(1, len(self.nodes.names)), "nodes.rank", "must be a place among nodes.names")
         _check(self.nodes.silence_seconds >= 1, "nodes.silence_seconds", "must be at least 1")
         _check(len(set(self.nodes.names)) == len(self.nodes.names), "nodes.names", "must differ")
-        _check(bool(self.nodes.head_host) or len(self.nodes.names) < 2, "nodes.head_host", "is needed by other nodes")
+        _check(
+            bool(self.nodes.head_host) or len(self.nodes.names) < 2, "nodes.head_host", "must be set for other nodes"
+        )
 
     @property
     def has_several_ranks(self) -> bool:

@@ -48,8 +48,10 @@ def open_executor(
 
     here = config.nodes.names[0]
     facts = own_facts(digest_of(config.model, config.load_format))
-    if config.executor in ("ray", "ray-cgraph"):
-        raise ConfigError("executor", f"{config.executor} cannot start ranks on other nodes yet", "join them by hand")
+    if config.executor == "ray":
+        from engine.executor.ray_starter import RayStarter
+
+        starter = RayStarter(config, placement, on_nodes)
     if starter is None and any(node != here for node in nodes):
         raise ConfigError("nodes", "nothing starts ranks on other nodes in this process", "serve with: hlaunch up")
     return MultiNodeExecutor(
