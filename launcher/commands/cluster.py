@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 def up(invocation: Invocation, plan: ClusterPlan, runtime: str, *, is_replacing: bool) -> int:
     """Start a launch on its cluster and return when it is ready; the nodes go on by themselves."""
     from launcher.exit_codes import ExitCode
+    from launcher.fabric.transports import summary
     from launcher.supervise.cluster_run import read_run, start, stop
     from launcher.supervise.instance import InstanceFolder, state_root
     from launcher.supervise.runtimes import RUNTIMES
@@ -53,6 +54,8 @@ def up(invocation: Invocation, plan: ClusterPlan, runtime: str, *, is_replacing:
         console.note(f"detached; the nodes go on. stop with: hlaunch down {plan.name}")
         return ExitCode.INTERRUPTED
     console.data(f"{plan.name} is ready at {run.url} on {len(run.nodes)} nodes after {time.monotonic() - began:.1f} s")
+    for line in summary(run.transports):
+        console.data(f"transport {line}")
     console.note(
         f"stop with: hlaunch down {plan.name}   log: hlaunch logs {plan.name}   nodes: hlaunch status {plan.name}"
     )
@@ -96,7 +99,7 @@ def down(console: Console, folder: InstanceFolder, run: ClusterRun, environ: Map
 
 
 def facts(run: ClusterRun, environ: Mapping[str, str]) -> dict[str, Any]:
-    """One launch with what each of its nodes says now."""
+    """One launch with what each of its nodes says now, and what connects its ranks by the record."""
     from launcher.supervise.cluster_run import ask_all
 
     reports = ask_all(run, environ)
@@ -105,7 +108,7 @@ def facts(run: ClusterRun, environ: Mapping[str, str]) -> dict[str, Any]:
     state = "ready" if states == {"ready"} else "degraded" if reports[run.head.name].get("url") else "down"
     return {
         "name": run.name, "model": run.model, "cluster": run.cluster, "runtime": run.runtime, "state": state,
-        "url": run.url, "plan": run.plan, "nodes": nodes,
+        "url": run.url, "plan": run.plan, "nodes": nodes, "transports": [pair.to_data() for pair in run.transports],
     }  # fmt: skip
 
 
@@ -138,6 +141,23 @@ def status(console: Console, launch: dict[str, Any]) -> None:
             console.data(f"{node['name']}: restarted {previous.get('restarts', 1)} time(s), after: {previous['cause']}")
         for event in node.get("events") or ():
             console.data(f"{node['name']}: {event.get('age_seconds', 0):.0f} s ago: {event.get('text', '')}")
+    transports(console, launch["transports"])
+
+
+def transports(console: Console, pairs: list[dict[str, Any]]) -> None:
+    """One line per connected pair of ranks; nothing for a launch of one rank."""
+    rows = [
+        (
+            "-".join(map(str, pair["ranks"])),
+            " - ".join(dict.fromkeys(pair["nodes"])),
+            pair["transport"],
+            ", ".join([*pair["ways"][:2], *pair["addresses"]]),
+        )
+        for pair in pairs
+    ]
+    if rows:
+        console.data()
+        console.table(("RANKS", "NODES", "TRANSPORT", "SAID"), rows)
 
 
 def logs(console: Console, run: ClusterRun, environ: Mapping[str, str], num_lines: int, *, follow: bool) -> None:

@@ -233,6 +233,8 @@ class LaunchView:
         names = ", ".join(self._plan.config.server.served_model_names)
         self._console.data(f"{names} is ready at {url}")
         self._console.data(curl_line(self._plan, url))
+        for line in self._transports():
+            self._console.note(f"transport {line}")
         if self.is_detached:
             self._console.note(f"stop with: hlaunch down {self._plan.name}   log: hlaunch logs {self._plan.name}")
         else:
@@ -299,6 +301,17 @@ class LaunchView:
         for note in plan.notes:
             self._console.note(f"  note: {note}")
         sys.stderr.flush()
+
+    def _transports(self) -> list[str]:
+        """What connects the ranks, by their own word in the log."""
+        if self._plan.placement is None or len(self._plan.placement.ranks) < 2:
+            return []
+        from launcher.fabric.transports import summary
+        from launcher.supervise.instance import InstanceFolder
+        from launcher.supervise.local_ranks import transports_here
+
+        folder = self._plan.instance_folder
+        return summary(transports_here(InstanceFolder(folder.parent.parent, self._plan.name)))
 
     def _table(self, timeline: Timeline) -> None:
         from launcher.plan.drawing import span_bar

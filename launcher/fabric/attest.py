@@ -35,7 +35,7 @@ class Transport(StrEnum):
     """What an edge between two ranks is made of."""
 
     P2P = "P2P"
-    SHM = "SHM"
+    SHM = "shared memory"
     RDMA = "RDMA"
     RDMA_GDR = "RDMA with GPUDirect"
     SOCKET = "TCP"
@@ -99,6 +99,11 @@ _SLOWNESS = (
     Transport.SOCKET,
     Transport.UNKNOWN,
 )
+
+
+def slowest(transports: Iterable[Transport]) -> Transport:
+    """Return the one that decides how fast a pair is."""
+    return max(transports, key=_SLOWNESS.index)
 
 
 def edges_of(lines: Iterable[str]) -> tuple[Edge, ...]:
@@ -182,7 +187,7 @@ def attest(lines: Iterable[str]) -> Attestation:
     pairs: dict[tuple[int, int], Transport] = {}
     for edge in edges:
         pair = (min(edge.source, edge.target), max(edge.source, edge.target))
-        pairs[pair] = max(pairs.get(pair, Transport.P2P), edge.transport, key=_SLOWNESS.index)
+        pairs[pair] = slowest((pairs.get(pair, Transport.P2P), edge.transport))
     unknown = tuple(dict.fromkeys(edge.way for edge in edges if edge.transport is Transport.UNKNOWN))
     return Attestation(dict(sorted(pairs.items())), edges, network_of(kept), unknown)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import queue
+import re
 import secrets
 import threading
 import time
@@ -18,8 +19,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from engine.placement import Placement
 from launcher.errors import HlaunchError, NotReady, PreflightError
 from launcher.exit_codes import ExitCode
+from launcher.fabric.transports import PairTransport, check, read_pairs, silence, transports_of
 from launcher.plan.cluster_plan import ClusterPlan
 from launcher.registry.values import BadValue
 from launcher.supervise.instance import InstanceFolder, instance_folders, write_private
@@ -32,6 +35,9 @@ RECORD = "cluster.json"
 _PERMANENT = (ExitCode.USAGE, ExitCode.REGISTRY_INVALID, ExitCode.PREFLIGHT, ExitCode.DOES_NOT_FIT, ExitCode.NOT_READY)
 """Exit codes of a node that starting it again cannot change."""
 _REATTACH_SECONDS = 0.5
+LOG_LINES = 20_000
+"""How far back a node's log is read for what its ranks said at their start."""
+_BEGINS = re.compile(r"=== |keeper: ended with|node: \S+ -m ray\.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +52,9 @@ class ClusterRun:
     nodes: tuple[NodeHandle, ...]
     started_at: float
     url: str = ""
+    placement: str = ""
+    transports: tuple[PairTransport, ...] = ()
+    """What connects the ranks, as their logs said when all was ready."""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2, sort_keys=True)
@@ -67,7 +76,8 @@ def read_run(folder: InstanceFolder) -> ClusterRun | None:
     """Read the record of a launch on a cluster; None when there is none."""
     try:
         data = json.loads((folder.path / RECORD).read_text(encoding="utf-8"))
-        return ClusterRun(**{**data, "nodes": tuple(NodeHandle(**node) for node in data["nodes"])})
+        nodes = tuple(NodeHandle(**node) for node in data["nodes"])
+        return ClusterRun(**{**data, "nodes": nodes, "transports": read_pairs(data.get("transports", []))})
     except (OSError, ValueError, TypeError, KeyError):
         return None
 
@@ -99,12 +109,14 @@ def start(
 ) -> ClusterRun:
     """Start every node and wait until all are ready. What was started is ended again when one cannot be.
 
-    Raises: HlaunchError with the first permanent cause, or NotReady at the deadline. Ctrl-C leaves the nodes running.
+    Raises: HlaunchError with the first permanent cause, NotReady at the deadline, TransportWrong when something else
+    than the declared fabric connects the ranks. Ctrl-C leaves the nodes running.
     """
     keys = make_secrets(plan, environ)
     run = ClusterRun(
         plan.name, plan.entry.model, plan.cluster.name, runtime.name, plan.digest,
         tuple(handle_of(plan, node) for node in plan.nodes), round(time.time(), 1),
+        placement="" if plan.placement is None else plan.placement.to_json(),
     )  # fmt: skip
     write_private(folder.path / RECORD, run.to_json())
     shells = {node.name: Shell(node.name, node.ssh, environ) for node in run.nodes}
@@ -116,11 +128,15 @@ def start(
         for handle in sorted(run.nodes, key=lambda item: item.role != HEAD):
             runtime.start(shells[handle.name], handle)
         url = _await_ready(run, runtime, shells, plan.ready_timeout_seconds, on_report, note)
+        pairs = transports_in_use(run, environ)
+        check(pairs, plan.cluster)
+        if quiet := silence(pairs, plan.cluster):
+            note(quiet)
     except HlaunchError:
         with contextlib.suppress(HlaunchError):
             stop(run, folder, environ)
         raise
-    ready = replace(run, url=url)
+    ready = replace(run, url=url, transports=pairs)
     write_private(folder.path / RECORD, ready.to_json())
     return ready
 
@@ -184,6 +200,7 @@ def _listen(
             process.terminate()
         process.wait()
         reader.join(timeout=2.0)
+        process.stdout.close()
         is_over.wait(_REATTACH_SECONDS)
 
 
@@ -201,6 +218,30 @@ def _report(line: str) -> dict[str, Any]:
     except ValueError:
         return {}
     return loaded if isinstance(loaded, dict) else {}
+
+
+def transports_in_use(run: ClusterRun, environ: Mapping[str, str]) -> tuple[PairTransport, ...]:
+    """Read from the nodes' logs what connects the ranks; nothing where there is one rank."""
+    placement = Placement.from_json(run.placement) if run.placement else None
+    if placement is None or len(placement.ranks) < 2:
+        return ()
+
+    def read(handle: NodeHandle) -> list[str]:
+        shell = Shell(handle.name, handle.ssh, environ)
+        argv = RUNTIMES[run.runtime].logs_argv(shell, handle, LOG_LINES, follow=False)
+        try:
+            return last_run(shell.run(argv, seconds=30.0, is_checked=False).splitlines())
+        except HlaunchError:
+            return []
+
+    with ThreadPoolExecutor(max_workers=max(1, len(run.nodes))) as pool:
+        return transports_of(placement, pool.map(read, run.nodes))
+
+
+def last_run(lines: list[str]) -> list[str]:
+    """Return what a node has said since it was last started."""
+    begins = [index for index, line in enumerate(lines) if _BEGINS.match(line)]
+    return lines[begins[-1] :] if begins else lines
 
 
 def ask_all(run: ClusterRun, environ: Mapping[str, str]) -> dict[str, dict[str, Any]]:
