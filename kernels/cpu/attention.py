@@ -5,6 +5,8 @@ so a bias with the sink in that column makes the sink join the softmax, and its 
 
 Several decoding rows: the same for all rows at once, shorter rows padded with slot 0, whose bias hides it. Two batched
 products beat torch's fused attention there, on 2 threads 58 µs against 88 at 16 rows of 64 keys; on 1 they are equal.
+Rows whose keys would take more than `MAX_GATHERED_BYTES` go one after the other instead: what a call costs is nothing
+beside their products, and the padding to the longest row would be without bound.
 
 Prefills: torch's fused CPU attention, which returns the log-sum-exp of the scores. The sink is then exact as a factor:
 with l = Σ exp(s_j), out = Σ exp(s_j) v_j / (l + exp(sink)) = fused · sigmoid(log l − sink).
@@ -26,6 +28,8 @@ from kernels.platform import Platform
 QUERY_TILE = 64
 # Up to here, one row after the other is quicker than all at once with padding: 11 to 21 µs a row.
 SINGLE_ROWS = 4
+# Keys and values that several rows gather together, padded; also what `engine.cpu_memory` counts for it.
+MAX_GATHERED_BYTES = 32 << 20
 _NEG_INF = float("-inf")
 
 
@@ -36,7 +40,7 @@ def create_paged_attention(_: Platform) -> Callable[[Tensor, Tensor, Tensor, Pag
         num_rows = query.shape[0]
         if num_rows == 1:
             return attend_row(query, cache, sinks, batch, scale, 0)
-        if num_rows > SINGLE_ROWS:
+        if num_rows > SINGLE_ROWS and _gathered_bytes(cache, batch) <= MAX_GATHERED_BYTES:
             return _decode(query, cache, sinks, batch, scale)
         return torch.cat([attend_row(query[i : i + 1], cache, sinks, batch, scale, i) for i in range(num_rows)])
 
@@ -53,6 +57,14 @@ def create_paged_attention(_: Platform) -> Callable[[Tensor, Tensor, Tensor, Pag
         return out
 
     return paged_attention
+
+
+def _gathered_bytes(cache: Tensor, batch: PagedBatch) -> int:
+    """Bytes of the keys and values of all decoding rows, in float32, each padded to the longest."""
+    longest = max(batch.decode_positions) + 1
+    if batch.window is not None:
+        longest = min(longest, batch.window)
+    return len(batch.decode_positions) * longest * 2 * cache.shape[2] * cache.shape[3] * 4
 
 
 def _fused(
@@ -196,6 +208,7 @@ def _prefill(query: Tensor, cache: Tensor, sinks: Tensor, batch: PagedBatch, ite
 def _prefill_plan(batch: PagedBatch, item: Prefill) -> tuple[Tensor, list[_Tile]]:
     start = batch.first_visible(item.position)
     index = batch.keys(item.row, start, item.position + item.count)
+    band = _causal_band(min(QUERY_TILE, item.count), item.position + item.count - start)
     tiles = []
     for begin in range(0, item.count, QUERY_TILE):
         end = min(begin + QUERY_TILE, item.count)
@@ -205,11 +218,20 @@ def _prefill_plan(batch: PagedBatch, item: Prefill) -> tuple[Tensor, list[_Tile]
         is_causal = first_query == first and not slides
         mask = None
         if not is_causal:
-            keys = torch.arange(first, last_query + 1)
-            queries = torch.arange(first_query, last_query + 1)[:, None]
-            hidden = keys > queries
-            if batch.window is not None:
-                hidden |= keys <= queries - batch.window
-            mask = torch.zeros(hidden.shape).masked_fill_(hidden, _NEG_INF)[None, None]
+            num_keys = last_query + 1 - first
+            mask = band[band.shape[0] - (end - begin) :, band.shape[1] - num_keys :]
+            if slides:
+                keys = torch.arange(first, last_query + 1)
+                queries = torch.arange(first_query, last_query + 1)[:, None]
+                mask = mask.masked_fill(keys <= queries - (batch.window or 0), _NEG_INF)
+            mask = mask[None, None]
         tiles.append(_Tile(begin, end, first - start, last_query + 1 - start, mask, is_causal))
     return index, tiles
+
+
+def _causal_band(num_queries: int, num_keys: int) -> Tensor:
+    """Make the mask [num_queries, num_keys] of queries that stand at the last keys: 0 where visible, else -inf.
+
+    Its lower right corner is the mask of fewer queries against fewer keys, so that all tiles share one.
+    """
+    return torch.full((num_queries, num_keys), _NEG_INF).triu_(num_keys - num_queries + 1)

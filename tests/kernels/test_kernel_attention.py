@@ -60,6 +60,29 @@ def test_matches_dense_attention_and_reads_nothing_else(spec: str, window: int |
     assert float((found - dense(query, cache, sinks, batch, 32**-0.5)).abs().max()) <= 1e-5
 
 
+def test_rows_too_long_to_gather_together_go_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = CASES["rows at once, unequal"]
+    generator = torch.Generator().manual_seed(0)
+    query, cache, sinks, batch = paged_case(lengths, None, generator, heads=HEADS)
+    longest = max(length for length, _ in lengths) + 1
+    needed = len(lengths) * longest * 2 * HEADS[1] * HEADS[2] * 4
+    calls: list[int] = []
+    together = cpu_attention._decode
+
+    def counted(query: Tensor, cache: Tensor, sinks: Tensor, batch: PagedBatch, scale: float) -> Tensor:
+        calls.append(len(batch.decode_rows))
+        return together(query, cache, sinks, batch, scale)
+
+    monkeypatch.setattr(cpu_attention, "_decode", counted)
+    found = []
+    for limit in (needed, needed - 1):
+        monkeypatch.setattr(cpu_attention, "MAX_GATHERED_BYTES", limit)
+        batch.derived.clear()
+        found.append(SPECS["cpu"].checked().paged_attention(query, cache, sinks, batch, 32**-0.5))
+    assert calls == [len(lengths)]
+    assert float((found[0] - found[1]).abs().max()) <= 1e-5
+
+
 @pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.parametrize("length", [127, 128, 129, 130])
 def test_the_window_holds_the_query_and_127_before_it(spec: str, length: int) -> None:
