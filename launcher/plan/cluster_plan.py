@@ -13,7 +13,6 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 from engine.config import ConfigError, EngineConfig, ModelConfig, load_model_config
 from engine.placement import (
@@ -27,6 +26,7 @@ from engine.placement import (
 from launcher.errors import DoesNotFit, HlaunchError, PreflightError
 from launcher.fabric.environment import node_environment
 from launcher.plan import settings
+from launcher.plan.cluster_ranks import ExecutorName, executor_of, rank_blockers, with_ranks
 from launcher.plan.environment import Variable, engine_environment
 from launcher.plan.inventory import Inventory, declared_inventories
 from launcher.plan.known_models import known_model
@@ -53,8 +53,6 @@ __all__ = [
     "RankMemory",
     "make_cluster_plan",
 ]
-
-ExecutorName = Literal["inline", "multiproc", "ray", "ray-cgraph"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +152,7 @@ def make_cluster_plan(
     is_gpu = entry.text("device") != "cpu" and any(hardware[node.name].gpus for node in cluster.nodes)
     config = settings.engine_config(entry, files.folder, digests, "cuda:0" if is_gpu else "cpu")
     problems = list(settings.refusals(entry, config.device))
-    blockers = [error for error in (key_error,) if error is not None]
+    blockers: list[HlaunchError] = [error for error in (key_error,) if error is not None]
     model = _model(entry, files, problems)
     sizes = entry_sizes(entry)
     options = placement_options(entry)
@@ -176,13 +174,10 @@ def make_cluster_plan(
         if not report.fits:
             more = smallest_fitting_split(placement, sizing, hosts, options)
             problems.append(ranks_do_not_fit(report, (*report.suggestions, *more)))
-    if sizes.world > 1:
-        blockers.append(
-            PreflightError(
-                f"{sizes}: on a cluster this version runs one rank",
-                hint="add --set tp=1 --set pp=1 --set dp=1; several ranks serve on one host, without a cluster",
-            )
-        )
+    executor = executor_of(entry, cluster, placement)
+    if placement is not None:
+        blockers += rank_blockers(placement, executor)
+        config = with_ranks(config, cluster, placement, executor)
     nodes = tuple(
         _node_plan(entry, cluster, node, number, config, placement, report, environ)
         for number, node in enumerate(cluster.nodes)
@@ -194,7 +189,7 @@ def make_cluster_plan(
         cluster=cluster,
         model=model,
         placement=placement,
-        executor=_executor(entry, cluster, placement),
+        executor=executor,
         nodes=nodes,
         digest=_digest(entry.model, cluster, nodes, placement),
         remarks=() if placement is None or model is None else _remarks(placement, model, cluster),
@@ -221,16 +216,6 @@ def _model(entry: ResolvedEntry, files: ModelFiles, problems: list[HlaunchError]
 
 def _remarks(placement: Placement, model: ModelConfig, cluster: Cluster) -> tuple[Remark, ...]:
     return remarks(placement, model, has_rdma=cluster.fabric.rdma != "off")
-
-
-def _executor(entry: ResolvedEntry, cluster: Cluster, placement: Placement | None) -> ExecutorName:
-    asked = entry.text("distributed-executor-backend")
-    named: dict[str, ExecutorName] = {"uni": "inline", "mp": "multiproc", "ray": "ray", "ray-cgraph": "ray-cgraph"}
-    if asked in named:
-        return named[asked]
-    if placement is None or placement.is_single_rank:
-        return "inline"
-    return "ray" if cluster.ray is not None and len(placement.nodes) > 1 else "multiproc"
 
 
 def _node_plan(

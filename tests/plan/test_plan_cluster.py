@@ -58,7 +58,7 @@ def test_sixteen_ranks_on_two_nodes(tmp_path: Path) -> None:
     largest = max(memory.weight_bytes for node in plan.nodes for memory in node.memory)
     # The handbook's 9.72 GB at TP8, plus the second copy of the scales and the rotary table.
     assert 9.6e9 < largest < 10.6e9
-    assert "this version runs one rank" in plan.blockers[0].message
+    assert "an engine serves on one GPU" in plan.blockers[0].message
     with pytest.raises(type(plan.blockers[0])):
         plan.check()
 
@@ -80,7 +80,7 @@ def test_cpu_ranks_share_numa_nodes_when_there_are_more(tmp_path: Path) -> None:
     assert plan.placement is not None
     assert [rank.node for rank in plan.placement.ranks] == ["a"] * 4 + ["b"] * 4
     assert plan.placement.ranks[3].device == "cpu:3"
-    assert plan.executor == "multiproc", "no ray block"
+    assert plan.executor == "multinode", "no ray block"
     assert plan.nodes[0].memory[0].budget_bytes == 128 * GIB // 4
 
 
@@ -169,3 +169,23 @@ def test_real_inventories_replace_the_declared(tmp_path: Path) -> None:
     plan = make_cluster_plan(entry, PAIR, {}, inventories={"a": one_gpu})
     assert len(plan.inventories[0].gpus) == 1
     assert len(plan.inventories[1].gpus) == 8
+
+
+def test_cpu_ranks_on_two_nodes_are_handed_to_the_engine_with_their_addresses(tmp_path: Path) -> None:
+    with_ray = replace(CPUS, ray=RaySettings())
+    plan = plan_of(tmp_path, "tiny", "tp=2", cluster=with_ray)
+    plan.check()
+    assert plan.executor == "ray"
+    config = plan.head.config
+    assert config.executor == "ray"
+    assert config.nodes.names == ("a", "b")
+    assert config.nodes.addresses == tuple(node.ip for node in CPUS.nodes)
+    assert config.nodes.ray_address == f"{CPUS.head.ip}:6379"
+    assert (config.node_address, config.nodes.head_host) == (CPUS.head.ip, CPUS.head.ip)
+    assert plan.placement is not None
+    assert config.placement == plan.placement.to_json()
+    graph = plan_of(tmp_path, "tiny", "tp=2", "distributed-executor-backend=ray-cgraph", cluster=with_ray)
+    assert (graph.executor, graph.head.config.executor) == ("ray-cgraph", "ray-cgraph")
+    bare = plan_of(tmp_path, "tiny", "pp=2", cluster=CPUS)
+    assert bare.executor == "multinode"
+    assert "are started by Ray" in bare.blockers[0].message

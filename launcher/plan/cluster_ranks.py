@@ -1,0 +1,97 @@
+"""Ranks on the nodes of a cluster: who starts them, and what the engine is told of nodes and addresses.
+
+Knows: how a placement on declared nodes becomes the engine's configuration, and what of it cannot run yet. Refuses to
+know: how ranks are started (the engine's executors), where Ray's token lies (`launcher.compose`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal
+
+from engine.config import EngineConfig, NodesConfig
+from engine.placement import Placement
+from launcher.errors import HlaunchError, PreflightError
+from launcher.registry.cluster import Cluster
+from launcher.registry.types import ResolvedEntry
+
+ExecutorName = Literal["inline", "multiproc", "multinode", "ray", "ray-cgraph"]
+PLACEMENT_TIMEOUT_SECONDS = 300.0
+"""As long as nodes get to join: a node that comes back within it finds its engine waiting."""
+
+
+def executor_of(entry: ResolvedEntry, cluster: Cluster, placement: Placement | None) -> ExecutorName:
+    """Say who runs the ranks: what the entry asks for, else the least that reaches all of them."""
+    asked = entry.text("distributed-executor-backend")
+    is_elsewhere = placement is not None and any(node != cluster.head.name for node in placement.nodes)
+    if asked == "ray-cgraph":
+        return "ray-cgraph"
+    if asked == "ray":
+        return "ray"
+    if asked == "uni":
+        return "inline"
+    if is_elsewhere:
+        return "ray" if asked == "auto" and cluster.ray is not None else "multinode"
+    return "inline" if placement is None or placement.is_single_rank else "multiproc"
+
+
+def with_ranks(config: EngineConfig, cluster: Cluster, placement: Placement, executor: ExecutorName) -> EngineConfig:
+    """Hand the placement to the engine, with the nodes' names and addresses, the head's first."""
+    if executor == "inline":
+        return config
+    sizes = placement.sizes
+    config = replace(
+        config,
+        placement=placement.to_json(),
+        tensor_parallel_size=sizes.tensor,
+        pipeline_parallel_size=sizes.pipeline,
+        data_parallel_size=sizes.data,
+        enable_expert_parallel=sizes.expert_parallel,
+        node_address=cluster.head.ip,
+    )
+    others = [node for node in cluster.nodes if node.name != cluster.head.name and node.name in placement.nodes]
+    nodes = (cluster.head, *others)
+    is_ray = executor in ("ray", "ray-cgraph")
+    if executor == "multiproc" or (len(nodes) == 1 and not is_ray):
+        return replace(config, nodes=NodesConfig(names=(cluster.head.name,), head_host=cluster.head.ip))
+    return replace(
+        config,
+        executor="ray-cgraph" if executor == "ray-cgraph" else "ray" if is_ray else "multinode",
+        nodes=NodesConfig(
+            names=tuple(node.name for node in nodes),
+            addresses=tuple(node.ip for node in nodes),
+            head_host=cluster.head.ip,
+            ray_address=_ray_address(cluster) if is_ray else "",
+            placement_timeout_seconds=PLACEMENT_TIMEOUT_SECONDS,
+        ),
+    )
+
+
+def _ray_address(cluster: Cluster) -> str:
+    ip, port = cluster.head.ip, cluster.ray.port if cluster.ray is not None else 6379
+    return f"[{ip}]:{port}" if ":" in ip else f"{ip}:{port}"
+
+
+def rank_blockers(placement: Placement, executor: ExecutorName) -> tuple[HlaunchError, ...]:
+    """List what keeps these ranks from starting on a cluster, each with what is possible instead."""
+    found: list[HlaunchError] = []
+    if executor == "multinode":
+        found.append(
+            PreflightError(
+                f"{placement.sizes}: ranks on several nodes of a cluster are started by Ray, which it does not declare",
+                hint="add `ray: {}` to the cluster; without Ray, start each node by hand: hlaunch up NAME --nnodes N",
+            )
+        )
+    gpu_engines = [
+        engine
+        for engine in range(placement.data_parallel_size)
+        if len(ranks := placement.engine(engine)) > 1 and any(rank.backend != "cpu" for rank in ranks)
+    ]
+    if gpu_engines:
+        found.append(
+            PreflightError(
+                f"{placement.sizes}: an engine serves on one GPU; several ranks of one engine are CPU ranks",
+                hint="add --set tp=1 --set pp=1, or --set device=cpu",
+            )
+        )
+    return tuple(found)
