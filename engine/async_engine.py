@@ -138,7 +138,8 @@ class AsyncEngine:
     """One engine core in a process of its own.
 
     Lifetime: `spawn` (cheap, before anything heavy is imported) → `run_reader` in the event loop → READY → `stop`.
-    `on_phase`, `on_fatal` and `on_stats` are called from the event loop.
+    `on_phase`, `on_fatal` and `on_stats` are called from the event loop. `desk` is the core's way to other nodes, which
+    it inherits.
     """
 
     def __init__(
@@ -147,6 +148,7 @@ class AsyncEngine:
         on_phase: PhaseCallback,
         on_fatal: FatalCallback,
         on_stats: StatsCallback = lambda _: None,
+        desk: socket.socket | None = None,
     ) -> None:
         self.config = config
         folder = resolve_model_folder(config.model)
@@ -171,13 +173,15 @@ class AsyncEngine:
         self._fatal: ipc.FatalMessage | None = None
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         self._socket = ours
+        argv = [sys.executable, "-m", "engine.core_process", "--fd", str(theirs.fileno()), "--parent", str(os.getpid())]
+        inherited = [theirs]
+        if desk is not None:
+            argv += ["--desk-fd", str(desk.fileno())]
+            inherited.append(desk)
         # The main thread spawns: the kernel's parent-death signal follows the spawning thread.
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "engine.core_process", "--fd", str(theirs.fileno()), "--parent", str(os.getpid())],
-            pass_fds=(theirs.fileno(),),
-            stdin=subprocess.DEVNULL,
-        )
-        theirs.close()
+        self._process = subprocess.Popen(argv, pass_fds=[end.fileno() for end in inherited], stdin=subprocess.DEVNULL)
+        for end in inherited:
+            end.close()
         ours.sendall(ipc.encode(ipc.Kind.CONFIG, config.to_json()))
 
     @property

@@ -144,7 +144,7 @@ class NodesConfig:
     head_host: str = ""
     head_port: int = 0
     join_timeout_seconds: float = 300.0
-    silence_seconds: float = 5.0
+    silence_seconds: float = 4.0
     ray_address: str = ""
     placement_timeout_seconds: float = 60.0
 

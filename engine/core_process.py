@@ -70,6 +70,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="engine.core_process")
     parser.add_argument("--fd", type=int, required=True)
     parser.add_argument("--parent", type=int, required=True)
+    parser.add_argument("--desk-fd", type=int, default=None, help="the way to nodes that join")
     arguments = parser.parse_args()
     die_with_parent(arguments.parent)
     dump_stacks_on_signal()
@@ -93,7 +94,7 @@ def main() -> int:
             raise ipc.WireError(f"the first frame is {kind.name}, not CONFIG")
         config = EngineConfig.from_json(text)
         report("import", "begin", None, "torch")
-        core = _import_and_start(config, report)
+        core = _import_and_start(config, report, arguments.desk_fd)
     except Exception as error:  # noqa: BLE001 - the process border: a bad checkpoint, a missing package, no memory
         _fail(link, phase, error)
     try:
@@ -116,11 +117,15 @@ def _fail(link: _Link, phase: str, error: BaseException, core: Any = None) -> No
     os._exit(EXIT_FAILED)
 
 
-def _import_and_start(config: EngineConfig, report: Any) -> Any:
+def _import_and_start(config: EngineConfig, report: Any, desk_fd: int | None) -> Any:
     from engine.engine_core import EngineCore
 
     report("import", "end", None, "")
-    return EngineCore.start(config, report)
+    if desk_fd is None:
+        return EngineCore.start(config, report)
+    from engine.executor.join_starter import JoinStarter
+
+    return EngineCore.start(config, report, JoinStarter(socket.socket(fileno=desk_fd), config))
 
 
 def _fatal(phase: str, error: BaseException) -> ipc.FatalMessage:

@@ -1,17 +1,18 @@
-"""Several engines behind one face: each request goes to one of them, and one that dies is started anew.
+"""One or several engines behind one face: each request goes to one of them, and one that dies is started anew.
 
-Knows: which engine serves, when to try again. Refuses to know: how the choice is made (`engine.core.load_balancer`),
-text, HTTP, torch.
+Knows: which engine serves, when to try again, the desk at which other nodes join. Refuses to know: how the choice is
+made (`engine.core.load_balancer`), text, HTTP, torch.
 """
 
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine
 from dataclasses import fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from engine import ipc
 from engine.async_engine import AsyncEngine, EngineState, EngineUnavailable, FatalCallback, OutputStream, PhaseCallback
@@ -21,7 +22,9 @@ from engine.core.request import EngineRequest, SchedulerStats
 from engine.placement import Placement, PlacementError
 from engine.process import threads_per_rank
 
-RESTARTS = 5
+if TYPE_CHECKING:
+    from engine.node_desk import NodeDesk
+
 RESTART_WINDOW_SECONDS = 600.0
 FIRST_BACKOFF_SECONDS = 1.0
 LAST_BACKOFF_SECONDS = 60.0
@@ -37,20 +40,22 @@ def num_engines(config: EngineConfig) -> int:
         raise ConfigError("placement", error.message) from error
 
 
-def open_engine(
-    config: EngineConfig, on_phase: PhaseCallback, on_fatal: FatalCallback
-) -> AsyncEngine | DataParallelEngine:
-    """Spawn the engine that a configuration describes. Raises: ConfigError when the model is nowhere."""
-    count = num_engines(config)
-    return AsyncEngine(config, on_phase, on_fatal) if count == 1 else DataParallelEngine(config, on_phase, on_fatal)
+def open_desk(config: EngineConfig) -> NodeDesk | None:
+    """Open the address at which other nodes join, if they do so by themselves. Raises: ConfigError."""
+    if not config.has_other_nodes or config.executor not in ("auto", "multinode"):
+        return None
+    from engine.node_desk import NodeDesk
+
+    return NodeDesk(config)
 
 
 class DataParallelEngine:
     """As many cores as the placement has engines, seen as one `EngineClient`.
 
     Ready once all have started; an engine that cannot start the first time ends everything, since the next could not
-    either. Later one that dies ends its own requests only, and is started again after 1, 2, 4 … 60 s, at most 5 times
-    in 10 minutes; `on_fatal` is called when none is left to serve.
+    either. Later one that dies ends its own requests only, and is started again after 1, 2, 4 … 60 s, at most
+    `max_restarts` times in 10 minutes; `on_fatal` is called when none is left to serve. Raises: ConfigError when the
+    model is nowhere, or other nodes cannot be let in.
     """
 
     def __init__(self, config: EngineConfig, on_phase: PhaseCallback, on_fatal: FatalCallback) -> None:
@@ -69,6 +74,7 @@ class DataParallelEngine:
         self._has_been_ready = False
         self._is_ending = False
         self._tasks: set[asyncio.Task[None]] = set()
+        self._desk = open_desk(config)
         self.engines = [self._spawn(rank) for rank in range(count)]
         self.folder = self.engines[0].folder
         self.model = self.engines[0].model
@@ -97,7 +103,9 @@ class DataParallelEngine:
     @property
     def facts(self) -> dict[str, float | int | str]:
         """The first engine's figures; bytes and blocks of all together."""
-        facts: dict[str, float | int | str] = {"engines": len(self.engines), **self.engines[0].facts}
+        facts: dict[str, float | int | str] = {**self.engines[0].facts}
+        if len(self.engines) > 1:
+            facts["engines"] = len(self.engines)
         for name in ("weight_bytes", "kv_bytes", "num_blocks"):
             facts[name] = sum(int(engine.facts.get(name, 0)) for engine in self.engines)
         return facts
@@ -157,6 +165,8 @@ class DataParallelEngine:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*(engine.stop() for engine in self.engines))
+        if self._desk is not None:
+            self._desk.close()
 
     def _spawn(self, rank: int) -> AsyncEngine:
         return AsyncEngine(
@@ -164,6 +174,7 @@ class DataParallelEngine:
             self._on_phase,
             lambda message: self._on_engine_fatal(rank, message),
             self._on_stats(rank),
+            self._desk.open_channel(rank) if self._desk is not None else None,
         )
 
     def _on_stats(self, rank: int) -> Callable[[SchedulerStats], None]:
@@ -175,7 +186,7 @@ class DataParallelEngine:
         self.ready.set()
 
     def _on_engine_fatal(self, rank: int, message: ipc.FatalMessage) -> None:
-        named = replace(message, message=f"engine {rank}: {message.message}")
+        named = replace(message, message=f"engine {rank}: {message.message}") if len(self.engines) > 1 else message
         if self._is_ending or not self._has_been_ready:
             self._on_fatal(named)
             return
@@ -183,12 +194,13 @@ class DataParallelEngine:
         restarts, now = self._restarts[rank], time.monotonic()
         while restarts and now - restarts[0] > RESTART_WINDOW_SECONDS:
             restarts.popleft()
-        if len(restarts) >= RESTARTS:
+        if len(restarts) >= self.config.max_restarts:
             self._is_lost[rank] = True
             if all(self._is_lost):
                 self._on_fatal(named)
             return
         backoff = min(LAST_BACKOFF_SECONDS, FIRST_BACKOFF_SECONDS * 2 ** len(restarts))
+        print(f"{named.message}; it is started again in {backoff:g} s", file=sys.stderr, flush=True)
         restarts.append(now)
         self._watch(self._restart(rank, backoff))
 

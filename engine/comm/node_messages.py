@@ -24,7 +24,8 @@ MAX_HELLO_BYTES = 16 << 10
 class NodeKind(enum.IntEnum):
     """One byte per message kind; below 64 are the kinds of `engine.executor.messages`, passed through as they are.
 
-    Node to head: HELLO, PREPARED, RESULT, STATES and reports. Head to node: the rest, plans and calls.
+    Host to head: HELLO, PREPARED, RESULT, STATES and reports. Head to host: PREPARE, START, STATES, STACKS, GOODBYE,
+    plans and calls. Between the head and a node that joined: ORDER and CANCEL one way, ENDED the other, GOODBYE both.
     """
 
     HELLO = 64
@@ -38,7 +39,8 @@ class NodeKind(enum.IntEnum):
     STACKS = 72
     ORDER = 80
     CANCEL = 81
-    GOODBYE = 82
+    ENDED = 82
+    GOODBYE = 83
 
 
 class NodeFacts(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -62,11 +64,63 @@ class Hello(msgspec.Struct, frozen=True, omit_defaults=True):
     facts: NodeFacts = NodeFacts()
 
 
+class Welcome(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A node has joined: the engines that have ranks on it, and what the head serves."""
+
+    engines: tuple[int, ...]
+    model: str = ""
+
+
 class Refusal(msgspec.Struct, frozen=True, omit_defaults=True):
     """Why the head does not take a node in: one line, and the fix."""
 
     message: str
     hint: str = ""
+    is_final: bool = True
+    """Trying again would not help."""
+
+
+class Order(msgspec.Struct, frozen=True):
+    """Run a host for the ranks of an engine; `order_id` is what it is to say in its hello."""
+
+    engine: int
+    order_id: str
+
+
+class Ended(msgspec.Struct, frozen=True):
+    """A host that was ordered is gone, and how."""
+
+    order_id: str
+    how: str
+
+
+class Wanted(msgspec.Struct, frozen=True, tag=True):
+    """Core to desk: the hosts that an engine needs, as (node, order id)."""
+
+    orders: list[tuple[str, str]]
+
+
+class Came(msgspec.Struct, frozen=True, tag=True):
+    """Desk to core, with a descriptor: a host has come. The rest is the state of its link."""
+
+    hello: Hello
+    send_key: bytes
+    receive_key: bytes
+    sent: int
+    received: int
+    unread: bytes
+
+
+class NodeNews(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
+    """Desk to core: a node has joined as `hostname`, or is gone, or only its host of this engine (`lost` says how)."""
+
+    node: str
+    hostname: str = ""
+    lost: str = ""
+    is_host: bool = False
+
+
+DeskMessage = Wanted | Came | NodeNews
 
 
 class Prepare(msgspec.Struct, frozen=True):

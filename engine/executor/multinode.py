@@ -258,8 +258,6 @@ class MultiNodeExecutor:
         ranks = [rank for rank in self.ranks if rank.node == node]
         if ranks:
             self._roster.lose_node(ranks, why)
-            for other in self._remote.values():
-                other.wake()
 
     @contextlib.contextmanager
     def _blaming(self, node: RemoteNode) -> Iterator[None]:
@@ -278,7 +276,9 @@ class MultiNodeExecutor:
             self._host.results.watch(self._roster.bell, select.POLLIN)
             return self._host
         answering = self._placement.stage(self._dp_rank, self._placement.pipeline_parallel_size - 1)[0]
-        return self._remote[answering.node]
+        node = self._remote[answering.node]
+        self._roster.wakers.append(node.wake)
+        return node
 
     def _read_result(self, timeout_seconds: float) -> bytes | None:
         answering = self._answering

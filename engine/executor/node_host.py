@@ -2,22 +2,24 @@
 
 It comes to the head over one authenticated connection, is told what to run, starts and watches the ranks of its node,
 and carries plans to them and results, reports and answers back. It ends when the head says so; when the head is lost it
-kills its ranks first. Whoever starts it (`join_agent`, a Ray actor) only has to keep it running.
+kills its ranks first. Whoever starts it (`node_agent`, a Ray actor) only has to keep it running.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import signal
 import sys
 import threading
 import traceback
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import msgspec
 
+from engine.comm.board import PHASES
 from engine.comm.node_messages import (
     Hello,
     NodeKind,
@@ -33,11 +35,11 @@ from engine.comm.node_messages import (
 from engine.comm.ring import RingClosed, RingError, RingReader, RingTimeout
 from engine.comm.secure_link import LinkRefused, NodeLinkError, SecureLink, connect
 from engine.config import EngineConfig
-from engine.executor.messages import FaultReport, Kind, Report, encode_report
-from engine.executor.rank_host import STOP_SECONDS, RankHost
+from engine.executor.messages import FaultReport, Kind, PhaseReport, Report, encode_report
+from engine.executor.rank_host import RANK_COMMAND, STOP_SECONDS, RankHost
 from engine.model_digest import digest_of
 from engine.placement import Placement, RankSpec
-from engine.process import die_with_parent, dump_stacks_on_signal
+from engine.process import StatusPipe, die_with_parent, dump_stacks_on_signal
 
 PREPARE_SECONDS = 900.0
 """Other nodes may take long to come, and the head says nothing to this one meanwhile but that it is there."""
@@ -61,17 +63,20 @@ class HostTask:
     address: str = ""
     cpu_threads: int = 0
     load_format: str = "auto"
-    command: tuple[str, ...] = ()
+    command: tuple[str, ...] = RANK_COMMAND
 
 
-def run_node_host(task: HostTask) -> int:
-    """Be the host until the engine ends (0), the head is lost (1) or does not want it (2). From the main thread."""
+def run_node_host(task: HostTask, on_report: Callable[[Report], None] = lambda _: None) -> int:
+    """Be the host until the engine ends (0), the head is lost (1) or does not want it (2). From the main thread.
+
+    `on_report` hears all that the ranks report, too, from another thread.
+    """
     try:
         link = connect(task.host, task.port, task.secret, bind=task.address)
     except NodeLinkError as error:
         _say(task, str(error))
         return EXIT_LOST
-    host = _NodeHost(task, link)
+    host = _NodeHost(task, link, on_report)
     try:
         host.run()
     except LinkRefused as error:
@@ -86,8 +91,9 @@ def run_node_host(task: HostTask) -> int:
 
 
 class _NodeHost:
-    def __init__(self, task: HostTask, link: SecureLink) -> None:
+    def __init__(self, task: HostTask, link: SecureLink, on_report: Callable[[Report], None]) -> None:
         self._task = task
+        self._on_report = on_report
         self._link = link
         self._host: RankHost | None = None
         self._timeout = 60.0
@@ -143,8 +149,7 @@ class _NodeHost:
         ranks = [rank for rank in placement.engine(message.engine) if rank.node == task.node]
         if not ranks:
             raise ValueError(f"engine {message.engine} has no rank on {task.node}")
-        options = {"command": task.command} if task.command else {}
-        self._host = RankHost(local, placement, message.engine, ranks, **options)
+        self._host = RankHost(local, placement, message.engine, ranks, task.command)
         return self._host, ranks
 
     def _expect(self, kind: NodeKind, timeout_seconds: float) -> bytes:
@@ -196,6 +201,7 @@ class _NodeHost:
                     self._link.send(NodeKind.RESULT, got[1])
 
     def _report(self, report: Report) -> None:
+        self._on_report(report)
         kind, body = encode_report(report)
         with contextlib.suppress(NodeLinkError):  # who receives learns of it
             self._link.send(kind, body)
@@ -220,13 +226,35 @@ def _say(task: HostTask, line: str) -> None:
     print(f"node host of {task.node}: {line}", file=sys.stderr, flush=True)
 
 
-def main() -> int:
+class _Phases:
+    """Tells who started this process how far the ranks are: as far as the one that is furthest behind."""
+
+    def __init__(self, status: StatusPipe) -> None:
+        self._status = status
+        self._phases: dict[int, tuple[int, float]] = {}
+        self._said: tuple[int, float] = (-1, 0.0)
+
+    def __call__(self, report: Report) -> None:
+        if not isinstance(report, PhaseReport) or report.phase not in PHASES:
+            return
+        self._phases[report.rank] = (PHASES.index(report.phase), report.fraction)
+        least = min(self._phases.values())
+        if least != self._said:
+            self._said = least
+            self._status.phase(PHASES[least[0]], "progress", least[1] or None)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
     """Read the task from stdin, as JSON: the secret must stand on no command line."""
+    parser = argparse.ArgumentParser(prog="engine.executor.node_host")
+    parser.add_argument("--status-fd", type=int, default=None, help="where phases are reported, one JSON line each")
+    arguments = parser.parse_args(argv)
     die_with_parent(os.getppid())
     dump_stacks_on_signal()
+    # Ctrl-C reaches the whole foreground group; the agent decides when this one ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    task: Any = msgspec.json.decode(sys.stdin.buffer.read(1 << 16), type=HostTask)
-    return run_node_host(task)
+    task = msgspec.json.decode(sys.stdin.buffer.read(1 << 16), type=HostTask)
+    return run_node_host(task, _Phases(StatusPipe(arguments.status_fd)))
 
 
 if __name__ == "__main__":

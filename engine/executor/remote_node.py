@@ -140,7 +140,6 @@ class RemoteNode:
         self._gone.set()
         self._roster.lose_node(self.ranks, str(error))
         self._link.close()
-        self.wake()
 
 
 def _state_of(line: RankStateMessage) -> RankState:

@@ -81,8 +81,8 @@ class RankView:
 class Roster:
     """Hears of every rank, from any thread, and settles on one cause when something fails.
 
-    `reports` gets what ranks report other than phases, and None when `failure` is set; `bell` becomes readable then.
-    `on_phase` and `on_failure` are called from the threads that bring news.
+    `reports` gets what ranks report other than phases, and None when `failure` is set; `bell` becomes readable then,
+    and `wakers` are called. `on_phase` and `on_failure` are called from the threads that bring news.
     """
 
     def __init__(self, ranks: Sequence[RankSpec], on_phase: Callable[[PhaseReport], None]) -> None:
@@ -91,6 +91,7 @@ class Roster:
         self.failure: RankFailure | None = None
         self.bell = new_bell()
         self.on_failure: Callable[[RankFailure], None] = lambda _: None
+        self.wakers: list[Callable[[], None]] = []
         self._on_phase = on_phase
         self._gather_seconds = GATHER_SECONDS if len({r.node for r in ranks}) == 1 else GATHER_NODES_SECONDS
         self._causes: list[tuple[int, float, RankFailure]] = []
@@ -138,6 +139,8 @@ class Roster:
         self.reports.put(None)
         with contextlib.suppress(OSError):
             os.eventfd_write(self.bell, 1)
+        for wake in self.wakers:
+            wake()
         self.on_failure(failure)
         return failure
 

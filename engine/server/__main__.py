@@ -19,9 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine import ipc
-from engine.async_engine import AsyncEngine
 from engine.config import MAX_CONFIG_BYTES, ConfigError, EngineConfig, load_generation_defaults
-from engine.data_parallel import DataParallelEngine, open_engine
+from engine.data_parallel import DataParallelEngine
 from engine.process import StatusPipe, die_with_parent, dump_stacks_on_signal
 
 EXIT_OK = 0
@@ -104,7 +103,7 @@ async def _serve(config: EngineConfig, status: StatusPipe) -> None:
 
     status.phase("spawn", "begin")
     try:
-        engine = open_engine(config, on_phase, on_fatal)
+        engine = DataParallelEngine(config, on_phase, on_fatal)
     except ConfigError as error:
         raise _Fatal("config", "ConfigError", str(error), error.hint) from error
     try:
@@ -117,7 +116,7 @@ async def _serve(config: EngineConfig, status: StatusPipe) -> None:
 
 
 async def _serve_engine(
-    config: EngineConfig, status: StatusPipe, engine: AsyncEngine | DataParallelEngine, failed: asyncio.Event
+    config: EngineConfig, status: StatusPipe, engine: DataParallelEngine, failed: asyncio.Event
 ) -> None:
     engine.start()
     from engine.server.app import create_app

@@ -109,10 +109,10 @@ def test_frames_of_all_sizes_go_both_ways_in_order() -> None:
 def test_a_link_goes_on_in_another_process() -> None:
     node, head = pair()
     node.send(1, b"before")
-    assert head.receive(5) == (1, b"before")
-    fd, keys = head.detach()
-    again = SecureLink(socket.socket(fileno=fd), keys)
     node.send(2, b"after")
+    assert head.receive(5) == (1, b"before")
+    fd, state = head.detach()
+    again = SecureLink(socket.socket(fileno=fd), state)
     assert again.receive(5) == (2, b"after")
     again.send(3)
     assert node.receive(5) == (3, b"")

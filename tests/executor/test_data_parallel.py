@@ -15,7 +15,7 @@ from test_parallel_tokens import BASE, requests, run
 from engine import ipc
 from engine.async_engine import EngineState
 from engine.core.request import EngineRequest, FinishReason, RequestOutput
-from engine.data_parallel import DataParallelEngine, open_engine
+from engine.data_parallel import DataParallelEngine
 from engine.engine_core import EngineCore
 
 TWO = replace(BASE, data_parallel_size=2, cpu_threads=1)
@@ -33,7 +33,7 @@ async def answer(engine: DataParallelEngine, request: EngineRequest) -> tuple[li
 
 async def started(config: object = TWO) -> tuple[DataParallelEngine, list[ipc.FatalMessage]]:
     causes: list[ipc.FatalMessage] = []
-    engine = open_engine(config, lambda _: None, causes.append)  # type: ignore[arg-type]
+    engine = DataParallelEngine(config, lambda _: None, causes.append)  # type: ignore[arg-type]
     assert isinstance(engine, DataParallelEngine)
     assert engine.state is EngineState.STARTING
     engine.start()
@@ -100,7 +100,7 @@ def test_an_engine_that_cannot_start_ends_everything() -> None:
     async def serve() -> ipc.FatalMessage:
         causes: list[ipc.FatalMessage] = []
         config = replace(CONFIG, tensor_parallel_size=1, data_parallel_size=2, max_model_len=1 << 20)
-        engine = open_engine(config, lambda _: None, causes.append)
+        engine = DataParallelEngine(config, lambda _: None, causes.append)
         engine.start()
         deadline = time.monotonic() + 30
         while not causes and time.monotonic() < deadline:

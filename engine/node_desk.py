@@ -1,0 +1,267 @@
+"""The head's desk for nodes that join by themselves: one address at which they come in, whichever engine needs them.
+
+Knows: which nodes are here, which engine waits for which. Refuses to know: ranks, plans, why an engine ends. It lives
+in the API process, which outlasts its engines: a node stays joined while an engine is started again.
+
+    node agent ──TCP──▶ desk ◀──AF_UNIX── engine core       orders one way, news the other
+    node host  ──TCP──▶ desk ──descriptor──▶ engine core     the desk authenticates it, and hands its connection over
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import sys
+import threading
+from dataclasses import dataclass, field
+
+import msgspec
+
+from engine.comm.node_listener import NodeArrival, NodeListener, refuse
+from engine.comm.node_messages import (
+    Came,
+    DeskMessage,
+    Ended,
+    NodeFacts,
+    NodeKind,
+    NodeNews,
+    Order,
+    Refusal,
+    Wanted,
+    Welcome,
+    check_facts,
+    decode,
+    encode,
+    own_facts,
+)
+from engine.comm.node_secret import SecretError, read_secret
+from engine.comm.secure_link import LinkRefused, NodeLinkError, SecureLink
+from engine.config import ConfigError, EngineConfig
+from engine.model_digest import digest_of
+from engine.placement import Placement
+
+MAX_MESSAGE_BYTES = 128 << 10
+_MESSAGES = msgspec.msgpack.Decoder(DeskMessage)
+
+
+@dataclass(slots=True)
+class _Node:
+    """A node that has joined."""
+
+    name: str
+    hostname: str
+    link: SecureLink
+
+
+@dataclass(slots=True)
+class _Channel:
+    """The way to one engine core. `orders` are order ids by node."""
+
+    engine: int
+    socket: socket.socket
+    orders: dict[str, str] = field(default_factory=dict)
+
+
+class NodeDesk:
+    """Open from construction to `close`. Its threads are its own; every method may be called from any thread.
+
+    Raises: ConfigError when there is no secret, or the address is not this node's or is taken.
+    """
+
+    def __init__(self, config: EngineConfig, facts: NodeFacts | None = None) -> None:
+        nodes = config.nodes
+        self._names = nodes.names[1:]
+        self._model = config.server.served_model_names[0] if config.server.served_model_names else config.model
+        self._engines = _engines_by_node(config)
+        self._facts = facts or own_facts(digest_of(config.model, config.load_format))
+        self._silence = nodes.silence_seconds
+        self._lock = threading.Lock()
+        self._nodes: dict[str, _Node] = {}
+        self._channels: list[_Channel] = []
+        self._is_closed = False
+        try:
+            self._listener = NodeListener(nodes.head_host, nodes.head_port, read_secret(os.environ))
+        except SecretError as error:
+            raise ConfigError("nodes", str(error), error.hint) from error
+        except OSError as error:
+            where = f"{nodes.head_host}:{nodes.head_port}"
+            raise ConfigError(
+                "head-addr",
+                f"cannot listen on {where} for other nodes: {error.strerror}",
+                "it must be an address of this node, with a free port",
+            ) from error
+        threading.Thread(target=self._receive, name="node desk", daemon=True).start()
+
+    @property
+    def port(self) -> int:
+        return self._listener.port
+
+    @property
+    def joined(self) -> tuple[str, ...]:
+        """Names of the nodes that are here."""
+        with self._lock:
+            return tuple(self._nodes)
+
+    def open_channel(self, engine: int) -> socket.socket:
+        """Make a way for an engine's core; returns the core's end, to be inherited by it and closed here."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        channel = _Channel(engine, ours)
+        with self._lock:
+            self._channels.append(channel)
+        threading.Thread(target=self._serve, args=(channel,), name=f"desk of engine {engine}", daemon=True).start()
+        return theirs
+
+    def close(self) -> None:
+        """Tell all nodes that it is over, and stop listening. Idempotent."""
+        with self._lock:
+            self._is_closed = True
+            nodes, channels = list(self._nodes.values()), list(self._channels)
+        for node in nodes:
+            with contextlib.suppress(NodeLinkError):
+                node.link.send(NodeKind.GOODBYE)
+        self._listener.close()
+        for node in nodes:
+            node.link.close()
+        for channel in channels:
+            with contextlib.suppress(OSError):
+                channel.socket.shutdown(socket.SHUT_RDWR)
+
+    # Who comes in at the door.
+
+    def _receive(self) -> None:
+        while not self._is_closed:
+            arrival = self._listener.accept(1.0)
+            if arrival is None:
+                continue
+            if arrival.hello.order_id:
+                self._hand_over(arrival)
+            else:
+                self._take_in(arrival)
+
+    def _hand_over(self, arrival: NodeArrival) -> None:
+        """Give a host's connection to the engine that ordered it."""
+        hello = arrival.hello
+        with self._lock:
+            for channel in self._channels:
+                if channel.orders.get(hello.node) == hello.order_id:
+                    break
+            else:
+                return refuse(arrival.link, Refusal(f"no host of {hello.node} is wanted for this run of the engine"))
+        fd, state = arrival.link.detach()
+        message = Came(hello, state.send_key, state.receive_key, state.sent, state.received, state.unread)
+        try:
+            with contextlib.suppress(OSError):  # the core is gone; the host will notice the same
+                socket.send_fds(channel.socket, [msgspec.msgpack.encode(message)], [fd])
+        finally:
+            os.close(fd)
+
+    def _take_in(self, arrival: NodeArrival) -> None:
+        """Let a node join, or say why not."""
+        hello, link = arrival.hello, arrival.link
+        node = _Node(hello.node, hello.facts.hostname or link.peer, link)
+        try:
+            if hello.node not in self._names:
+                raise LinkRefused(f"no node is called {hello.node}; expected: {', '.join(self._names)}")
+            check_facts(self._facts, hello.node, hello.facts)
+        except LinkRefused as error:
+            _say(f"{link.peer} cannot join: {error}")
+            return refuse(link, Refusal(str(error), "the same hlaunch, torch and model files on all nodes"))
+        with self._lock:
+            if self._is_closed:
+                return link.dispose()
+            if (there := self._nodes.get(hello.node)) is not None:
+                text = f"{hello.node} has joined already, from {there.hostname} ({there.link.peer})"
+                # That one may be dead and not yet known to be.
+                return refuse(link, Refusal(text, "give each node its own --node-rank", is_final=False))
+            self._nodes[hello.node] = node
+            waiting = [(channel, order) for channel in self._channels if (order := channel.orders.get(node.name))]
+        link.allow_silence(self._silence)
+        link.start_heartbeat()
+        threading.Thread(target=self._listen, args=(node,), name=f"node {node.name}", daemon=True).start()
+        _say(f"{node.name} joined from {node.hostname} ({link.peer})")
+        with contextlib.suppress(NodeLinkError):
+            link.send(NodeKind.WELCOME, encode(Welcome(self._engines.get(node.name, ()), self._model)))
+            for channel, order_id in waiting:
+                self._tell(channel, NodeNews(node.name, node.hostname))
+                link.send(NodeKind.ORDER, encode(Order(channel.engine, order_id)))
+        return None
+
+    def _listen(self, node: _Node) -> None:
+        """Hear a node until it leaves or is lost."""
+        how = "it was stopped there"
+        try:
+            while True:
+                frame = node.link.receive()
+                if frame is None:
+                    continue
+                kind, body = frame
+                if kind == NodeKind.GOODBYE:
+                    break
+                if kind == NodeKind.ENDED:
+                    ended = decode(body, Ended)
+                    self._news(node, ended.how, ended.order_id)
+        except NodeLinkError as error:
+            how = str(error)
+        with self._lock:
+            if self._nodes.get(node.name) is node:
+                del self._nodes[node.name]
+        if not self._is_closed:
+            _say(f"{node.name} left: {how}")
+        self._news(node, how)
+        node.link.dispose()
+
+    def _news(self, node: _Node, lost: str, order_id: str = "") -> None:
+        """Tell the engines that have ordered a host on a node what became of it."""
+        with self._lock:
+            concerned = [
+                channel
+                for channel in self._channels
+                if (found := channel.orders.get(node.name)) and order_id in ("", found)
+            ]
+        for channel in concerned:
+            self._tell(channel, NodeNews(node.name, "", lost, bool(order_id)))
+
+    # What engines want.
+
+    def _serve(self, channel: _Channel) -> None:
+        """Hear one core until it is gone; then its hosts are wanted no longer."""
+        with contextlib.suppress(OSError, msgspec.DecodeError):
+            while body := channel.socket.recv(MAX_MESSAGE_BYTES):
+                message = _MESSAGES.decode(body)
+                if isinstance(message, Wanted):
+                    self._order(channel, message)
+        with self._lock:
+            self._channels.remove(channel)
+            cancelled = [(self._nodes.get(name), order_id) for name, order_id in channel.orders.items()]
+            channel.orders = {}
+        for node, order_id in cancelled:
+            if node is not None:
+                with contextlib.suppress(NodeLinkError):
+                    node.link.send(NodeKind.CANCEL, encode(Order(channel.engine, order_id)))
+        channel.socket.close()
+
+    def _order(self, channel: _Channel, message: Wanted) -> None:
+        with self._lock:
+            channel.orders = dict(message.orders)
+            here = [(node, order) for name, order in message.orders if (node := self._nodes.get(name)) is not None]
+        for node, order_id in here:
+            self._tell(channel, NodeNews(node.name, node.hostname))
+            with contextlib.suppress(NodeLinkError):
+                node.link.send(NodeKind.ORDER, encode(Order(channel.engine, order_id)))
+
+    @staticmethod
+    def _tell(channel: _Channel, news: NodeNews) -> None:
+        with contextlib.suppress(OSError):
+            channel.socket.send(msgspec.msgpack.encode(news))
+
+
+def _engines_by_node(config: EngineConfig) -> dict[str, tuple[int, ...]]:
+    if not config.placement:
+        return {}
+    placement = Placement.from_json(config.placement)
+    return {name: tuple(sorted({rank.dp_rank for rank in placement.on_node(name)})) for name in config.nodes.names}
+
+
+def _say(line: str) -> None:
+    print(f"nodes: {line}", file=sys.stderr, flush=True)
