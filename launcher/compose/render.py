@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from launcher import __version__
+from launcher.compose.labels import LABEL
 from launcher.compose.readme import node_readme
 from launcher.compose.specs import (
     CONTAINER,
@@ -33,8 +34,6 @@ COMPOSE_FILE = "docker-compose.yml"
 ENV_EXAMPLE = ".env.example"
 README = "README.md"
 SERVICE = "node"
-LABEL = "dev.hlaunch"
-"""Prefix of the labels by which `ps` and `down` find what belongs to a launch, whoever started it."""
 _HEADER = (
     "# rendered by hlaunch from the registry - do not edit; change the registry and run: hlaunch render\n"
     "# start: docker compose up -d     stop: docker compose down     (settings: .env.example)\n"

@@ -14,6 +14,7 @@ from launcher.plan.cluster_plan import ClusterPlan, NodePlan
 from launcher.plan.environment import INHERITED
 from launcher.plan.weights import is_repository
 from launcher.registry.values import is_secret_name
+from launcher.supervise.node_fabric import NodeFabric
 from launcher.supervise.node_spec import NodeSpec, Peer
 
 JOIN_TIMEOUT_SECONDS = 300.0
@@ -71,6 +72,7 @@ def node_spec(plan: ClusterPlan, node: NodePlan, layout: Layout) -> NodeSpec:
         join_timeout_seconds=JOIN_TIMEOUT_SECONDS,
         ready_timeout_seconds=plan.ready_timeout_seconds,
         drain_timeout_seconds=node.config.server.drain_timeout_seconds,
+        fabric=NodeFabric.of(plan.cluster, node.node),
     )
 
 

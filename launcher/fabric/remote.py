@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from launcher.compose.render import LABEL
+from launcher.compose.labels import LABEL
 from launcher.fabric.bounded import Ended, run_bounded
 from launcher.fabric.facts import BadFacts, NodeFacts, node_facts, parse_facts
 from launcher.registry.cluster import Cluster, Node

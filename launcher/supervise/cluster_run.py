@@ -27,6 +27,7 @@ from launcher.plan.cluster_plan import ClusterPlan
 from launcher.registry.values import BadValue
 from launcher.supervise.instance import InstanceFolder, instance_folders, write_private
 from launcher.supervise.node_spec import HEAD
+from launcher.supervise.node_versions import SHOULD, differences
 from launcher.supervise.runtimes import RUNTIMES, NodeHandle, Runtime, Secrets, handle_of
 from launcher.supervise.shell import Shell
 from launcher.supervise.status import one_line
@@ -159,6 +160,7 @@ def _await_ready(
     states: dict[str, str] = {handle.name: "not answering" for handle in run.nodes}
     url = ""
     causes: dict[str, str] = {}
+    versions: dict[str, Mapping[str, str]] = {}
     try:
         while set(states.values()) != {"ready"}:
             left = deadline - time.monotonic()
@@ -172,6 +174,12 @@ def _await_ready(
             states[item.node.name] = str(item.report.get("state", ""))
             url = str(item.report.get("url") or "") if item.node.role == HEAD else url
             on_report(item)
+            if isinstance(told := item.report.get("versions"), dict) and told:
+                versions[item.node.name] = told
+                if differs := differences(versions):
+                    raise PreflightError(
+                        differs[0], details=differs[1:], hint="use one image, or one environment, on every node"
+                    )
             if cause := item.report.get("cause"):
                 code = item.report.get("exit_code")
                 text = one_line(f"{item.node.role} {item.node.name}: {cause}")
@@ -182,6 +190,8 @@ def _await_ready(
                 causes[item.node.name] = text
     finally:
         is_over.set()
+    for line in differences(versions, SHOULD):
+        note(f"warning: {line}")
     return url
 
 

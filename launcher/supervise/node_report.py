@@ -36,6 +36,7 @@ class NodeReport:
     hint: str = ""
     exit_code: int | None = None
     facts: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
     nodes: list[dict[str, Any]] = field(default_factory=list)
     previous: dict[str, Any] | None = None
     processes: dict[str, ProcessIdentity] = field(default_factory=dict)
@@ -88,6 +89,7 @@ class NodeReport:
             "hint": self.hint,
             "exit_code": self.exit_code,
             "facts": self.facts,
+            "versions": self.versions,
             "nodes": self.nodes,
             "previous": self.previous,
             "phases": [

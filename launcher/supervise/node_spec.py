@@ -13,6 +13,7 @@ from typing import Any
 
 from launcher.errors import PreflightError
 from launcher.registry.cluster import RaySettings
+from launcher.supervise.node_fabric import NodeFabric
 
 HEAD = "head"
 WORKER = "worker"
@@ -35,8 +36,8 @@ class NodeSpec:
 
     `run_folder` holds the control socket and the final engine.json (mode 0700, made here). `ray_folder` is Ray's
     session folder; the kernel limits socket paths to 107 bytes, so it must be short. `model_root` is searched first
-    for weights, empty: the node's own caches. `ray` None: this node joins nobody. Units: seconds, bytes, counts;
-    `cpus` 0: all.
+    for weights, empty: the node's own caches. `ray` None: this node joins nobody. `fabric` is what the node fills in
+    from its own hardware; None: nothing. Units: seconds, bytes, counts; `cpus` 0: all.
     """
 
     launch: str
@@ -61,6 +62,7 @@ class NodeSpec:
     join_timeout_seconds: float = 300.0
     ready_timeout_seconds: float = 900.0
     drain_timeout_seconds: float = 30.0
+    fabric: NodeFabric | None = None
 
     @property
     def is_head(self) -> bool:
@@ -92,7 +94,8 @@ class NodeSpec:
             _check_keys(cls, data)
             peers = tuple(_build(Peer, peer) for peer in data["peers"])
             ray = None if data.get("ray") is None else _ray(data["ray"])
-            spec = cls(**{**data, "peers": peers, "ray": ray})
+            fabric = None if data.get("fabric") is None else NodeFabric.from_data(data["fabric"])
+            spec = cls(**{**data, "peers": peers, "ray": ray, "fabric": fabric})
             if spec.role not in (HEAD, WORKER) or sum(peer.role == HEAD for peer in peers) != 1:
                 raise ValueError("a cluster has one head, and every node is head or worker")
         except (ValueError, TypeError, KeyError, RecursionError) as error:

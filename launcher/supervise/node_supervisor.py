@@ -30,6 +30,7 @@ from launcher.supervise import procfs
 from launcher.supervise.cluster_view import ClusterView, ViewProcess
 from launcher.supervise.control import ControlServer
 from launcher.supervise.engine_process import EngineProcess
+from launcher.supervise.node_fabric import look, model_digest
 from launcher.supervise.node_report import NodeReport
 from launcher.supervise.node_spec import NodeSpec
 from launcher.supervise.ray_process import ray_argv, ray_cause, ray_environment
@@ -46,6 +47,8 @@ LOST_SECONDS = 20.0
 LAST_WORDS_SECONDS = 5.0
 NUM_LAST_LINES = 400
 """Ray names what died first, then prints the tails of its logs."""
+RESTART_PHASE = "restart"
+"""What an engine reports that starts its ranks anew, without ending."""
 
 
 class _Failure(Exception):
@@ -81,6 +84,7 @@ class NodeSupervisor:
         self._num_signals = 0
         self._seen: dict[str, frozenset[str]] = {}
         self._lost_since: float | None = None
+        self._is_restarting = False
         self._stage = self._await_head if spec.ray is not None and not spec.is_head else self._start_ray
         self._deadline = time.monotonic() + spec.join_timeout_seconds
 
@@ -114,6 +118,7 @@ class NodeSupervisor:
 
     def _prepare(self) -> None:
         spec = self._spec
+        self._look()
         if spec.ray is None:
             return
         # A session of an earlier run holds nothing that lives; Ray would only pile the next one beside it.
@@ -132,6 +137,18 @@ class NodeSupervisor:
         self._selector.register(self._view.fd, selectors.EVENT_READ)
         if not spec.is_head:
             self.report.begin("head", f"waiting for {spec.head.name} at {spec.head_address}")
+
+    def _look(self) -> None:
+        """Fill in what only this host knows of its fabric; one that is not here ends the node before a hang can."""
+        spec = self._spec
+        if spec.fabric is None:
+            return
+        own = look(spec.fabric.cluster(spec.cluster, spec.node, spec.role, spec.ip, spec.gpus), self._environ)
+        self._environ |= own.environment
+        digest = model_digest(spec.model, spec.revision, {**self._environ, "HLAUNCH_MODEL_DIR": spec.model_root})
+        self.report.versions = {**own.versions, "model": digest}
+        for line in own.said:
+            self._say(f"node: {line}")
 
     def _await_head(self) -> None:
         """Workers: no Ray before the head answers and takes our token."""
@@ -240,7 +257,7 @@ class NodeSupervisor:
             return
         if spec.is_head:
             missing = view.missing(spec.peers)
-            self.report.state = "degraded" if missing else "ready"
+            self.report.state = "degraded" if missing or self._is_restarting else "ready"
         if view.is_alive(spec.ip):
             self._lost_since = None
         elif self._lost_since is None:
@@ -343,6 +360,9 @@ class NodeSupervisor:
                 self._serve()
         elif isinstance(record, Phase):
             self.report.phase(record)
+            if record.name == RESTART_PHASE and record.state in ("begin", "end"):
+                self._is_restarting = record.state == "begin"
+                self._tell(f"engine: {record.detail}")
 
     def _check_children(self) -> None:
         """A child that is gone ends the node, with the child's own words where it left some."""

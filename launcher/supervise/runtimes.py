@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from launcher.compose.host import OVERRIDE_FILE, host_override
+from launcher.compose.labels import LABEL
 from launcher.compose.render import (
     COMPOSE_FILE,
-    LABEL,
     compose_text,
     host_variables,
     is_hidden_variable,
