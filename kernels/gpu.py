@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels.build import KernelBuildError
+from kernels.cuda.all_reduce import AllReduce, all_reduce_bytes
 from kernels.cuda.decode import (
     BATCH_SIZES,
     LARGEST_SCALE,
@@ -17,9 +18,12 @@ from kernels.cuda.decode import (
     DecodeShape,
     DecodeState,
     LayerWeights,
+    TokenExchange,
     prebuild,
 )
+from kernels.cuda.exchange import Exchange, mail_bytes
 from kernels.cuda.layers import LayerCall, LayerPlan
+from kernels.cuda.peers import PeerMemory, can_reach
 from kernels.triton.attention_decode import DecodeWorkspace, paged_decode_attention
 from kernels.triton.attention_prefill import paged_prefill_attention
 from kernels.triton.moe import run_experts
@@ -29,25 +33,33 @@ from kernels.triton.permute import expert_width
 from kernels.triton.rope import decode_slots, rope_kv_write
 from kernels.triton.router import expert_index, router_topk
 from kernels.triton.sampling import SampleWorkspace, sample, sampling_thresholds
+from kernels.triton.slots import sum_slots
 from kernels.triton.warm import compile_all, use_cache
 
 __all__ = [
+    "AllReduce",
     "BATCH_SIZES",
     "LARGEST_SCALE",
     "DecodeKernels",
     "DecodeShape",
     "DecodeState",
     "DecodeWorkspace",
+    "Exchange",
     "KernelBuildError",
     "LayerCall",
     "LayerPlan",
     "LayerWeights",
+    "PeerMemory",
     "SampleWorkspace",
+    "TokenExchange",
     "add_rms_norm",
+    "all_reduce_bytes",
+    "can_reach",
     "compile_all",
     "decode_slots",
     "expert_index",
     "expert_width",
+    "mail_bytes",
     "paged_decode_attention",
     "paged_prefill_attention",
     "prebuild",
@@ -58,6 +70,7 @@ __all__ = [
     "run_experts",
     "sample",
     "sampling_thresholds",
+    "sum_slots",
     "use_cache",
     "widening_linear",
 ]

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from kernels import build
 from kernels.contract import KernelError
-from kernels.cuda.launch import Kernel, read_int
-from kernels.cuda.layers import FASTEST_ROWS, GROUPS, LayerCall, LayerPlan, StepArguments, layers_unfit
+from kernels.cuda.exchange import TURN_ROWS, Exchange
+from kernels.cuda.launch import Argument, Kernel, read_int
+from kernels.cuda.layers import FASTEST_ROWS, GROUPS, LayerCall, LayerPlan, layers_unfit, step_type
 
 BATCH_SIZES = (1, 2, 4, 8, 16)
 TUNING = {  # measured on an H100: see docs/performance-log.md
@@ -84,8 +85,12 @@ def defines_for(
     *,
     shared_bytes: int = 233_472,
     multiprocessors: int = H100_MULTIPROCESSORS,
+    ranks: int = 1,
 ) -> dict[str, int]:
-    """Give the macros of a compilation for a device: shared memory of a multiprocessor in bytes, and their number."""
+    """Give the macros of a compilation for a device: shared memory of a multiprocessor in bytes, and their number.
+
+    `ranks` is how many sum inside the kernels, each with a share of the model: the shape is the share's.
+    """
     return {
         "H": shape.hidden,
         "I": shape.intermediate,
@@ -97,6 +102,7 @@ def defines_for(
         "VOCAB": shape.vocab,
         "BLOCK_SIZE": shape.block_size,
         "ROWS": rows,
+        "RANKS": ranks,
         "GRID": multiprocessors,
         "STAGE_BYTES_BUDGET": shared_bytes // tuning["BLOCKS_PER_SM"] - 14 * 1024,
         **tuning,
@@ -158,6 +164,11 @@ class DecodeKernels:
     expert_ids int32 [B, k] (-1 for padding); expert_weights float32 [B, k]; logits float32 [B, V]; tokens int32 [B];
     `active_experts()`. `tuning` overrides entries of TUNING; up to `layer_rows` rows
     there is `run_layers`.
+
+    With an `exchange` the shape is this rank's share (heads, columns of every expert, rows of lm_head), and the ranks
+    of the exchange run the same kernels in step: what they add to the residual stream is summed inside, and their best
+    tokens are compared. Then out_bias is the same on all ranks, down_bias zero on all but one; `logits` are this
+    rank's.
     Raises: KernelBuildError, or KernelError for a shape or batch size that is not served.
     """
 
@@ -170,6 +181,7 @@ class DecodeKernels:
         is_dependent: bool = True,
         tuning: Mapping[str, int] | None = None,
         layer_rows: int = FASTEST_ROWS,
+        exchange: Exchange | None = None,
     ) -> None:
         if reason := shape.unfit():
             raise KernelError(f"decode kernels: {reason}")
@@ -178,7 +190,12 @@ class DecodeKernels:
         self.shape, self.rows = shape, rows
         tuned = {**TUNING, **(tuning or {})}
         self.splits = max(8, 32 // rows)
-        jobs = _jobs(shape, rows, device, tuned, layer_rows)
+        ranks = exchange.num_ranks if exchange else 1
+        jobs = _jobs(shape, rows, device, tuned, layer_rows, ranks)
+        # One argument more for every kernel that sums or counts.
+        self._exchange: tuple[Argument, ...] = (exchange.arguments,) if exchange else ()
+        self._first_token: tuple[Argument, ...] = (exchange.first_token,) if exchange else ()
+        self._step_type = step_type(ranks)
         multiprocessors = self._multiprocessors = jobs[0][1]["GRID"]
         self._expert_grid = (multiprocessors * tuned["BLOCKS_PER_SM"], 1, 1)
 
@@ -189,6 +206,7 @@ class DecodeKernels:
         qkv, out, logits = (loaded[name] for name in ("qkv", "out_proj", "logits"))
         attention, experts = loaded["attention"], loaded["experts"]
         self._embed = kernel(loaded["embed"], "embed", 256)
+        self._take_over = kernel(loaded["embed"], "take_over", 256)
         self._qkv = kernel(qkv, "norm_qkv_rope", read_int(qkv, "qkv_threads"))
         self._attention = kernel(attention, "paged_decode_attention", 128)
         self._out = kernel(out, "out_proj_add", read_int(out, "out_proj_threads"))
@@ -205,7 +223,7 @@ class DecodeKernels:
             )
             self._counters_per_layer = read_int(layers, "layers_counters")
             layout = read_int(layers, "layers_step_bytes"), read_int(layers, "layers_words")
-            assert layout == (ctypes.sizeof(StepArguments), 19), layout
+            assert layout == (ctypes.sizeof(self._step_type), 19), layout
 
         def empty(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.zeros(sizes, dtype=dtype, device=device)
@@ -250,6 +268,12 @@ class DecodeKernels:
         self._embed(grid, state.input_ids, table, norm, self.residual, self._scaled, self._squares)
         self._final_squares = self._squares
 
+    def take_over(self, stream: Tensor, norm: Tensor) -> None:
+        """Start from the residual stream float32 [B, H] of the stage before; `norm` is the next layer's input norm."""
+        grid = ((self.shape.hidden + 255) // 256, self.rows, 1)
+        self._take_over(grid, stream, norm, self.residual, self._scaled, self._squares)
+        self._final_squares = self._squares
+
     def norm_qkv_rope(self, state: DecodeState, weights: LayerWeights, cache: Tensor, table: Tensor) -> None:
         """A: project the normed stream; queries to `query`, keys and values to cache bf16 [slots, 2, K, D].
 
@@ -271,6 +295,7 @@ class DecodeKernels:
             table.stride(0),
             self.query,
             cache,
+            *self._exchange,
         )
 
     def paged_decode_attention(
@@ -304,6 +329,7 @@ class DecodeKernels:
             self.residual,
             self._scaled,
             self._squares,
+            *self._exchange,
         )
 
     def norm_router_topk(self, state: DecodeState, weights: LayerWeights) -> None:
@@ -358,6 +384,7 @@ class DecodeKernels:
             self.residual,
             self._scaled,
             self._squares,
+            *self._exchange,
         )
         self._final_squares = self._squares
 
@@ -405,7 +432,7 @@ class DecodeKernels:
         )
         pointers = [buffer.data_ptr() for buffer in buffers]
         numbers = len(plan.calls), first.shape[1], shape.epsilon, shape.swiglu_limit, shape.head_dim**-0.5
-        self._layers((self._multiprocessors, 1, 1), StepArguments(*pointers, *numbers))
+        self._layers((self._multiprocessors, 1, 1), self._step_type(*pointers, *numbers, *self._exchange))
         self._final_squares = self._group_squares
 
     def norm_logits(self, lm_head: Tensor) -> None:
@@ -427,6 +454,44 @@ class DecodeKernels:
             state.input_ids,
             state.positions,
             state.seq_lens,
+            *self._exchange,
+            *self._first_token,
+        )
+
+
+class TokenExchange:
+    """`sample_advance` alone, for any number of rows up to `most_rows`: the ranks' logits of their own tokens compared.
+
+    `shape` is this rank's share. Fills `tokens` int32 [most_rows]. Raises: KernelBuildError.
+    """
+
+    def __init__(
+        self, shape: DecodeShape, most_rows: int, exchange: Exchange, device: torch.device | str = "cuda"
+    ) -> None:
+        if most_rows > TURN_ROWS:
+            raise KernelError(f"token exchange: {most_rows} rows, at most {TURN_ROWS}")
+        ((source, defines),) = sampler_jobs(shape, exchange.num_ranks, device)
+        self._sample = Kernel(build.load(source, defines), "sample_advance", 512)
+        self._exchange = exchange
+        self.tokens = torch.zeros(most_rows, dtype=torch.int32, device=device)
+        self._tickets = torch.zeros(most_rows, dtype=torch.int32, device=device)
+        self._best = torch.zeros(most_rows * SAMPLE_BLOCKS, dtype=torch.int64, device=device)
+
+    def sample_advance(self, state: DecodeState, logits: Tensor) -> None:
+        """Sample a token for each row of logits float32 [B, V of this rank], and move the state on by one."""
+        self._sample(
+            (SAMPLE_BLOCKS, logits.shape[0], 1),
+            logits,
+            state.temperatures,
+            state.seeds,
+            self._best,
+            self._tickets,
+            self.tokens,
+            state.input_ids,
+            state.positions,
+            state.seq_lens,
+            self._exchange.arguments,
+            self._exchange.first_token,
         )
 
 
@@ -434,24 +499,35 @@ MODULES = ("embed", "qkv", "attention", "out_proj", "router", "experts", "logits
 
 
 def prebuild(
-    shape: DecodeShape, rows: Iterable[int], device: torch.device | str = "cuda", *, layer_rows: int = FASTEST_ROWS
+    shape: DecodeShape,
+    rows: Iterable[int],
+    device: torch.device | str = "cuda",
+    *,
+    layer_rows: int = FASTEST_ROWS,
+    ranks: int = 1,
 ) -> float:
     """Compile what `DecodeKernels` of these batch sizes will load, in parallel; returns the seconds it took.
 
     A compiled kernel stays on disk: the next call looks files up. Raises: KernelBuildError.
     """
-    return build.build_all(
-        [job for size in rows for job in _jobs(shape, size, device, TUNING, layer_rows)], build.device_arch(device)
-    )
+    jobs = [job for size in rows for job in _jobs(shape, size, device, TUNING, layer_rows, ranks)]
+    if ranks > 1:
+        jobs += sampler_jobs(shape, ranks, device)
+    return build.build_all(jobs, build.device_arch(device))
+
+
+def sampler_jobs(shape: DecodeShape, ranks: int, device: torch.device | str) -> list[tuple[str, dict[str, int]]]:
+    """Name what `TokenExchange` loads: the number of rows means nothing to it."""
+    return [job for job in _jobs(shape, BATCH_SIZES[-1], device, TUNING, 0, ranks) if job[0] == "sample.cu"]
 
 
 def _jobs(
-    shape: DecodeShape, rows: int, device: torch.device | str, tuning: Mapping[str, int], layer_rows: int
+    shape: DecodeShape, rows: int, device: torch.device | str, tuning: Mapping[str, int], layer_rows: int, ranks: int
 ) -> list[tuple[str, dict[str, int]]]:
     properties = torch.cuda.get_device_properties(device)
     number = properties.multi_processor_count
     has_layers = properties.major >= 9 and rows <= layer_rows
     names = modules_for(shape, rows, number) if has_layers else MODULES[:-1]
     shared = properties.shared_memory_per_multiprocessor
-    defines = defines_for(shape, rows, tuning, shared_bytes=shared, multiprocessors=number)
+    defines = defines_for(shape, rows, tuning, shared_bytes=shared, multiprocessors=number, ranks=ranks)
     return [(f"{name}.cu", defines) for name in names]

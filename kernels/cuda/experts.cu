@@ -2,6 +2,7 @@
 //
 // Work is cut into items: 16 weight rows of one active expert. Each block takes a contiguous range of items and streams
 // their weights through a ring of bulk copies; its warps share K. A touched expert is read once, whatever rows it has.
+#include "exchange.cuh"
 #include "mxfp4.cuh"
 #include "residual.cuh"
 #include "ring.cuh"
@@ -188,7 +189,7 @@ moe_gate_up(const u8* blocks, const u8* scales, const u16* bias, const u16* scal
 KERNEL(THREADS, BLOCKS_PER_SM)
 moe_down_add(const u8* blocks, const u8* scales, const u16* bias, const u16* act, const float* shares,
              const Routing* routing, float* partial, int* tickets, const int* lengths, const float* norm,
-             float* residual, u16* scaled, float* squares) {
+             float* residual, u16* scaled, float* squares EXCHANGES) {
   Down pipeline{*(Down::Shared*)dynamic, blocks, scales, H / 16, true};
   pipeline.read_routing(routing, shares, 1);  // two launches old: see wait_for_previous
   auto& shared = pipeline.shared;
@@ -242,6 +243,9 @@ moe_down_add(const u8* blocks, const u8* scales, const u16* bias, const u16* act
                          const int pair = row * TOP_K + slot;
                          delta += alone ? shared.parts[pair][i] : load_fresh(partial + (size_t)pair * H + column);
                        }
+#if RANKS > 1
+                     delta = exchange_sum(exchange, load_fresh(exchange.number), row, column, delta);
+#endif
                      add_to_residual<false>(row, column, delta, norm, residual, scaled, squares);
                    }
                  __syncthreads();  // `parts` and `is_last` may change again

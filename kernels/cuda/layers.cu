@@ -33,6 +33,9 @@ struct Step {  // what the layers of a step read and write, beside weights: see 
   int* counters;
   int num_layers, first_count;
   float epsilon, limit, attention_scale;
+#if RANKS > 1
+  Exchange exchange;
+#endif
 };
 extern "C" __device__ int layers_step_bytes = sizeof(Step);
 
@@ -205,7 +208,11 @@ DEVICE void project_out(const Worker& worker, const Step& step, const Layer& lay
   if (place_of.row < ROWS) {
     float value = 0.f;
     if (place_of.is_mine) {
-      x += total(shared.sums[0], worker.thread & 15, place_of.row) + bias;
+      float sum = total(shared.sums[0], worker.thread & 15, place_of.row);
+#if RANKS > 1
+      sum = exchange_sum(step.exchange, worker.shared.rest.exchanges + 2 * number + 1, place_of.row, place_of.column, sum);
+#endif
+      x += sum + bias;
       value = x * norm;
       step.expert_input[place_of.row * H + expert_order(place_of.column)] = narrow(value);
     }
@@ -450,6 +457,9 @@ DEVICE void down(const Worker& worker, const Step& step, const Layer& layer, int
       if (rest.chosen[place_of.row * TOP_K] >= 0)
 #pragma unroll
         for (int slot = 0; slot < TOP_K; slot++) delta += shared.parts[place_of.row * TOP_K + slot][i];
+#if RANKS > 1
+      delta = exchange_sum(step.exchange, rest.exchanges + 2 * number + 2, place_of.row, place_of.column, delta);
+#endif
       x += delta;
       step.scaled[place_of.row * H + place_of.column] = narrow(x * norm);
     }
@@ -469,6 +479,9 @@ DEVICE void compute(Shared& shared, const Step& step) {
       ((u64*)&shared.rest.layer[0])[worker.index] = ((const u64*)step.layers)[worker.index];
     wait_for_previous();
     release_next();
+#if RANKS > 1
+    if (worker.index == 0) shared.rest.exchanges = load_fresh(step.exchange.number);
+#endif
     const Place place_of(worker);
     if (place_of.is_mine) x = load_fresh(step.residual + place_of.row * H + place_of.column);
     worker.block_barrier();
@@ -500,7 +513,12 @@ DEVICE void compute(Shared& shared, const Step& step) {
   worker.block_barrier();
   if (!shared.rest.is_last[0]) return;
   for (int i = worker.index; i < step.num_layers * NUM_STAGES * SPREAD; i += CONSUMERS) step.counters[i * LINE] = 0;
-  if (worker.index == 0) *exits = 0;
+  if (worker.index == 0) {
+    *exits = 0;
+#if RANKS > 1
+    *step.exchange.number = shared.rest.exchanges + 2 * step.num_layers;
+#endif
+  }
 }
 
 extern __shared__ __align__(128) u8 dynamic[];

@@ -10,10 +10,13 @@ import ctypes
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from kernels.cuda.exchange import exchange_type
 
 if TYPE_CHECKING:
     from kernels.cuda.decode import DecodeShape, LayerWeights
@@ -62,17 +65,22 @@ _BUFFERS = (
 )
 
 
-class StepArguments(ctypes.Structure):
-    """`Step` of layers.cu, passed by value."""
+@cache
+def step_type(ranks: int) -> Any:
+    """Give `Step` of layers.cu, passed by value, for a number of ranks that sum inside."""
 
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in _BUFFERS),
-        ("num_layers", ctypes.c_int),
-        ("first_count", ctypes.c_int),
-        ("epsilon", ctypes.c_float),
-        ("limit", ctypes.c_float),
-        ("attention_scale", ctypes.c_float),
-    )
+    class StepArguments(ctypes.Structure):
+        _fields_ = (
+            *((name, ctypes.c_void_p) for name in _BUFFERS),
+            ("num_layers", ctypes.c_int),
+            ("first_count", ctypes.c_int),
+            ("epsilon", ctypes.c_float),
+            ("limit", ctypes.c_float),
+            ("attention_scale", ctypes.c_float),
+            *((("exchange", exchange_type(ranks)),) if ranks > 1 else ()),
+        )
+
+    return StepArguments
 
 
 @dataclass(frozen=True, slots=True)

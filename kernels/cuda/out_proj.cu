@@ -1,4 +1,5 @@
 // Step C: output projection of attention with bias, added to the residual stream; prepares the router's norm.
+#include "exchange.cuh"
 #include "projection.cuh"
 #include "residual.cuh"
 
@@ -8,7 +9,7 @@ extern "C" __device__ int out_proj_threads = WARPS * 32;
 
 KERNEL(WARPS * 32, OUT_BLOCKS)
 out_proj_add(const u16* weights, const u16* bias, const u16* attended, const float* norm, float* residual, u16* scaled,
-             float* squares) {
+             float* squares EXCHANGES) {
   __shared__ Product::Sums sums;
   Product product;
   const int upper = blockIdx.x * 16 + (lane_id() >> 2);
@@ -21,7 +22,10 @@ out_proj_add(const u16* weights, const u16* bias, const u16* attended, const flo
   __syncthreads();
   for (int item = threadIdx.x; item < 16 * ROWS; item += WARPS * 32) {
     const int row = item >> 4, i = item & 15, column = blockIdx.x * 16 + i;
-    float delta = Product::total(sums, i, row) + widen(bias[column]);
-    add_to_residual<true>(row, column, delta, norm, residual, scaled, squares);
+    float delta = Product::total(sums, i, row);
+#if RANKS > 1
+    delta = exchange_sum(exchange, load_fresh(exchange.number) - 1, row, column, delta);
+#endif
+    add_to_residual<true>(row, column, delta + widen(bias[column]), norm, residual, scaled, squares);
   }
 }

@@ -2,6 +2,7 @@
 //
 // The norm's scale is linear, so it multiplies the products; its weight is in `scaled` already (see residual.cuh).
 // A tile's upper and lower halves are 8 dimensions of a head and their RoPE partners half a head later.
+#include "exchange.cuh"
 #include "projection.cuh"
 
 constexpr int HALF = HEAD_DIM / 2;
@@ -14,7 +15,7 @@ static_assert(HALF % 8 == 0, "RoPE partners share a tile");
 KERNEL(WARPS * 32, QKV_BLOCKS)
 norm_qkv_rope(const u16* weights, const u16* bias, const u16* scaled, const float* squares, float epsilon,
               const float2* rotations, const int* positions, const int* lengths, const int* table, int table_stride,
-              u16* query, u16* cache) {
+              u16* query, u16* cache EXCHANGES) {
   __shared__ Product::Sums sums;
   __shared__ float scale[ROWS];
   const int head = blockIdx.x / TILES_PER_HEAD, first = blockIdx.x % TILES_PER_HEAD * 8;
@@ -24,6 +25,9 @@ norm_qkv_rope(const u16* weights, const u16* bias, const u16* scaled, const floa
   product.prefetch();
   wait_for_previous();
   release_next();
+#if RANKS > 1
+  if (blockIdx.x == 0 && threadIdx.x == 0) *exchange.number += 2;  // this layer's two
+#endif
   InverseRms<WARPS> rms;
   rms.load(squares);
   product.run(scaled);

@@ -2,9 +2,14 @@
 // A row whose best score is not finite reports token -1; the state goes on with a valid id.
 //
 // The noise depends on (seed, position, token) alone; its twin is gumbel_noise in the torch reference of sampling.
-#include "common.cuh"
+#include "exchange.cuh"
 
 constexpr int THREADS = 512;
+#if RANKS > 1  // logits are of tokens from `first_token` on
+#define EXCHANGES_FIRST EXCHANGES, int first_token
+#else
+#define EXCHANGES_FIRST
+#endif
 
 DEVICE u32 mix(u32 h) {
   h ^= h >> 16;
@@ -36,7 +41,7 @@ DEVICE u64 block_max(u64 best, u64 (&scratch)[THREADS / 32]) {
 
 KERNEL(THREADS, 1)
 sample_advance(const float* logits, const float* temperatures, const i64* seeds, u64* best_of, int* tickets, int* tokens,
-               int* ids, int* positions, int* lengths) {
+               int* ids, int* positions, int* lengths EXCHANGES_FIRST) {
   __shared__ u64 scratch[THREADS / 32];
   __shared__ int is_last;
   const int row = blockIdx.y;
@@ -55,8 +60,13 @@ sample_advance(const float* logits, const float* temperatures, const i64* seeds,
   for (int token = blockIdx.x * THREADS + threadIdx.x; token < VOCAB; token += gridDim.x * THREADS) {
     float score = load_fresh(logits + (size_t)row * VOCAB + token);
     if (score != score) score = MINUS_INFINITY;
-    if (temperature > 0.f) score = score / temperature + gumbel(key, token);
-    best = max(best, ranked(score, token));
+#if RANKS > 1
+    const u32 named = first_token + token;
+#else
+    const u32 named = token;
+#endif
+    if (temperature > 0.f) score = score / temperature + gumbel(key, named);
+    best = max(best, ranked(score, named));
   }
   best = block_max(best, scratch);
   if (threadIdx.x == 0) {
@@ -70,6 +80,9 @@ sample_advance(const float* logits, const float* temperatures, const i64* seeds,
   best = threadIdx.x < gridDim.x ? __ldcg(best_of + row * gridDim.x + threadIdx.x) : 0;
   best = block_max(best, scratch);
   if (threadIdx.x == 0) {
+#if RANKS > 1
+    best = exchange_best(exchange, row, best);
+#endif
     const int token = (int)~(u32)best;
     const u32 score = (u32)(best >> 32);  // as ranked: -inf is 0x007FFFFF, +inf 0xFF800000
     tickets[row] = 0;

@@ -4,6 +4,7 @@
 // memory through a ring, in the order of their use, as far ahead as the ring reaches: across stages and layers, while
 // the group waits for other blocks. Blocks meet at counters in global memory, one for each stage of each layer.
 #pragma once
+#include "exchange.cuh"
 #include "mxfp4.cuh"
 #include "routing.cuh"
 
@@ -102,6 +103,9 @@ struct Rest {
   Layer layer[2];
   float scale[GROUPS][ROWS];
   int is_last[GROUPS];
+#if RANKS > 1
+  u32 exchanges;  // before this launch
+#endif
   u64 routed;
 };
 constexpr int STAGES = at_most(8, (SHARED_LIMIT - GROUPS * (int)sizeof(Scratch) - (int)sizeof(Rest) - 128) /

@@ -9,11 +9,13 @@ import itertools
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from kernels import build
+from kernels.cuda.all_reduce import all_reduce_defines
 from kernels.cuda.decode import MODULES, DecodeShape, defines_for, modules_for
 
 NVCC = shutil.which("nvcc")
@@ -41,23 +43,37 @@ def test_every_source_compiles(shape: str, arch: str, tmp_path: Path) -> None:
     for module in modules_for(*SHAPES[shape]):
         if module == "layers" and arch < "sm_90":
             continue
-        if NVCC is None:
-            build.compile_cubin(f"{module}.cu", defines(shape), arch)
-            continue
-        target = f"-gencode=arch=compute_{arch[3:]},code={arch}"
-        options = [f"-D{name}={value}" for name, value in defines(shape).items()]
-        done = subprocess.run(
-            [NVCC, target, "-cubin", "-std=c++17", *options, "-o", str(tmp_path / "out"), f"{module}.cu"],
-            cwd=build.SOURCES,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr
-        assert "warning" not in done.stderr, done.stderr
+        compile_without_warning(module, defines(shape), arch, tmp_path)
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_90a"])
+def test_what_sums_over_ranks_compiles(arch: str, tmp_path: Path) -> None:
+    half = replace(SHAPES["true"][0], intermediate=1440, heads=32, kv_heads=4, vocab=100_544)
+    for module in ("qkv", "out_proj", "experts", "sample", "layers"):
+        if module != "layers" or arch >= "sm_90":
+            compile_without_warning(module, defines_for(half, 2, ranks=2), arch, tmp_path)
+    for ranks in (2, 4, 8):
+        compile_without_warning("all_reduce", all_reduce_defines(2880, ranks, 1 << 20), arch, tmp_path)
+
+
+def compile_without_warning(module: str, macros: dict[str, int], arch: str, folder: Path) -> None:
+    if NVCC is None:
+        build.compile_cubin(f"{module}.cu", macros, arch)
+        return
+    target = f"-gencode=arch=compute_{arch[3:]},code={arch}"
+    options = [f"-D{name}={value}" for name, value in macros.items()]
+    done = subprocess.run(
+        [NVCC, target, "-cubin", "-std=c++17", *options, "-o", str(folder / "out"), f"{module}.cu"],
+        cwd=build.SOURCES,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "warning" not in done.stderr, done.stderr
 
 
 def test_every_kernel_of_a_source_is_a_module_of_the_step() -> None:
-    assert {path.stem for path in build.SOURCES.glob("*.cu")} == set(MODULES)
+    assert {path.stem for path in build.SOURCES.glob("*.cu")} == {*MODULES, "all_reduce"}
     for path in build.SOURCES.glob("*.cu"):
         assert re.search(r"^KERNEL\(", path.read_text(), re.MULTILINE), path.name
 
