@@ -192,7 +192,7 @@ def load_gpt_oss(
 
 
 @dataclass(frozen=True, slots=True)
-class _Part:
+class ModelPart:
     """Which part of each tensor a rank holds; half-open ranges. `columns` are intermediate columns of every expert.
 
     What all ranks of a stage would add alike is added by one: `adds_out_bias` after attention, `adds_down_bias` after
@@ -210,13 +210,16 @@ class _Part:
     adds_down_bias: bool
 
 
-def _part(model: ModelConfig, rank: RankSpec | None) -> _Part:
+def part_of_rank(model: ModelConfig, rank: RankSpec | None) -> ModelPart:
+    """Tell which part of each tensor a rank holds; without a rank, all."""
     if rank is None:
         heads, kv_heads = (0, model.num_attention_heads), (0, model.num_kv_heads)
         columns, vocab = (0, model.intermediate_size), (0, model.vocab_size)
-        return _Part((0, model.num_layers), heads, kv_heads, columns, (0, model.num_experts), vocab, True, True, True)
+        return ModelPart(
+            (0, model.num_layers), heads, kv_heads, columns, (0, model.num_experts), vocab, True, True, True
+        )
     first, last = (min(unit * MLP_UNIT, model.intermediate_size) for unit in rank.mlp_units)
-    return _Part(
+    return ModelPart(
         layers=rank.layers,
         query_heads=rank.query_heads,
         kv_heads=rank.kv_heads,
@@ -249,7 +252,7 @@ class _Loader:
         self._source = source
         self._model = model
         self._options = options
-        self.part = _part(model, rank)
+        self.part = part_of_rank(model, rank)
         self.group = links.group
         self.stage = links.stage
 

@@ -2,7 +2,9 @@
 
 A graph holds the whole step: embedding, layers, logits, sampling, and moving the inputs on by one, so that the next
 step of the same rows needs nothing from the host. Batch sizes are padded to the next captured one; padding rows have
-length 0, reach no expert, write no cache. Graphs are captured by `prepare`, ahead or on first use.
+length 0, reach no expert, write no cache. Graphs are captured by `prepare`, ahead or on first use. Of several ranks
+each runs its own graph, with the sums over ranks and the way from stage to stage inside; all of the last stage sample
+the same tokens.
 
 Knows: the static inputs and the graphs over them. Refuses to know: plans, requests, what a row means.
 """
@@ -24,9 +26,12 @@ LARGE = (24, 32, 48, 64, 96, 128, 192, 256)
 MAX_ROWS = LARGE[-1]
 
 
-def batch_sizes(max_rows: int) -> tuple[int, ...]:
-    """List the batch sizes of a rank that decodes up to `max_rows` rows; more than the largest take other steps."""
-    every = (*SMALL, *LARGE)
+def batch_sizes(max_rows: int, *, has_small: bool = True) -> tuple[int, ...]:
+    """List the batch sizes of a rank that decodes up to `max_rows` rows; more than the largest take other steps.
+
+    `has_small`: the CUDA kernels serve this rank's share of the model.
+    """
+    every = (*SMALL, *LARGE) if has_small else LARGE
     largest = next(size for size in every if size >= min(max_rows, MAX_ROWS))
     return tuple(size for size in every if size <= largest)
 
@@ -74,7 +79,8 @@ class DecodeInputs:
 class DecodeGraph:
     """One captured step, or the function that does it where graphs are off.
 
-    tokens int32 [B], below 0 where a row's logits are not finite; logits float32 [B, V].
+    tokens int32 [B], below 0 where a row's logits are not finite; logits float32 [B, V], of a group each rank's own.
+    Before the last stage neither means anything.
     """
 
     graph: torch.cuda.CUDAGraph | Callable[[], None]
@@ -95,8 +101,8 @@ class DecodeGraphs:
         *,
         is_eager: bool = False,
     ) -> None:
-        config, device = model.config, model.embedding.device
-        self.sizes = batch_sizes(max_rows)
+        config, device = model.config, model.norm.device
+        self.sizes = batch_sizes(max_rows, has_small=model.has_small_kernels)
         largest = self.sizes[-1]
         self._model, self._rows, self._caches, self._groups = model, rows, list(caches), list(group_of_layer)
         self._is_eager = is_eager
@@ -118,10 +124,15 @@ class DecodeGraphs:
         self._buffers = ExpertBuffers.allocate(config, largest, device) if largest > SMALL[-1] else None
         group = config.num_attention_heads // config.num_kv_heads
         self._attention = gpu.DecodeWorkspace.allocate(largest, config.num_kv_heads, config.head_dim, device, group)
-        self._sampling = gpu.SampleWorkspace.allocate(largest, config.vocab_size, device)
+        self._sampling = gpu.SampleWorkspace.allocate(largest, model.vocab_size, device)
+        self._samples = model.sender is None
+        exchange = self._exchange = None if model.group is None else model.group.exchange
+        self._tokens_of_ranks = None
+        if exchange is not None and self._samples and largest > SMALL[-1]:
+            self._tokens_of_ranks = gpu.TokenExchange(self._shape, largest, exchange, device)
         self._slots = [torch.zeros(largest, dtype=torch.int32, device=device) for _ in rows.tables]
         # The CUDA kernels have their own.
-        large = largest if largest > SMALL[-1] else 0
+        large = largest if largest > SMALL[-1] and self._samples else 0
         self._logits = torch.empty((large, config.vocab_size), dtype=torch.float32, device=device)
         self._tokens = torch.zeros(large, dtype=torch.int32, device=device)
         # The rows that the inputs describe, once a step has moved them on; None when they must be filled again.
@@ -175,7 +186,7 @@ class DecodeGraphs:
     def run(self, num_rows: int, has_filters: bool) -> DecodeGraph:
         """Run the step on the inputs as they stand. `has_filters`: some row cuts by top-k, top-p or min-p."""
         size = self.size_for(num_rows)
-        step = self._graphs[size, has_filters and size <= SMALL[-1]]
+        step = self._graphs[size, self._has_two(size) and has_filters]
         if isinstance(step.graph, torch.cuda.CUDAGraph):
             step.graph.replay()
         else:
@@ -185,8 +196,7 @@ class DecodeGraphs:
     def prepare(self, num_rows: int, has_filters: bool) -> None:
         """Capture the graph that `run` will need, unless it is there; the inputs are lost then."""
         size = self.size_for(num_rows)
-        # One graph serves both above the CUDA kernels' sizes: rows that cut nothing cost nothing there.
-        has_filters = has_filters and size <= SMALL[-1]
+        has_filters = self._has_two(size) and has_filters
         if (size, has_filters) in self._graphs:
             return
         body = self._body(size, has_filters)
@@ -202,8 +212,16 @@ class DecodeGraphs:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self._pool):
                 body()
-        tokens, logits = self._outputs(size)
+        tokens, logits = self._outputs(size, has_filters)
         self._graphs[size, has_filters] = DecodeGraph(graph or body, tokens, logits)
+
+    def _has_two(self, size: int) -> bool:
+        """Whether rows that cut by top-k, top-p or min-p take another graph than rows that do not.
+
+        Above the CUDA kernels' sizes one serves both, since rows that cut nothing cost nothing there; but of several
+        ranks each looks at its own tokens only while nothing is cut.
+        """
+        return self._samples and (size <= SMALL[-1] or self._tokens_of_ranks is not None)
 
     @torch.inference_mode()
     def count_experts(self, num_rows: int) -> list[int]:
@@ -219,30 +237,42 @@ class DecodeGraphs:
         self._decode_large(size, lambda ids: counts.append(ids.clone()))
         return [int(torch.unique(ids[ids >= 0]).numel()) for ids in counts]
 
-    def _outputs(self, size: int) -> tuple[Tensor, Tensor]:
+    def _outputs(self, size: int, has_filters: bool) -> tuple[Tensor, Tensor]:
         if size <= SMALL[-1]:
             return self._kernels[size].tokens, self._kernels[size].logits
+        if self._tokens_of_ranks is not None and not has_filters:
+            return self._tokens_of_ranks.tokens[:size], self._logits[:size]
         return self._tokens[:size], self._logits[:size]
 
     def _body(self, size: int, has_filters: bool) -> Callable[[], None]:
         """Give the whole step of one batch size as a function without arguments."""
         last_tokens, inputs = self._rows.last_tokens, self.inputs
         if size > SMALL[-1]:
+            of_ranks = None if has_filters else self._tokens_of_ranks
 
             def large() -> None:
                 self._decode_large(size)
-                self._sample(self._logits[:size], self._tokens[:size])
+                if not self._samples:
+                    return
+                if of_ranks is not None:
+                    of_ranks.sample_advance(self._state, self._logits[:size])
+                else:
+                    self._sample(self._logits[:size], self._tokens[:size])
                 last_tokens.index_copy_(0, inputs.rows[:size], inputs.input_ids[:size])
 
             return large
         kernels = self._kernels.get(size)
         if kernels is None:
-            kernels = self._kernels[size] = gpu.DecodeKernels(self._shape, size, self._logits.device)
+            kernels = self._kernels[size] = gpu.DecodeKernels(
+                self._shape, size, self._logits.device, exchange=self._exchange
+            )
             if kernels.has_layers:
                 self._plans[size] = kernels.plan_layers(self._calls)
 
         def small() -> None:
             self._decode_small(size)
+            if not self._samples:
+                return
             if has_filters:
                 self._sample(kernels.logits, kernels.tokens)
             else:
@@ -286,11 +316,13 @@ class DecodeGraphs:
             buffers=self._buffers,
             after_router=after_router,
         )
-        self._model.logits(normed, out=self._logits[:size])
+        if self._samples:
+            self._model.logits(normed, out=self._logits[:size])
 
     def _sample(self, logits: Tensor, tokens: Tensor) -> None:
         """Sample with filters, and move the inputs on by one."""
         size = len(tokens)
+        logits = self._model.whole_logits(logits)
         inputs = self.inputs
         temperatures, positions, seq_lens = inputs.temperatures[:size], inputs.positions[:size], inputs.seq_lens[:size]
         thresholds = gpu.sampling_thresholds(

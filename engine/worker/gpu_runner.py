@@ -5,6 +5,9 @@ step runs layer by layer on the Triton kernels, decoding rows first. Sampled tok
 step finds them, and travel to the host by themselves. Rows with penalties, bias, banned stops or log-probabilities are
 sampled once more beside the graph, from its logits, still without waiting.
 
+Of several ranks all run the same plans in the same order; those of the last stage hold the same tokens, and stages
+before it are told what was sampled by the host (`append_tokens`).
+
 KV storage: tensor i, bf16 [num_blocks · block_size, 2, K, D], holds layer `groups[g].layers[i]` for a block of group g.
 """
 
@@ -94,23 +97,25 @@ class GpuModelRunner:
         max_model_len: int,
         is_eager: bool = False,
     ) -> None:
-        config, device = model.config, model.embedding.device
+        config, device = model.config, model.norm.device
         self._model, self._device = model, device
         by_layer = {layer: (g, i) for g, group in enumerate(groups) for i, layer in enumerate(group.layers)}
-        self._group_of_layer = [by_layer[layer][0] for layer in range(config.num_layers)]
-        self._caches = [storage[by_layer[layer][1]] for layer in range(config.num_layers)]
+        order = [by_layer[layer] for layer in sorted(by_layer)]
+        self._group_of_layer = [group for group, _ in order]
+        self._caches = [storage[i] for _, i in order]
         self._rows = GpuRows(
             num_rows=num_rows,
             num_groups=len(groups),
             max_blocks=-(-max_model_len // block_size),
             block_size=block_size,
-            vocab_size=config.vocab_size,
+            vocab_size=model.vocab_size,
             device=device,
         )
+        self._is_last = model.sender is None
         self.decode = DecodeGraphs(
             model, self._rows, self._caches, self._group_of_layer, min(num_rows, MAX_ROWS), is_eager=is_eager
         )
-        self._sampling = gpu.SampleWorkspace.allocate(num_rows, config.vocab_size, device)
+        self._sampling = gpu.SampleWorkspace.allocate(num_rows, model.vocab_size, device)
         self._attention = gpu.DecodeWorkspace.allocate(
             min(num_rows, MAX_ROWS),
             config.num_kv_heads,
@@ -124,6 +129,13 @@ class GpuModelRunner:
     @property
     def num_rows(self) -> int:
         return len(self._rows)
+
+    @torch.inference_mode()
+    def append_tokens(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Take (row, token) pairs that the last stage sampled, which has them already."""
+        if pairs and not self._is_last:
+            at, tokens = self._rows.send([[row for row, _ in pairs], [token for _, token in pairs]])
+            self._rows.last_tokens.index_copy_(0, at, tokens.int())
 
     @torch.inference_mode()
     def launch(self, plan: ExecutionPlan) -> PendingStep:
@@ -149,7 +161,7 @@ class GpuModelRunner:
 
     def _launch_decode(self, plan: ExecutionPlan, rows: list[GpuRow], tables_changed: bool) -> PendingStep:
         decode, count = self.decode, len(rows)
-        has_filters = any(row.has_filters for row in rows)
+        has_filters = self._is_last and any(row.has_filters for row in rows)
         decode.prepare(count, has_filters)
         if plan.admits or plan.released or not decode.is_current(plan.rows):
             self._send_known_tokens(plan.rows, rows)
@@ -160,6 +172,9 @@ class GpuModelRunner:
             for index in plan.rows:
                 self._rows.advance(index, 1)
         step = decode.run(count, has_filters)
+        if not self._is_last:
+            decode.forget()  # the next tokens come from the host
+            return PendingStep(plan.step_id, [])
         return self._finish(plan, rows, step.tokens[:count], step.logits, list(range(count)))
 
     def _send_known_tokens(self, indices: Sequence[int], rows: Sequence[GpuRow]) -> None:
@@ -216,9 +231,9 @@ class GpuModelRunner:
         hidden = self._forward(
             ids, at, row_index[place], row_index[:num_decode], decode_lens, prefill_index, prefill_lens, query_starts
         )
-        if not sampling:
+        if not sampling or not self._is_last:
             return PendingStep(plan.step_id, [])
-        logits = self._model.logits(hidden.index_select(0, sample_index))
+        logits = self._model.whole_logits(self._model.logits(hidden.index_select(0, sample_index)))
         chosen_rows = [rows[order[j]] for j in sampling]
         tokens = self._sample(logits, sample_rows, sample_positions, chosen_rows)
         self._rows.last_tokens.index_copy_(0, sample_rows, tokens.clamp(min=0))
@@ -324,7 +339,7 @@ class GpuModelRunner:
         at, row_index, positions, wanting_at = self._rows.send(
             [asked, [pending.rows[j] for j in asked], [row.num_computed - 1 for row in chosen_rows], wanting]
         )
-        own = logits.index_select(0, at)
+        own = self._model.whole_logits(logits.index_select(0, at))
         # Before the logits change.
         raw = (
             own.index_select(0, wanting_at).log_softmax(-1).nan_to_num_(nan=LOGPROB_FLOOR).clamp_(min=LOGPROB_FLOOR)

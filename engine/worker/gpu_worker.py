@@ -1,4 +1,4 @@
-"""One rank on a GPU: loads its weights, holds its KV pool, launches plans.
+"""One rank on a GPU: loads its share of the weights, holds its KV pool, launches plans.
 
 Knows: the configuration, the model's files, the device and what may be wrong with it. Refuses to know: scheduling,
 text, processes.
@@ -8,22 +8,26 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
 
+from engine.comm.ranks import RankLinks
 from engine.config import ConfigError, EngineConfig, ModelConfig, resolve_model_folder
-from engine.core.plan import AdmittedRow, ExecutionPlan
+from engine.core.plan import AdmittedRow, ExecutionPlan, StepResult
 from engine.core.sampling_params import SamplingParams
 from engine.device import GPU_CAPABILITY
 from engine.memory import MemoryFit, fit_engine, kv_cache_groups
 from engine.models.checkpoint import Checkpoint, CheckpointError
-from engine.placement import RankSpec
+from engine.placement import RankSpec, shard
+from engine.worker.worker import groups_of_stage
 
 if TYPE_CHECKING:
+    from engine.comm.custom_all_reduce import GpuGroup
+    from engine.comm.nccl import NcclReceiver, NcclSender
     from engine.worker.gpu_runner import PendingStep
 
 USE_CPU = "use device cpu"
@@ -40,13 +44,23 @@ class OutOfGpuMemory(ConfigError):
 
 
 class GpuWorker:
-    """A rank of a placement on a CUDA device. Call `load`, `allocate_kv`, `warm_up`, then `launch` for each plan."""
+    """A rank of a placement on a CUDA device. Call `load`, `allocate_kv`, `warm_up`, then `launch` for each plan.
 
-    def __init__(self, config: EngineConfig, model: ModelConfig, rank: RankSpec) -> None:
+    With `links`, which join it to its peers' hosts, it holds the share that `rank` names and makes the same links
+    between the devices; all ranks then call the same methods in the same order. Without, it is alone.
+    """
+
+    def __init__(
+        self, config: EngineConfig, model: ModelConfig, rank: RankSpec, links: RankLinks | None = None
+    ) -> None:
         if config.dtype not in ("auto", "bfloat16") or config.cache.dtype not in ("auto", "bfloat16"):
             raise GpuError("dtype", "a GPU computes in bfloat16", "leave dtype and kv-cache-dtype at auto")
         self._config = config
         self._model_config = model
+        self._rank = None if links is None else rank
+        self._links = links or RankLinks()
+        self._share = model if links is None else shard(model, rank)
+        self._check_share()
         self.device = open_device(rank.device)
         self.device_name = torch.cuda.get_device_name(self.device)
         # What an engine before this one in the same process has left behind is free again.
@@ -56,6 +70,9 @@ class GpuWorker:
         self._free_at_start, self._total = torch.cuda.mem_get_info(self.device)
         self._max_model_len = config.max_model_len or model.max_position_embeddings
         self.weight_bytes = 0
+        self._group: GpuGroup | None = None
+        self._receiver: NcclReceiver | None = None
+        self._sender: NcclSender | None = None
 
     @torch.inference_mode()
     def load(self, progress: Callable[[float, str], None]) -> None:
@@ -63,6 +80,7 @@ class GpuWorker:
         with _packages():
             from engine.models.gpt_oss_gpu_weights import load_gpt_oss_gpu
 
+        self._connect()
         # Compilers work while weights travel.
         self._build = ThreadPoolExecutor(1, "kernels").submit(self._build_kernels)
         config = self._config
@@ -81,17 +99,24 @@ class GpuWorker:
                 num_threads=len(os.sched_getaffinity(0)),
                 seed=config.seed or 0,
                 progress=progress,
+                rank=self._rank,
+                stage=self._links.stage,
             )
+        self._model.group, self._model.receiver, self._model.sender = self._group, self._receiver, self._sender
         self.weight_bytes = self._model.num_bytes
+
+    def available_memory(self) -> int:
+        """Bytes that this rank may still take of its device: what is left of `gpu_memory_utilization`."""
+        share = int(self._config.cache.gpu_memory_utilization * self._total)
+        return min(share, self._free_at_start) - self.weight_bytes
 
     def fit_memory(self, max_model_len: int) -> MemoryFit:
         """Size the KV pool from what the GPU has left within `gpu_memory_utilization`."""
-        share = int(self._config.cache.gpu_memory_utilization * self._total)
         return fit_engine(
             self._config,
             self._model_config,
             max_model_len,
-            budget_bytes=min(share, self._free_at_start),
+            budget_bytes=self.available_memory() + self.weight_bytes,
             weight_bytes=self.weight_bytes,
             kv_dtype=self.kv_dtype_name,
             is_gpu=True,
@@ -103,10 +128,12 @@ class GpuWorker:
         from engine.worker.gpu_runner import GpuModelRunner
 
         config, model = self._config, self._model_config
-        size, groups = config.cache.block_size, kv_cache_groups(model)
-        shape = (num_blocks * size, 2, model.num_kv_heads, model.head_dim)
+        size = config.cache.block_size
+        groups = kv_cache_groups(model) if self._rank is None else groups_of_stage(model, self._rank)
+        shape = (num_blocks * size, 2, self._share.num_kv_heads, model.head_dim)
+        slots = range(max(len(group.layers) for group in groups))
         with self._memory("the KV cache"):
-            storage = [torch.zeros(shape, dtype=torch.bfloat16, device=self.device) for _ in groups[0].layers]
+            storage = [torch.zeros(shape, dtype=torch.bfloat16, device=self.device) for _ in slots]
             self.runner = GpuModelRunner(
                 self._model,
                 groups,
@@ -136,10 +163,19 @@ class GpuWorker:
                     self._run_prompt(length)
             torch.cuda.synchronize(self.device)
 
+    def append_tokens(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Take (row, token) pairs that the last stage sampled; of use to the stages before it."""
+        with torch.cuda.device(self.device):
+            self.runner.append_tokens(pairs)
+
     def launch(self, plan: ExecutionPlan) -> PendingStep:
         """Start a plan's step; its `wait` gives the result. Raises: OutOfGpuMemory."""
         with self._memory("a step"), torch.cuda.device(self.device):
             return self.runner.launch(plan)
+
+    def execute(self, plan: ExecutionPlan) -> StepResult:
+        """Run one plan, and wait for its result."""
+        return self.launch(plan).wait()
 
     def close(self) -> None:
         """Give the device's memory back; nothing can be launched afterwards."""
@@ -148,8 +184,51 @@ class GpuWorker:
             del self.runner
         if hasattr(self, "_model"):
             del self._model
+        for link in (self._group, self._receiver, self._sender):
+            if link is not None:
+                link.close()
         gc.collect()
         torch.cuda.empty_cache()
+
+    @property
+    def _has_all_experts(self) -> bool:
+        return self._share.num_experts == self._model_config.num_experts
+
+    def _check_share(self) -> None:
+        """Refuse a share that the kernels do not serve. Raises: GpuError."""
+        share = self._share
+        if not (share.num_kv_heads and share.intermediate_size and share.num_experts):
+            raise GpuError(
+                "placement",
+                "a rank on a GPU has no KV head, no column or no expert",
+                "give every GPU rank a part of each",
+            )
+        if self._rank is not None and self._rank.copied_experts:
+            raise GpuError("placement", "copied experts are not served on GPUs", "place each expert once")
+
+    def _connect(self) -> None:
+        """Make the links of this rank's device beside those of its host. Raises: GroupError, LinkError, GpuError."""
+        links = self._links
+        if links.group is None and links.receiver is None and links.sender is None:
+            return
+        assert self._rank is not None
+        from engine.comm.custom_all_reduce import open_gpu_group
+        from engine.comm.edges import tell_members
+        from engine.comm.nccl import open_receiver, open_sender
+
+        with torch.cuda.device(self.device), _kernels():
+            # The ranks of a stage stand side by side, those of the stages beside it as far away as they are many.
+            own, apart = self._rank.rank, max(1, len(links.stage))
+            if links.group is not None:
+                tell_members([other.rank for other in links.stage])
+                hidden = self._model_config.hidden_size
+                self._group = open_gpu_group(links.group, links.stage, self._rank, hidden, self.device)
+            if links.receiver is not None:
+                tell_members([own - apart, own])
+                self._receiver = open_receiver(links.receiver)
+            if links.sender is not None:
+                tell_members([own, own + apart])
+                self._sender = open_sender(links.sender)
 
     def _build_kernels(self) -> None:
         """Compile what is not in the kernel cache, on all cores."""
@@ -159,13 +238,16 @@ class GpuWorker:
 
         torch.cuda.set_device(self.device)
         scheduler = self._config.scheduler
-        shape = decode_shape(self._model_config, self._config.cache.block_size)
-        sizes = batch_sizes(scheduler.max_num_seqs)
+        shape = decode_shape(self._share, self._config.cache.block_size)
+        exchange = None if self._group is None else self._group.exchange
+        has_small = self._has_all_experts and (self._group is None or exchange is not None)
+        sizes = batch_sizes(scheduler.max_num_seqs, has_small=has_small)
         small = [size for size in sizes if size in gpu.BATCH_SIZES]
         large = [size for size in sizes if size not in gpu.BATCH_SIZES]
         gpu.use_cache()
         with ThreadPoolExecutor(1, "nvrtc") as pool:
-            prebuilt = pool.submit(gpu.prebuild, shape, small, self.device)
+            ranks = 1 if exchange is None else exchange.num_ranks
+            prebuilt = pool.submit(gpu.prebuild, shape, small, self.device, ranks=ranks)
             gpu.compile_all(shape, decode_rows=large, max_tokens=scheduler.max_num_batched_tokens, device=self.device)
             prebuilt.result()
 

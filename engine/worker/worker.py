@@ -94,7 +94,7 @@ class Worker:
         if self._model is None:
             raise RuntimeError("load() comes before allocate_kv()")
         config, size = self._model_config, self._config.cache.block_size
-        groups = kv_cache_groups(config) if self._rank is None else _groups_of_stage(config, self._rank)
+        groups = kv_cache_groups(config) if self._rank is None else groups_of_stage(config, self._rank)
         shape = (num_blocks * size, 2, self._share.num_kv_heads, config.head_dim)
         slots = range(max(len(group.layers) for group in groups))
         storage = [torch.zeros(shape, dtype=_DTYPES[self.kv_dtype_name]) for _ in slots]
@@ -136,7 +136,7 @@ class Worker:
         return self._runner.execute(plan)
 
 
-def _groups_of_stage(model: ModelConfig, rank: RankSpec) -> tuple[KVCacheGroup, ...]:
+def groups_of_stage(model: ModelConfig, rank: RankSpec) -> tuple[KVCacheGroup, ...]:
     """Give the whole model's groups, each with the layers that this stage has of it: perhaps none.
 
     Block tables are the engine's, made for the groups of the whole model; so a stage must not group its layers anew.

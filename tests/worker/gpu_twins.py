@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engine.comm.group import Group
 from kernels.contract import KernelError as KernelBuildError
 from kernels.cuda.decode import BATCH_SIZES, LARGEST_SCALE, DecodeShape, DecodeState, LayerWeights
 from kernels.cuda.layers import LayerCall, LayerPlan
@@ -28,6 +29,7 @@ __all__ = [
     "LayerPlan",
     "LayerWeights",
 ]
+FUSED_TOKENS = 24  # a step of so many is summed and added in one go; more take the plain sum
 
 
 def expert_width(width: int) -> int:
@@ -163,12 +165,70 @@ def sample(
     return reference_sampling.sample(logits, temperature, seeds, positions, thresholds=thresholds)
 
 
+def sum_slots(deltas: Tensor, slot_weights: Tensor | None = None) -> Tensor:
+    wide = deltas.float() if slot_weights is None else deltas.float() * slot_weights[..., None]
+    return wide.sum(1).bfloat16()
+
+
+class Exchange:
+    """What kernels are handed to sum inside themselves: here the hosts' group, which sums in the order of ranks too."""
+
+    def __init__(self, group: Group, vocab_rows: tuple[int, ...]) -> None:
+        self.num_ranks, self.group, self.vocab_rows = group.size, group, vocab_rows
+
+
+class TwinGroup:
+    """A `DeviceGroup` whose devices are their hosts."""
+
+    def __init__(self, group: Group, vocab_rows: tuple[int, ...], *, has_exchange: bool = True) -> None:
+        self.rank, self.size, self._group = group.rank, group.size, group
+        self.exchange = Exchange(group, vocab_rows) if has_exchange else None
+        self.all_gather = group.all_gather
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        return self._group.all_reduce(x)
+
+    def close(self) -> None:
+        self._group.close()
+
+    def takes_tokens(self, num_tokens: int) -> bool:
+        return self.exchange is not None and num_tokens <= FUSED_TOKENS
+
+    def add_rms_norm(self, deltas: Tensor, *tensors: Any, slot_weights: Tensor | None = None, **outs: Any) -> Tensor:
+        if deltas.dim() == 3:
+            deltas = sum_slots(deltas, slot_weights)
+        return add_rms_norm(self._group.all_reduce(deltas), *tensors, **outs)
+
+
+class TokenExchange:
+    def __init__(self, shape: DecodeShape, most_rows: int, exchange: Exchange, device: object) -> None:
+        self._exchange = exchange
+        self.tokens = torch.zeros(most_rows, dtype=torch.int32)
+
+    def sample_advance(self, state: DecodeState, logits: Tensor) -> None:
+        sample_advance(state, logits, self.tokens, self._exchange)
+
+
+def sample_advance(state: DecodeState, logits: Tensor, tokens: Tensor, exchange: Exchange | None) -> None:
+    if exchange is not None:
+        logits = exchange.group.all_gather(logits, exchange.vocab_rows)
+    rows = slice(0, len(logits))
+    ids, bad = sample(logits, state.temperatures[rows], state.seeds[rows], state.positions[rows])
+    tokens[rows] = torch.where(bad > 0, -1, ids)
+    real = (state.seq_lens[rows] > 0).int()
+    state.input_ids[rows] = ids
+    state.positions[rows] += real
+    state.seq_lens[rows] += real
+
+
 class DecodeKernels:
     """The decode kernels of one batch size."""
 
-    def __init__(self, shape: DecodeShape, rows: int, device: object) -> None:
+    def __init__(self, shape: DecodeShape, rows: int, device: object, *, exchange: Exchange | None = None) -> None:
+        self._exchange = exchange
         self.shape, self.rows = shape, rows
         self.logits = torch.zeros(rows, shape.vocab)
+        self.residual = torch.zeros(rows, shape.hidden)
         self.tokens = torch.zeros(rows, dtype=torch.int32)
         self._ids = torch.zeros(rows, shape.top_k, dtype=torch.int32)
 
@@ -193,11 +253,17 @@ class DecodeKernels:
         return torch.unique(self._ids[self._ids >= 0]).numel() * torch.ones((), dtype=torch.int32)
 
     def embed(self, state: DecodeState, table: Tensor, norm: Tensor) -> None:
-        self._x, self._norm = table[state.input_ids[: self.rows].long()].float(), norm
+        self.residual, self._norm = table[state.input_ids[: self.rows].long()].float(), norm
+
+    def take_over(self, stream: Tensor, norm: Tensor) -> None:
+        self.residual, self._norm = stream.clone(), norm
+
+    def _sum(self, part: Tensor) -> Tensor:
+        return part if self._exchange is None else self._exchange.group.all_reduce(part)
 
     def norm_qkv_rope(self, state: DecodeState, weights: LayerWeights, cache: Tensor, table: Tensor) -> None:
         self._query = decode.norm_qkv_rope(
-            self._x, weights.input_norm, weights.qkv, weights.qkv_bias, self.shape.epsilon, state.rotations,
+            self.residual, weights.input_norm, weights.qkv, weights.qkv_bias, self.shape.epsilon, state.rotations,
             state.positions[: self.rows], state.seq_lens[: self.rows], table, self.shape.block_size, cache,
         )  # fmt: skip
 
@@ -211,35 +277,33 @@ class DecodeKernels:
         )  # fmt: skip
 
     def out_proj_add(self, weights: LayerWeights) -> None:
-        self._x = decode.out_proj_add(self._attended, weights.out, weights.out_bias, self._x)
+        nothing = torch.zeros_like(weights.out_bias)
+        part = decode.out_proj_add(self._attended, weights.out, nothing, torch.zeros_like(self.residual))
+        self.residual = self.residual + self._sum(part) + weights.out_bias.float()
 
     def norm_router_topk(self, state: DecodeState, weights: LayerWeights) -> None:
         self._ids, self._shares = decode.norm_router_topk(
-            self._x, weights.post_norm, weights.router, weights.router_bias, self.shape.epsilon, self.shape.top_k,
+            self.residual, weights.post_norm, weights.router, weights.router_bias, self.shape.epsilon, self.shape.top_k,
             state.seq_lens[: self.rows],
         )  # fmt: skip
         self._post_norm = weights.post_norm
 
     def moe_gate_up(self, weights: LayerWeights) -> None:
         self._act = decode.moe_gate_up(
-            self._x, self._post_norm, self.shape.epsilon, self._ids, weights.gate_up_blocks, weights.gate_up_scales,
-            weights.gate_up_bias, self.shape.swiglu_limit,
+            self.residual, self._post_norm, self.shape.epsilon, self._ids, weights.gate_up_blocks,
+            weights.gate_up_scales, weights.gate_up_bias, self.shape.swiglu_limit,
         )  # fmt: skip
 
     def moe_down_add(self, state: DecodeState, weights: LayerWeights, next_norm: Tensor) -> None:
-        self._x = decode.moe_down_add(
-            self._act, self._ids, self._shares, weights.down_blocks, weights.down_scales, weights.down_bias, self._x
-        )
+        part = decode.moe_down_add(
+            self._act, self._ids, self._shares, weights.down_blocks, weights.down_scales, weights.down_bias,
+            torch.zeros_like(self.residual),
+        )  # fmt: skip
+        self.residual = self.residual + self._sum(part)
         self._norm = next_norm
 
     def norm_logits(self, lm_head: Tensor) -> None:
-        self.logits.copy_(decode.norm_logits(self._x, self._norm, lm_head, self.shape.epsilon))
+        self.logits.copy_(decode.norm_logits(self.residual, self._norm, lm_head, self.shape.epsilon))
 
     def sample_advance(self, state: DecodeState) -> None:
-        rows = slice(0, self.rows)
-        ids, bad = sample(self.logits, state.temperatures[rows], state.seeds[rows], state.positions[rows])
-        self.tokens.copy_(torch.where(bad > 0, -1, ids))
-        real = (state.seq_lens[rows] > 0).int()
-        state.input_ids[rows] = ids
-        state.positions[rows] += real
-        state.seq_lens[rows] += real
+        sample_advance(state, self.logits, self.tokens, self._exchange)
