@@ -18,6 +18,11 @@ def default_device() -> str:
     return "cpu"
 
 
+def count_gpus() -> int:
+    """Count the CUDA devices that this process sees; 0 without CUDA or its driver."""
+    return torch.cuda.device_count() if torch.version.cuda is not None else 0
+
+
 class Event(Protocol):
     """A point in a device's queue."""
 

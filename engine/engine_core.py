@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING
 from engine.config import ConfigError, EngineConfig, ModelConfig, load_model_config, resolve_model_folder
 from engine.core.request import EngineRequest, FinishReason, RequestOutput, SchedulerStats
 from engine.core.scheduler import RequestRejected, Scheduler
+from engine.device import count_gpus
 from engine.executor.base import Executor, ExecutorError
 from engine.executor.choice import open_executor, runs_in_process
 from engine.executor.inline import make_executor, make_worker
 from engine.memory import MemoryFit, kv_cache_groups
-from engine.placement import Device, HostSpec, ParallelSizes, Placement, PlacementError, single_rank
+from engine.placement import Device, HostSpec, ParallelSizes, Placement, PlacementError, RankSpec, single_rank
 from engine.placement import place as place_on_hosts
 
 if TYPE_CHECKING:
@@ -100,6 +101,7 @@ class EngineCore:
             )
         placement = place(config, model)
         if not runs_in_process(config, placement):
+            _check_gpus(placement, placement.engine(config.data_parallel_rank))
             return cls._start_ranks(config, model, placement, max_model_len, report, starter)
         worker = make_worker(config, model, placement.engine(config.data_parallel_rank)[0])
         worker.load(lambda fraction, detail: report("load", "progress", fraction, detail))
@@ -230,6 +232,16 @@ class EngineCore:
         return []
 
 
+def _check_gpus(placement: Placement, ranks: Sequence[RankSpec]) -> None:
+    """Refuse ranks on GPUs that are not here, before any of them starts; other nodes' look for themselves."""
+    here = [rank for rank in ranks if rank.node == ranks[0].node and rank.backend == "cuda"]
+    wanted = max((1 + int(rank.device.partition(":")[2] or 0) for rank in here), default=0)
+    if wanted > (found := count_gpus()):
+        raise ConfigError(
+            "device", f"{placement.sizes} needs cuda:{wanted - 1}, and {found} GPUs are here", "see nvidia-smi"
+        )
+
+
 def _check_fit(config: EngineConfig, memory: MemoryFit, max_model_len: int) -> None:
     if memory.max_full_requests < 1.0 and not config.cache.num_blocks:
         raise OutOfMemoryPlan(
@@ -291,8 +303,10 @@ def place(config: EngineConfig, model: ModelConfig) -> Placement:
                 f"the ranks of engine {config.data_parallel_rank} are on {', '.join(nodes)}, and only this node serves",
                 "start them with: hlaunch up --nnodes",
             )
-    if len(ranks) > 1 and any(rank.backend != "cpu" for rank in ranks):
-        raise ConfigError("placement", f"{placement.sizes}: several ranks serve on CPUs only", "use one GPU per engine")
+    if len(kinds := sorted({rank.backend for rank in ranks})) > 1:
+        raise ConfigError(
+            "placement", f"{placement.sizes}: ranks on {' and '.join(kinds)} do not serve together yet", "use one kind"
+        )
     return placement
 
 

@@ -27,16 +27,20 @@ def fit_ranks(
     max_model_len: int,
 ) -> MemoryFit:
     """Size the pool of an engine, `ranks` of the placement: the blocks that its tightest rank has room for."""
-    # Other engines of the placement take their part of the node as well.
-    on_node = {rank.node: len(placement.on_node(rank.node)) for rank in ranks}
+    # CPU ranks of a node share its memory, those of other engines too; a GPU rank has its device to itself.
+    sharing = {
+        rank.rank: 1 if rank.backend == "cuda" else sum(o.backend != "cuda" for o in placement.on_node(rank.node))
+        for rank in ranks
+    }
     fits = [
         fit_engine(
             config,
             model,
             max_model_len,
-            budget_bytes=report.budget_bytes // on_node[rank.node] + report.weight_bytes,
+            budget_bytes=report.budget_bytes // sharing[rank.rank] + report.weight_bytes,
             weight_bytes=report.weight_bytes,
             kv_dtype=report.kv_dtype,
+            is_gpu=rank.backend == "cuda",
             block_bytes=block_bytes_of_rank(model, rank, config.cache.block_size, report.kv_dtype),
             share=shard(model, rank),
         )

@@ -16,7 +16,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import msgspec
 
@@ -38,6 +38,7 @@ from engine.executor.messages import (
     encode_result,
 )
 from engine.executor.multiproc_wiring import RankSetup
+from engine.executor.rank_answers import Answers, PendingStep
 from engine.placement import Placement, RankSpec
 from engine.process import die_with_parent, dump_stacks_on_signal
 
@@ -73,6 +74,13 @@ class RankWorker(Protocol):
     def execute(self, plan: ExecutionPlan) -> StepResult: ...
 
 
+@runtime_checkable
+class LaunchingWorker(RankWorker, Protocol):
+    """A worker whose device runs ahead: plans are launched, and their results come later, in order."""
+
+    def launch(self, plan: ExecutionPlan) -> PendingStep: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Rank:
     """What a worker is made from."""
@@ -92,12 +100,17 @@ MakeWorker = Callable[[Rank], RankWorker]
 def make_model_worker(rank: Rank) -> RankWorker:
     """Make the worker that serves the rank's share of the model. Loads torch."""
     from engine.config import load_model_config, resolve_model_folder
-    from engine.worker.worker import Worker
 
     folder = resolve_model_folder(rank.config.model)
     if folder is None:
         raise FileNotFoundError(f"{rank.config.model!r} is not on this node")
     model: ModelConfig = load_model_config(folder)
+    if rank.spec.backend == "cuda":
+        from engine.worker.gpu_worker import GpuWorker
+
+        return GpuWorker(rank.config, model, rank.spec, connect(rank))
+    from engine.worker.worker import Worker
+
     return Worker(rank.config, model, rank.spec, connect(rank))
 
 
@@ -237,6 +250,14 @@ class _RankProcess:
         plans = RingReader(setup.plans)
         results = RingWriter(setup.results) if setup.results is not None else None
         decoder = PlanDecoder()
+
+        def answer(result: StepResult, is_last: bool) -> None:
+            if results is not None:
+                results.write(encode_result(result))
+            if is_last:
+                line.rests()
+
+        answers = Answers(answer, self._fail) if isinstance(worker, LaunchingWorker) else None
         while True:
             got = plans.read()
             if got is None:
@@ -246,14 +267,21 @@ class _RankProcess:
                 plan, sampled = decoder.decode(body)
                 line.begins(plan.step_id)
                 worker.append_tokens(sampled)
-                result = worker.execute(plan)
-                if results is not None:
-                    results.write(encode_result(result))
-                line.rests()
+                if answers is not None and isinstance(worker, LaunchingWorker):
+                    answers.give(worker.launch(plan))
+                else:
+                    answer(worker.execute(plan), True)
             elif kind == Kind.STOP:
                 return
             else:
                 self._call(Kind(kind), body, worker)
+
+    def _fail(self, error: Exception) -> None:
+        """End the process from the thread that met the error: the main one may be waiting for a plan."""
+        if not isinstance(error, RingClosed):
+            traceback.print_exception(error)
+            self._control.send(_fault(self._setup.rank, self.phase, error))
+        os._exit(EXIT_FAILED)
 
     def _call(self, kind: Kind, body: bytes, worker: RankWorker) -> None:
         argument: Any = msgspec.msgpack.decode(body)

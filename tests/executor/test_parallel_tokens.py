@@ -164,7 +164,7 @@ def test_the_offline_face_takes_the_sizes() -> None:
         (replace(BASE, pipeline_parallel_size=7), "pp 7: the model has 6 layers"),
         (replace(BASE, placement="{}"), "not a placement"),
         (replace(BASE, data_parallel_rank=1), "the placement has 1 engines"),
-        (replace(BASE, tensor_parallel_size=2, device="cuda:0"), "several ranks serve on CPUs only"),
+        (replace(BASE, tensor_parallel_size=2, device="cuda:0"), r"needs cuda:1, and \d GPUs are here"),
     ],
 )
 def test_what_cannot_be_placed_is_refused_before_anything_starts(config: EngineConfig, message: str) -> None:
