@@ -25,6 +25,8 @@ from engine.process import threads_per_rank
 if TYPE_CHECKING:
     from engine.node_desk import NodeDesk
 
+RESTART_PHASE = "restart"
+"""What the status pipe is told while an engine that served is started again."""
 RESTART_WINDOW_SECONDS = 600.0
 FIRST_BACKOFF_SECONDS = 1.0
 LAST_BACKOFF_SECONDS = 60.0
@@ -73,6 +75,7 @@ class DataParallelEngine:
         self._is_lost = [False] * count
         self._has_been_ready = False
         self._is_ending = False
+        self._restarting: set[int] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._desk = open_desk(config)
         self.engines = [self._spawn(rank) for rank in range(count)]
@@ -200,7 +203,10 @@ class DataParallelEngine:
                 self._on_fatal(named)
             return
         backoff = min(LAST_BACKOFF_SECONDS, FIRST_BACKOFF_SECONDS * 2 ** len(restarts))
-        print(f"{named.message}; it is started again in {backoff:g} s", file=sys.stderr, flush=True)
+        said = f"{named.message}; it is started again in {backoff:g} s"
+        print(said, file=sys.stderr, flush=True)
+        self._restarting.add(rank)
+        self._on_phase(ipc.PhaseMessage(RESTART_PHASE, "begin", None, said))
         restarts.append(now)
         self._watch(self._restart(rank, backoff))
 
@@ -212,10 +218,18 @@ class DataParallelEngine:
         try:
             self.engines[rank] = engine = self._spawn(rank)
             engine.start()
+            self._watch(self._tell_when_ready(rank, engine))
         except Exception as error:  # noqa: BLE001 - no process, no memory, no folder: one more failed start
             self._on_engine_fatal(
                 rank, ipc.FatalMessage("spawn", type(error).__name__, f"it cannot be started again: {error}", "", 1)
             )
+
+    async def _tell_when_ready(self, rank: int, engine: AsyncEngine) -> None:
+        """End the phase once the last engine that was lost serves again."""
+        await engine.ready.wait()
+        self._restarting.discard(rank)
+        if not self._restarting:
+            self._on_phase(ipc.PhaseMessage(RESTART_PHASE, "end", None, "serves again"))
 
     def _watch(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.ensure_future(work)

@@ -35,6 +35,8 @@ from launcher.supervise.procfs import ProcessIdentity
 
 KEEPER_FILE = "keeper.json"
 ENGINE_FILE = "engine.json"
+MODEL_FOLDER_VARIABLE = "HLAUNCH_MODEL_FOLDER"
+"""Read by the host of this node's ranks (`engine.executor.ray_actor`)."""
 _STOP_GRACE_SECONDS = 15.0
 
 
@@ -91,7 +93,8 @@ def serve(spec: NodeSpec, role: str) -> int:
         raise PreflightError(f"this plan is for the {spec.role} {spec.node}, not for a {role}", hint="wrong folder?")
     make_private_folder(Path(spec.run_folder))
     config = _engine_config(spec)
-    supervisor = NodeSupervisor(spec, dict(os.environ), config, lambda line: print(line, flush=True))
+    environ = {**os.environ, **_rank_environment(spec)}
+    supervisor = NodeSupervisor(spec, environ, config, lambda line: print(line, flush=True))
     code = supervisor.run()
     report = supervisor.report
     if report.cause:
@@ -99,6 +102,17 @@ def serve(spec: NodeSpec, role: str) -> int:
             print(f"hint: {report.hint}", flush=True)
         print(f"error: {spec.role} {spec.node}: {report.cause}", flush=True)
     return code
+
+
+def _rank_environment(spec: NodeSpec) -> dict[str, str]:
+    """Tell ranks that the head starts on this node where the model lies here; its path on the head may be another."""
+    if spec.is_head or not spec.num_ranks:
+        return {}
+    environ = {**os.environ, **({"HLAUNCH_MODEL_DIR": spec.model_root} if spec.model_root else {})}
+    files = find_model_files(spec.model, spec.revision, environ, Path("/"))
+    if (missing := files.missing(needs_weights=False)) is not None:
+        raise missing
+    return {MODEL_FOLDER_VARIABLE: str(files.folder)}
 
 
 def _engine_config(spec: NodeSpec) -> Path | None:

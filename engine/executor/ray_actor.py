@@ -16,6 +16,9 @@ import msgspec
 
 from engine.executor.ray_environment import node_host_environment
 
+MODEL_FOLDER_VARIABLE = "HLAUNCH_MODEL_FOLDER"
+"""Where the model lies on this node, if its supervisor said so; else where it lies on the head."""
+
 
 class HostOrder(msgspec.Struct, frozen=True):
     """What an actor is told to run. `secret` proves itself to the head's door; `carried` is the driver's environment
@@ -50,14 +53,15 @@ class NodeHostActor:
         from engine.executor.node_host import HostTask, run_node_host
 
         told = msgspec.msgpack.decode(order, type=HostOrder)
-        become_node_host(told.carried)
         address = own_actor_facts().address
+        become_node_host(told.carried)
         task = HostTask(
             host=told.host,
             port=told.port,
             secret=told.secret,
             node=told.node,
             order_id=told.order_id,
+            model=os.environ.get(MODEL_FOLDER_VARIABLE, ""),
             address=address,
         )
         return int(run_node_host(task))

@@ -85,6 +85,7 @@ class NodeSupervisor:
         self._seen: dict[str, frozenset[str]] = {}
         self._lost_since: float | None = None
         self._is_restarting = False
+        self._ghosts: frozenset[str] = frozenset()
         self._stage = self._await_head if spec.ray is not None and not spec.is_head else self._start_ray
         self._deadline = time.monotonic() + spec.join_timeout_seconds
 
@@ -173,6 +174,8 @@ class NodeSupervisor:
             self._start_engine()
             return
         self.report.begin("ray", "starting")
+        # A node that was killed stands in the list for a while; its ghost must not be taken for what starts now.
+        self._ghosts = self._last_view.ids(spec.ip)
         self._ray = EngineProcess.start(ray_argv(spec), self._environ, self._working_folder, what="Ray")
         self.report.processes["ray"] = self._ray.identity
         self._selector.register(self._ray.output_fd, selectors.EVENT_READ)
@@ -182,7 +185,7 @@ class NodeSupervisor:
 
     def _await_ray(self) -> None:
         spec = self._spec
-        if self._last_view.is_alive(spec.ip):
+        if self._last_view.ids(spec.ip) - self._ghosts:
             self.report.end("ray", f"{spec.ip} joined")
             if spec.is_head:
                 self.report.begin("nodes")

@@ -69,29 +69,15 @@ def run_on(core: EngineCore) -> None:
         core.step()
 
 
-@pytest.mark.parametrize(
-    "sizes", [ParallelSizes(tensor=2), ParallelSizes(pipeline=2)], ids=["tp2", "pp2"]
-)  # fmt: skip
-def test_ranks_on_two_nodes_say_what_one_rank_says(
-    ray_environ: RayPair, alone: dict[str, list[int]], sizes: ParallelSizes
+def test_a_lost_node_is_named_and_another_split_serves_the_same_tokens(
+    ray_environ: RayPair, alone: dict[str, list[int]]
 ) -> None:
-    core = EngineCore.start(on_ray(ray_environ, sizes))
+    core = EngineCore.start(on_ray(ray_environ, ParallelSizes(tensor=2)))
     try:
         assert isinstance(core.executor, MultiNodeExecutor)
         assert len(core.executor.pids) == 1, "one rank on this node, the other on node two"
         assert len(ranks_of(ray_environ, "two")) == 1
         assert run(core, requests()) == alone
-    finally:
-        core.stop()
-    wait_for(lambda: not ranks_of(ray_environ, "two"), 5)
-
-
-def test_a_killed_actor_is_named_at_once_and_a_new_engine_serves(
-    ray_environ: RayPair, alone: dict[str, list[int]]
-) -> None:
-    config = on_ray(ray_environ, ParallelSizes(tensor=2))
-    core = EngineCore.start(config)
-    try:
         for item in requests(200):
             core.add(item)
         for _ in range(5):
@@ -103,15 +89,15 @@ def test_a_killed_actor_is_named_at_once_and_a_new_engine_serves(
         assert time.monotonic() - killed_at < 5
         assert caught.value.node == "two"
         assert "node two (rank 1, cpu:0) is lost: " in str(caught.value)
-        print(caught.value)
     finally:
         core.stop()
     wait_for(lambda: not ranks_of(ray_environ, "two"), 5)
-    again = EngineCore.start(config)
+    again = EngineCore.start(on_ray(ray_environ, ParallelSizes(pipeline=2)))
     try:
         assert run(again, requests()) == alone
     finally:
         again.stop()
+    wait_for(lambda: not ranks_of(ray_environ, "two"), 5)
 
 
 def test_what_the_cluster_lacks_is_the_error_of_the_start(ray_environ: RayPair) -> None:
