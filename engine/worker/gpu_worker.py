@@ -154,6 +154,8 @@ class GpuWorker:
         scheduler, decode = self._config.scheduler, self.runner.decode
         with self._memory("activations"), _kernels(), torch.cuda.device(self.device):
             self._build.result()
+            if self._links.group is not None:
+                self._links.group.all_reduce(torch.zeros(1))  # nobody waits on a device for another's compilers
             for graph_rows in decode.sizes:
                 decode.prepare(graph_rows, has_filters=False)
             room = (self._num_blocks - 1) // self._num_groups * self._config.cache.block_size

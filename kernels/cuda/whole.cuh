@@ -122,7 +122,9 @@ static_assert(sizeof(Shared) <= SHARED_LIMIT, "too large for a multiprocessor");
 // Counters: of each layer and stage, spread over SPREAD lines so that arrivals do not queue. Zero before and after.
 enum Stage { QKV, ATTENDED, OUT, ROUTED, ACTIVATED, DOWN, NUM_STAGES };
 constexpr int SPREAD = 4, LINE = 32;
-constexpr int MOST_SPINS = 1 << 24;  // some seconds: a block that never comes is a bug, not a reason to hang the GPU
+// Some seconds: a block that never comes is a bug, not a reason to hang the GPU. Of several ranks one may be held up by its
+// host, and with it the blocks of all others.
+constexpr int MOST_SPINS = RANKS > 1 ? 1 << 30 : 1 << 24;
 DEVICE int* counter(int* counters, int layer, int stage, int part) {
   return counters + ((layer * NUM_STAGES + stage) * SPREAD + part) * LINE;
 }

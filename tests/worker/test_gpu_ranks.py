@@ -6,6 +6,7 @@ ranks have. What only GPUs can show is in tests/gpu/test_multi_gpu.py.
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -23,8 +24,11 @@ from engine.config import CacheConfig, SchedulerConfig, load_model_config
 from engine.config import resolve_model_folder as find_model
 from engine.core.plan import ExecutionPlan, StepResult
 from engine.core.sampling_params import SamplingParams
-from engine.engine_core import EngineCore
+from engine.engine_core import EngineCore, open_model
+from engine.engine_core import place as place_engine
 from engine.executor.base import ExecutorError
+from engine.executor.multinode import MultiNodeExecutor
+from engine.executor.multiproc_fit import fit_ranks
 from engine.memory import fit
 from engine.models.checkpoint import Checkpoint
 from engine.placement import Device, HostSpec, ParallelSizes, Placement, RankSpec, place
@@ -209,3 +213,29 @@ def test_a_starved_pipeline_of_gpus_preempts_and_says_the_same() -> None:
     core = ranks_core(SPLITS["pp2"], OVERLAPPED, num_blocks=40)
     assert answers(core, requests) == wanted
     assert core.stats().num_preemptions > 0
+
+
+def test_ranks_in_processes_answer_from_a_thread() -> None:
+    """The executor, its processes and wires are those of real GPU ranks: two stages of two."""
+    sizes = SPLITS["tp2 pp2"]
+    config = replace(
+        TINY, tensor_parallel_size=sizes.tensor, pipeline_parallel_size=sizes.pipeline, cpu_threads=1,
+        scheduler=OVERLAPPED, cache=CacheConfig(num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE),
+    )  # fmt: skip
+    model = open_model(config)[1]
+    command = (sys.executable, "-m", "tests.worker.gpu_twin_rank")
+    placement = place_engine(config, model)
+    executor = MultiNodeExecutor(config, placement, command=command)
+    try:
+        loaded = executor.wait_loaded()
+        memory = fit_ranks(config, model, placement, executor.ranks, loaded, 256)
+        executor.allocate_kv(memory.num_blocks)
+        executor.warm_up()
+        facts: Any = None
+        core = EngineCore(config, model, executor, memory, 256, facts, sizes.pipeline)
+        requests = requests_of(MIXED)
+        got = run(core, requests)
+    finally:
+        executor.stop()
+    wanted = run(gpu_core(OVERLAPPED), requests)
+    assert num_equal(got, wanted) >= len(wanted) - 2
