@@ -35,6 +35,11 @@ def register(app: typer.Typer) -> None:
         env_files: Annotated[
             list[Path] | None, typer.Option("--env-file", metavar="PATH", help="A .env file to check; may repeat.")
         ] = None,
+        settings: Annotated[
+            list[str] | None,
+            typer.Option("--set", metavar="NAME=VALUE", help="Write a variable into the registry; may repeat."),
+        ] = None,
+        is_dry: Annotated[bool, typer.Option("--dry-run", help="With --set: print the difference.")] = False,
         as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     ) -> None:
         """Show the fabric's variables of each node, where each comes from, and what is wrong with them."""
@@ -42,7 +47,11 @@ def register(app: typer.Typer) -> None:
 
         invocation = invocation_of(ctx)
         target = find_target(invocation, model, cluster, node)
-        if explain is not None:
+        if settings:
+            from launcher.commands.env_set import set_variables
+
+            set_variables(invocation, target, node, settings, is_dry=is_dry, as_json=as_json)
+        elif explain is not None:
             _explain(invocation.console, target, invocation.environ, explain, as_json)
         elif do_lint or env_files:
             _lint(invocation.console, target, invocation.environ, env_files or [], as_json)

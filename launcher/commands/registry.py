@@ -42,9 +42,9 @@ def register(app: typer.Typer) -> None:
 
         invocation = invocation_of(ctx)
         pairs = [("model", model), *map(_pair, settings or [])]
-        path, source, text = _own_file(invocation)
+        path, source, text = own_file(invocation)
         edit = begin_registry(source, name, pairs) if text is None else add_entry(text, source, name, pairs)
-        _finish(invocation, path, source, text, [edit], "added", is_dry=is_dry, as_json=as_json)
+        finish(invocation, path, source, text, [edit], "added", is_dry=is_dry, as_json=as_json)
 
     @app.command("set")
     def set_(
@@ -58,7 +58,7 @@ def register(app: typer.Typer) -> None:
         from launcher.registry.editing import set_value
 
         invocation = invocation_of(ctx)
-        path, source, text = _own_file(invocation)
+        path, source, text = own_file(invocation)
         if text is None:
             raise UsageError("there is no registry of your own here", hint="run: hlaunch registry add NAME --model …")
         edits: list[Edit] = []
@@ -67,7 +67,7 @@ def register(app: typer.Typer) -> None:
             # By its own name from the second on: the first may have changed the alias.
             edits.append(set_value(current, source, edits[-1].entry if edits else name, key, value))
             current = edits[-1].text
-        _finish(invocation, path, source, text, edits, "set", is_dry=is_dry, as_json=as_json)
+        finish(invocation, path, source, text, edits, "set", is_dry=is_dry, as_json=as_json)
 
 
 def _pair(text: str) -> tuple[str, str]:
@@ -77,8 +77,8 @@ def _pair(text: str) -> tuple[str, str]:
     return key.strip(), value
 
 
-def _own_file(invocation: Invocation) -> tuple[Path, str, str | None]:
-    """The registry to write, its name for messages, and its text; None where a new one is to be begun.
+def own_file(invocation: Invocation) -> tuple[Path, str, str | None]:
+    """Find the registry to write, its name for messages, and its text; None where a new one is to be begun.
 
     The copy that is installed with hlaunch belongs to nobody: it is read by everyone and replaced by updates.
     """
@@ -98,7 +98,7 @@ def _own_file(invocation: Invocation) -> tuple[Path, str, str | None]:
         raise RegistryInvalid(f"{source} has 1 error", issues=[error.issue]) from error
 
 
-def _finish(
+def finish(
     invocation: Invocation,
     path: Path,
     source: str,
@@ -109,6 +109,7 @@ def _finish(
     is_dry: bool,
     as_json: bool,
 ) -> None:
+    """Write the last of several edits unless it is a rehearsal, and say what was changed."""
     from launcher.registry.editing import write_registry
 
     after = edits[-1].text

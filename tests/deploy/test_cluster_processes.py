@@ -109,10 +109,13 @@ def test_up_ps_status_logs_kill_down(cluster: Cluster) -> None:
     assert "one | node: ready" in logs
     assert "two | keeper: ended with 1; restart 1 of 3" in logs
 
+    record = json.loads(next((cluster.folder / ".local/state/hlaunch").glob("**/cluster.json")).read_text())
+    folders = [Path(f"{node['run_folder']}{end}") for node in record["nodes"] for end in ("", "-ray")]
+    assert all(folder.is_dir() for folder in folders)
     down = cluster.cli("down", "tiny-oss")
     assert (down.returncode, down.stdout) == (0, "tiny-oss: stopped on 2 nodes, nothing is left\n"), down.stderr
     assert cluster.nodes.pids() == []
-    assert not list(Path("/tmp").glob("hl-*-ray"))
+    assert not [folder for folder in folders if folder.exists()]
     assert not list((cluster.folder / ".local/state/hlaunch/nodes").glob("*"))
     assert cluster.cli("ps").stdout == ""
     assert KEY not in cluster.said

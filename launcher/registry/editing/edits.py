@@ -227,6 +227,9 @@ def _after_line(text: str, leaf: Span, lines: list[str]) -> tuple[int, str]:
 
 def _indent(text: str, start: int) -> str:
     line = text[text.rfind("\n", 0, start) + 1 : start]
+    if set(line.strip()) <= {"-", " "}:
+        # An item of a sequence: its other keys stand below the first, without the dash.
+        return line.replace("-", " ")
     if line.strip():
         raise EditRefused("the first key does not begin its line", hint="edit the file by hand")
     return line
