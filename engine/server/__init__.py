@@ -1,4 +1,4 @@
-"""The HTTP server: OpenAI's API over an engine. It never imports torch.
+"""The HTTP server: OpenAI's and Anthropic's APIs over an engine. It never imports torch.
 
 | module | holds |
 |---|---|
@@ -9,7 +9,9 @@
 | `schemas`, `parsing` | the bodies as structs; JSON → struct with errors that name the path |
 | `generation` | one HTTP request's sequences in the engine, as one stream of events |
 | `conversation`, `tools`, `reply` | what the chat dialects share: body → prompt and plan, tools, outputs → pieces |
-| `chat`, `completions`, `tokens`, `info` | the dialects and the small routes; `routes` is the table |
+| `turns` | history in blocks or items → messages, for the two dialects that cut it so |
+| `chat`, `completions`, `messages`, `responses` | the dialects |
+| `tokens`, `info`, `routes` | the small routes; the table of all |
 
 Names are loaded when first used, so that the process entry stays cheap.
 """

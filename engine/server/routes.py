@@ -5,6 +5,7 @@ from __future__ import annotations
 from engine.server import chat, completions, info, tokens
 from engine.server.app import Handler
 from engine.server.messages import answer as messages
+from engine.server.responses import answer as responses
 
 
 def _read(handler: Handler) -> dict[str, Handler]:
@@ -23,6 +24,8 @@ ROUTES: dict[str, dict[str, Handler]] = {
     "/v1/chat/completions": {"POST": chat.create_chat_completion},
     "/v1/messages": {"POST": messages.create_message},
     "/v1/messages/count_tokens": {"POST": messages.count_message_tokens},
+    "/v1/responses": {"POST": responses.create_response},
+    "/v1/responses/input_tokens": {"POST": responses.count_response_tokens},
     "/tokenize": {"POST": tokens.tokenize},
     "/detokenize": {"POST": tokens.detokenize},
 }

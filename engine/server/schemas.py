@@ -164,6 +164,64 @@ class MessagesBody(CountTokensBody, kw_only=True):
     stop_sequences: list[str] | None = None
 
 
+class ReasoningConfig(Struct):
+    effort: str | None = None
+
+
+class TextConfig(Struct):
+    format: dict[str, Any] | None = None
+    verbosity: str | None = None
+
+
+class InputTokensBody(SamplingBody, kw_only=True):
+    """POST /v1/responses/input_tokens, which takes what the responses route takes."""
+
+    input: str | list[dict[str, Any]]
+    instructions: str | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning: ReasoningConfig | None = None
+    text: TextConfig | None = None
+    truncation: str | None = None
+
+    UNSUPPORTED: ClassVar[dict[str, str]] = {
+        **SamplingBody.UNSUPPORTED,
+        "previous_response_id": "Responses are not stored: send the whole conversation as input.",
+        "conversation": "Conversations are not stored: send the whole conversation as input.",
+        "prompt": "Prompts are not stored: send instructions and input.",
+    }
+    IGNORED: ClassVar[frozenset[str]] = frozenset(
+        {
+            "access_programs",
+            "client_metadata",
+            "context_management",
+            "image",
+            "max_tool_calls",
+            "moderation",
+            "personality",
+            "prompt_cache_options",
+            "prompt_cache_retention",
+            "service_tier",
+            "store",
+            "stream_options",
+        }
+    )
+
+
+class ResponsesBody(InputTokensBody, kw_only=True):
+    """POST /v1/responses."""
+
+    max_output_tokens: int | None = None
+    stop: str | list[str] | None = None
+    top_logprobs: int | None = None
+    include: list[str] | None = None
+    background: bool | None = None
+    metadata: dict[str, str] | None = None
+    user: str | None = None
+    safety_identifier: str | None = None
+
+
 class TokenizeBody(Struct, kw_only=True):
     """POST /tokenize: either a prompt or messages."""
 

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 MAX_TOOLS = 128
 # Claude Code's own tools are 60 KiB; one server of the Model Context Protocol comes on top.
 MAX_TOOLS_BYTES = 256 * 1024
+# JSON levels; a schema takes two of them for each of its own.
+MAX_TOOLS_DEPTH = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +38,27 @@ class Tools:
 
 
 def check_size(raw: Sequence[Any]) -> None:
-    """Raise ApiError 400 for more tools than a prompt should hold."""
+    """Raise ApiError 400 for more tools than a prompt should hold, or nested deeper than any reader follows."""
     if len(raw) > MAX_TOOLS:
         raise errors.invalid_value("tools", f"tools: at most {MAX_TOOLS}.")
+    if _is_deeper(raw, MAX_TOOLS_DEPTH):
+        raise errors.invalid_value("tools", f"tools: nested deeper than {MAX_TOOLS_DEPTH} levels.")
     if raw and len(orjson.dumps(raw)) > MAX_TOOLS_BYTES:
         raise errors.invalid_value("tools", f"tools: at most {MAX_TOOLS_BYTES} bytes of JSON.")
+
+
+def _is_deeper(value: object, limit: int) -> bool:
+    level = [value]
+    for _ in range(limit):
+        level = [
+            child
+            for item in level
+            if isinstance(item, list | dict)
+            for child in (item.values() if isinstance(item, dict) else item)
+        ]
+        if not level:
+            return False
+    return True
 
 
 def read_functions(raw: Sequence[dict[str, Any]], exchange: Exchange) -> tuple[ToolDefinition, ...]:
@@ -111,7 +129,10 @@ def choose(
 
 
 def choose_openai(tools: tuple[ToolDefinition, ...], choice: str | dict[str, Any] | None) -> Tools:
-    """Apply OpenAI's `tool_choice`, in the nested shape of chat or the flat one of responses."""
+    """Apply OpenAI's `tool_choice`, in the nested shape of chat or the flat one of responses.
+
+    Raises: ApiError 400 as `choose`.
+    """
     if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
         tools, choice = _allowed(tools, choice)
     if choice is None or isinstance(choice, str):

@@ -1,4 +1,4 @@
-"""The unmodified `anthropic` client against the real tiny-oss server."""
+"""The unmodified `anthropic` and `openai` clients, messages and responses, against the real tiny-oss server."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from collections.abc import Callable
 import pytest
 from e2e_support import Running
 from messages_scenarios import SCENARIOS as MESSAGES
+from responses_scenarios import SCENARIOS as RESPONSES
 from scenarios import Target
 
 
-@pytest.mark.parametrize("scenario", MESSAGES, ids=lambda scenario: scenario.__name__)
-def test_anthropic_client(scenario: Callable[[Target], None], running: Running) -> None:
+@pytest.mark.parametrize("scenario", [*MESSAGES, *RESPONSES], ids=lambda scenario: scenario.__name__)
+def test_client(scenario: Callable[[Target], None], running: Running) -> None:
     scenario(Target(running.url, "tiny-oss"))

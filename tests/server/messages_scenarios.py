@@ -15,7 +15,7 @@ import anthropic
 import httpx
 from anthropic.types import Message
 from messages_stream import message_of
-from scenarios import Target, run_all
+from scenarios import Target, expect, run_all
 
 STOP_REASONS = {"end_turn", "max_tokens", "stop_sequence", "tool_use", "model_context_window_exceeded"}
 WEATHER: Any = {
@@ -130,7 +130,7 @@ def tool_choices(target: Target) -> None:
             if target.scripted or answer.stop_reason == "tool_use":
                 assert [block.type for block in answer.content] == ["tool_use"]
         for choice, tools in (({"type": "any"}, [WEATHER, ADD]), ({"type": "tool", "name": "no"}, [WEATHER])):
-            assert "tool_choice" in _message(_expect(anthropic.BadRequestError, lambda: ask(choice, tools)))  # noqa: B023
+            assert "tool_choice" in _message(expect(anthropic.BadRequestError, lambda: ask(choice, tools)))  # noqa: B023
 
 
 def stop_sequences(target: Target) -> None:
@@ -166,7 +166,7 @@ def limits_have_their_own_reasons(target: Target) -> None:
         used = client.messages.count_tokens(model=target.model, messages=HELLO).input_tokens
         filler = "to be or not to be " * ((card.max_input_tokens - used) // 6)
         full: Any = [{"role": "user", "content": filler}]
-        error = _expect(
+        error = expect(
             anthropic.BadRequestError,
             lambda: client.messages.create(
                 model=target.model, max_tokens=5, messages=[{"role": "user", "content": filler * 3}]
@@ -296,7 +296,7 @@ def errors_have_anthropics_shape(target: Target) -> None:
             ),
         ]
         for call, kind, type_, words in cases:
-            error = _expect(kind, call)
+            error = expect(kind, call)
             assert isinstance(error.body, dict)
             assert set(error.body) == {"type", "error", "request_id"}
             assert (error.body["type"], error.body["error"]["type"]) == ("error", type_)
@@ -371,14 +371,6 @@ def _text(message: Message) -> str:
 def _message(error: anthropic.APIStatusError) -> str:
     assert isinstance(error.body, dict)
     return str(error.body["error"]["message"])
-
-
-def _expect(kind: type[anthropic.APIStatusError], call: Callable[[], object]) -> anthropic.APIStatusError:
-    try:
-        call()
-    except kind as error:
-        return error
-    raise AssertionError(f"no {kind.__name__}")
 
 
 def _check(answer: Message, target: Target) -> None:

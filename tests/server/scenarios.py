@@ -14,11 +14,13 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 import openai
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
+
+E = TypeVar("E", bound=Exception)
 
 REASONS = {"stop", "length", "tool_calls", "content_filter"}
 WEATHER: Any = {
@@ -65,7 +67,7 @@ def unknown_model_is_not_found(target: Target) -> None:
             lambda: client.chat.completions.create(model="no-such-model", messages=HELLO),
             lambda: client.completions.create(model="no-such-model", prompt="x"),
         ):
-            error = _expect(openai.NotFoundError, call)
+            error = expect(openai.NotFoundError, call)
             assert error.code == "model_not_found"
 
 
@@ -350,10 +352,10 @@ def tools_choice(target: Target) -> None:
                 assert forced.choices[0].finish_reason == "tool_calls"
         single = ask(tools=[WEATHER], parallel_tool_calls=False)
         assert len(single.choices[0].message.tool_calls or []) <= 1
-        error = _expect(openai.BadRequestError, lambda: ask(tools=[WEATHER, other], tool_choice="required"))
+        error = expect(openai.BadRequestError, lambda: ask(tools=[WEATHER, other], tool_choice="required"))
         assert error.code == "unsupported_parameter"
         assert error.param == "tool_choice"
-        error = _expect(
+        error = expect(
             openai.BadRequestError,
             lambda: ask(tools=[WEATHER], tool_choice={"type": "function", "function": {"name": "nope"}}),
         )
@@ -447,7 +449,7 @@ def errors_have_the_sdk_shape(target: Target) -> None:
             (chat(max_completion_tokens=10**9), "context_length_exceeded", "messages"),
         ]
         for call, code, param in cases:
-            error = _expect(openai.BadRequestError, call)
+            error = expect(openai.BadRequestError, call)
             assert (error.code, error.param) == (code, param), error.message
             assert error.type == "invalid_request_error"
             assert error.request_id
@@ -460,7 +462,7 @@ def context_limit_is_exact(target: Target) -> None:
         fits = client.completions.create(model=target.model, prompt=[5] * (limit - room), max_tokens=room)
         assert fits.usage is not None
         assert fits.usage.prompt_tokens == limit - room
-        error = _expect(
+        error = expect(
             openai.BadRequestError,
             lambda: client.completions.create(model=target.model, prompt=[5] * (limit - room), max_tokens=room + 1),
         )
@@ -555,7 +557,8 @@ SCENARIOS: list[Callable[[Target], None]] = [
 ]
 
 
-def _expect(kind: type[openai.APIStatusError], call: Callable[[], object]) -> openai.APIStatusError:
+def expect(kind: type[E], call: Callable[[], object]) -> E:
+    """Return the error that a call must raise."""
     try:
         call()
     except kind as error:
