@@ -139,7 +139,7 @@ def check_fused(peer: Peer) -> None:
         for _ in range(3):
             got = residual.clone()
             out = group.add_rms_norm(own, bias, got, norm, 1e-5, slot_weights=weights, expert_out=expert_out)
-            assert float((got - stream).abs().max()) < 2e-2
+            assert float((got - stream).norm() / stream.norm()) < 2e-3
             assert float((out.float() - normed.float()).norm() / normed.float().norm()) < 5e-3
             assert same_on_all(peer, got)
             assert same_on_all(peer, out)
