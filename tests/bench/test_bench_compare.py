@@ -171,6 +171,21 @@ def test_ratios_are_of_medians_against_the_better_backend() -> None:
     assert "| n = 8 | 2,000 | 1,600 | marlin | **1.25** | 70 | - | 1 |" in rows.table([decode, ready])
 
 
+def test_a_side_that_stalls_is_held_to_its_fastest_times() -> None:
+    def timed(first: float, full: float) -> dict[str, Any]:
+        return run_event(8, 8 * 256 / (full - first)) | {"first_seconds": first, "full_seconds": full}
+
+    sides = {
+        "hlaunch": [timed(0.10, 1.12), timed(0.11, 1.13), timed(0.10, 1.14)],
+        "vllm-triton": [timed(0.67, 1.52), timed(0.11, 1.53), timed(1.25, 2.07)],
+    }
+    (row,) = rows.make_rows(sides, {})
+    assert row["stalled"] == ["vllm-triton"]
+    assert row["hlaunch"] == pytest.approx(2048 / 1.02)
+    assert row["vllm"] == pytest.approx(2048 / (1.52 - 0.11))
+    assert "| n = 8 | 2,008 | 1,452* | triton |" in rows.table([row])
+
+
 @pytest.mark.parametrize("args", [("--sides", "sglang"), ("--points", "many")])
 def test_bad_options_are_refused(tmp_path: Path, args: tuple[str, ...]) -> None:
     done = compare(tmp_path / "r.json", *args)
