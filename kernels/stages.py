@@ -62,15 +62,16 @@ _DEVICE_NAMES = (
     (("_rope_kernel",), "rope_kv_write"),
     (("_slots_kernel",), "decode_slots"),
     (("_router_kernel",), "router_topk"),
-    (("_index_kernel",), "expert_index"),
+    (("_index_kernel", "_sort_kernel"), "expert_index"),
     (("_partial_kernel", "_final_kernel", "_adjust_kernel"), "sample"),
     (("_threshold_kernel",), "sampling_thresholds"),
-    (("Memcpy", "Memset"), "copies"),
+    (("Memcpy", "Memset", "memcpy"), "copies"),
+    (("at::native", "cub::"), "torch"),
 )
 
 
 def stage_of(device_name: str) -> str:
-    """Name the stage that a kernel of a decode step computes, from its name on the device; torch's own keep theirs."""
+    """Name the stage that a kernel of a decode step computes, from its name on the device; ours keep theirs."""
     for parts, stage in _DEVICE_NAMES:
         if any(part in device_name for part in parts):
             return stage
