@@ -143,6 +143,8 @@ class EngineCore:
         """Do the same with ranks in processes of their own."""
         from engine.executor.multiproc_fit import LoadProgress, fit_ranks
 
+        if config.has_other_nodes:
+            report("nodes", "begin", None, "")
         executor = open_executor(
             config,
             placement,
@@ -150,6 +152,8 @@ class EngineCore:
             on_nodes=lambda line: report("nodes", "progress", None, line),
             starter=starter,
         )
+        if config.has_other_nodes:
+            report("nodes", "end", None, "")
         try:
             loaded = executor.wait_loaded()
             weight_bytes = sum(rank.weight_bytes for rank in loaded)

@@ -43,7 +43,7 @@ def dump_stacks_on_signal() -> None:
 
 
 class StatusPipe:
-    """One JSON object per line to whoever started us: phases, `ready`, or the one `fatal` that explains an exit.
+    """One JSON object per line to whoever started us: phases, `ready`, `leaving`, or the `fatal` that explains an exit.
 
     A reader that is gone is not an error: the process then runs on unobserved (or dies with its parent).
     """
@@ -65,6 +65,10 @@ class StatusPipe:
 
     def ready(self, url: str, model: str, facts: dict[str, Any]) -> None:
         self._write({"kind": "ready", "url": url, "model": model, "facts": facts, "at": time.monotonic()})
+
+    def leaving(self) -> None:
+        """Say that the end that comes is no failure, though nobody here asked for it."""
+        self._write({"kind": "leaving"})
 
     def fatal(self, phase: str, error_type: str, message: str, hint: str, exit_code: int) -> None:
         self._write(

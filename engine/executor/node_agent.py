@@ -157,7 +157,7 @@ class NodeAgent:
             raise
         self._engines, self._model = welcome.engines, welcome.model
         what = f"engine{'s' * (len(self._engines) != 1)} {', '.join(map(str, self._engines))}"
-        self._enter("wait", f"joined from {link.address}; for {what} of {self._model}")
+        self._enter("wait", f"for {what} of {self._model}", ended=f"from {link.address}, head {link.peer}")
         return link
 
     @property
@@ -188,6 +188,7 @@ class NodeAgent:
                 self._cancel(decode(body, Order))
             elif kind == NodeKind.GOODBYE:
                 _say("the head has ended")
+                self._status.leaving()
                 return True
 
     # Hosts.
@@ -263,9 +264,9 @@ class NodeAgent:
             _end(host)
         self._hosts.clear()
 
-    def _enter(self, phase: str, detail: str = "") -> None:
+    def _enter(self, phase: str, detail: str = "", *, ended: str = "") -> None:
         if self._phase:
-            self._status.phase(self._phase, "end")
+            self._status.phase(self._phase, "end", None, ended)
         self._phase = phase
         self._status.phase(phase, "begin", None, detail)
 

@@ -16,6 +16,7 @@ import typer
 from launcher.commands import Invocation, invocation_of
 
 if TYPE_CHECKING:
+    from engine.config import NodesConfig
     from launcher.console import Console, PhaseView
     from launcher.plan import LaunchPlan
     from launcher.supervise.echo import Echo
@@ -41,6 +42,16 @@ def register(app: typer.Typer) -> None:
         as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: print JSON.")] = False,
         cluster: Annotated[str | None, typer.Option("--cluster", metavar="NAME", help="Run on this cluster.")] = None,
         runtime: Annotated[str, typer.Option("--runtime", help="On a cluster: compose or process.")] = "compose",
+        nnodes: Annotated[int, typer.Option("--nnodes", metavar="N", help="Nodes that serve it together.")] = 1,
+        node_rank: Annotated[
+            int | None, typer.Option("--node-rank", metavar="R", help="Which of them this is; 0 is the head.")
+        ] = None,
+        head_addr: Annotated[
+            str | None, typer.Option("--head-addr", metavar="HOST[:PORT]", help="Where the others join the head.")
+        ] = None,
+        node_addr: Annotated[
+            str | None, typer.Option("--node-addr", metavar="HOST", help="This node's address on their network.")
+        ] = None,
     ) -> int:
         """Start a model and serve it until Ctrl-C."""
         from launcher.errors import UsageError
@@ -49,9 +60,19 @@ def register(app: typer.Typer) -> None:
             raise UsageError("--json goes with --dry-run", hint="add --dry-run")
         invocation = invocation_of(ctx)
         chosen = [*(overrides or []), *([f"cluster={cluster}"] if cluster else [])]
+        nodes = None
+        if nnodes != 1 or node_rank is not None or head_addr is not None or node_addr is not None:
+            from launcher.plan.joined_nodes import parse_nodes
+
+            nodes = parse_nodes(nnodes, node_rank, head_addr, node_addr)
         if _has_cluster(invocation, name, chosen):
+            if nodes is not None:
+                raise UsageError(
+                    f"{name} runs on a cluster, which says its nodes itself",
+                    hint="leave --nnodes away, or --set cluster=none",
+                )
             return _up_on_cluster(invocation, name, chosen, runtime, replace=replace, dry_run=dry_run)
-        plan = _plan(invocation, name, list(overrides or []), port)
+        plan = _plan(invocation, name, list(overrides or []), port, nodes)
         if dry_run:
             from launcher.commands.dry_run import dry_run as show
 
@@ -79,7 +100,9 @@ def _up_on_cluster(
     return on_cluster.up(invocation, plan, runtime, is_replacing=replace)
 
 
-def _plan(invocation: Invocation, name: str, overrides: list[str], port: int | None) -> LaunchPlan:
+def _plan(
+    invocation: Invocation, name: str, overrides: list[str], port: int | None, nodes: NodesConfig | None = None
+) -> LaunchPlan:
     from launcher.plan import make_plan, read_inventory
     from launcher.supervise.instance import InstanceFolder, state_root
 
@@ -89,7 +112,7 @@ def _plan(invocation: Invocation, name: str, overrides: list[str], port: int | N
 
         entry = invocation.resolve(name, [*overrides, f"port={free_port(entry.text('host'))}"])
     folder = InstanceFolder(state_root(invocation.environ), entry.name)
-    return make_plan(entry, read_inventory(), invocation.environ, folder.path)
+    return make_plan(entry, read_inventory(), invocation.environ, folder.path, nodes=nodes)
 
 
 def launch(console: Console, plan: LaunchPlan, *, is_detached: bool, is_replacing: bool) -> int:
@@ -108,15 +131,20 @@ def launch(console: Console, plan: LaunchPlan, *, is_detached: bool, is_replacin
     folder = InstanceFolder(plan.instance_folder.parent.parent, plan.name)
     folder.create()
     lock_fd = _take_lock(folder, is_replacing)
-    check_port(plan.config.server.host, plan.config.server.port)
+    ready_timeout_seconds = plan.ready_timeout_seconds
+    if plan.is_head:
+        check_port(plan.config.server.host, plan.config.server.port)
+    if plan.config.has_other_nodes:
+        # The nodes' own deadline comes first, since it can name who is missing.
+        ready_timeout_seconds += plan.config.nodes.join_timeout_seconds
     spec = LaunchSpec(
         name=plan.name,
         model=plan.entry.model,
-        url=base_url(plan),
+        url=base_url(plan) if plan.is_head else f"node {plan.config.nodes.rank} of {plan.config.nodes.head_host}",
         argv=plan.argv[: plan.argv.index("--status-fd")],
         working_folder=str(plan.working_folder),
         config_text=plan.config.to_json(),
-        ready_timeout_seconds=plan.ready_timeout_seconds,
+        ready_timeout_seconds=ready_timeout_seconds,
         drain_timeout_seconds=plan.config.server.drain_timeout_seconds,
         environment=plan.environment_mapping,
     )
@@ -221,7 +249,6 @@ class LaunchView:
     def ready(self, ready: Ready, timeline: Timeline) -> None:
         """Print the table, the address and the request to paste."""
         from launcher.plan.drawing import curl_line
-        from launcher.supervise.echo import Echo
 
         for name, began in list(self._began.items()):
             if self._view is not None:
@@ -229,12 +256,22 @@ class LaunchView:
         self._began.clear()
         self.close()
         self._table(timeline)
+        if not self._plan.is_head:
+            nodes = self._plan.config.nodes
+            self._console.data(f"{ready.model}: {nodes.names[nodes.rank]} serves with the head at {nodes.head_host}")
+            self._await_end()
+            return
         url = ready.url or self._plan.config.server.host
         names = ", ".join(self._plan.config.server.served_model_names)
         self._console.data(f"{names} is ready at {url}")
         self._console.data(curl_line(self._plan, url))
         for line in self._transports():
             self._console.note(f"transport {line}")
+        self._await_end()
+
+    def _await_end(self) -> None:
+        from launcher.supervise.echo import Echo
+
         if self.is_detached:
             self._console.note(f"stop with: hlaunch down {self._plan.name}   log: hlaunch logs {self._plan.name}")
         else:

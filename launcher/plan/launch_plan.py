@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import engine
-from engine.config import ConfigError, EngineConfig, ModelConfig, load_model_config
+from engine.config import ConfigError, EngineConfig, ModelConfig, NodesConfig, load_model_config
 from engine.placement import HostSpec, Placement, PlacementError, place, single_rank
 from launcher.errors import DoesNotFit, HlaunchError, PreflightError
 from launcher.plan import settings
@@ -20,6 +20,15 @@ from launcher.plan.environment import Variable, as_mapping, engine_environment, 
 from launcher.plan.fit import GIB, FitReport, report_fit
 from launcher.plan.gpus import DeviceChoice, choose_device, memory_note, usable_gpus, visible_gpus
 from launcher.plan.inventory import Gpu, Inventory
+from launcher.plan.joined_nodes import (
+    fullest_node,
+    hosts_of_nodes,
+    join_remarks,
+    node_problems,
+    secret_blockers,
+    secret_variables,
+    with_nodes,
+)
 from launcher.plan.known_models import known_model
 from launcher.plan.placing import (
     entry_sizes,
@@ -35,6 +44,8 @@ from launcher.registry.types import ResolvedEntry
 
 CONFIG_FILE = "engine.json"
 STATUS_FD_PLACEHOLDER = "N"
+NODE_MODULE = "engine.executor.node_agent"
+"""What runs on a node that joins another one's engine."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +79,11 @@ class LaunchPlan:
         return self.entry.name
 
     @property
+    def is_head(self) -> bool:
+        """Whether the engine and its server run here; a node that joins another one has only ranks."""
+        return self.config.nodes.rank == 0
+
+    @property
     def ready_timeout_seconds(self) -> float:
         return self.entry.number("ready.timeout")
 
@@ -93,8 +109,9 @@ def make_plan(
     instance_folder: Path,
     *,
     base: Path | None = None,
+    nodes: NodesConfig | None = None,
 ) -> LaunchPlan:
-    """Plan the launch of `entry` on this machine.
+    """Plan the launch of `entry` on this machine, or on several `nodes` like it, of which this is one.
 
     `base` is where relative model folders count from (default: the registry file's folder). Reads the model's small
     files. Raises: DoesNotFit when the entry's values contradict each other.
@@ -108,7 +125,8 @@ def make_plan(
     if (missing := files.missing(needs_weights=needs_weights)) is not None:
         blockers.append(missing)
     digests, key_error = settings.api_key_digests(entry, environ)
-    if key_error is not None:
+    is_head = nodes is None or nodes.rank == 0
+    if key_error is not None and is_head:
         blockers.append(key_error)
     model = _model_shape(entry, files, problems)
     choice = choose_device(entry.text("device"), inventory, environ, model)
@@ -122,17 +140,31 @@ def make_plan(
     placement, report = None, None
     memory: tuple[RankMemory, ...] = ()
     notes = [*settings.notes(entry, choice.device), *choice.notes]
-    if model is not None:
+    environment = engine_environment(entry, environ)
+    if nodes is not None:
+        config = with_nodes(config, nodes)
+        blockers += secret_blockers(environ)
+        environment = tuple(sorted((*environment, *secret_variables(environ)), key=lambda item: item.name))
+    # What is placed where, the head decides for all.
+    if model is not None and is_head:
         problems += _context_problem(config, model)
-        if sizes.world > 1:
-            placement = _place_ranks(entry, model, this_host(inventory, gpus, sizes.world), problems)
+        if sizes.world > 1 or nodes is not None:
+            hosts = (
+                (this_host(inventory, gpus, sizes.world),)
+                if nodes is None
+                else hosts_of_nodes(nodes, inventory, gpus, sizes.world)
+            )
+            placement = _place_ranks(entry, model, hosts, problems)
+            problems += [] if nodes is None else node_problems(nodes, sizes, placement)
             if placement is not None:
                 config = _with_ranks(config, placement, inventory)
                 seen = replace(inventory, gpus=visible_gpus(inventory.gpus, environ))
                 spare = whole_value(entry, "ready.min-free-memory", 0)
-                memory = _fit_ranks(placement, Sizing(config, model, {seen.node: seen}, files.folder, spare), problems)
+                inventories = {host.name: seen for host in hosts}
+                memory = _fit_ranks(placement, Sizing(config, model, inventories, files.folder, spare), problems)
                 config = _with_pool(config, memory)
                 notes += _core_notes(config, placement, inventory)
+                notes += [] if nodes is None else join_remarks(nodes, placement.crossing(placement.tp_groups))
         else:
             placement = _place(config, model, inventory)
             budget = rank_budget(entry, config, inventory, choice)
@@ -148,10 +180,10 @@ def make_plan(
         placement=placement,
         fit=report,
         gpu=choice.gpu,
-        environment=engine_environment(entry, environ),
+        environment=environment,
         instance_folder=instance_folder,
         working_folder=Path(engine.__file__).parent.parent,
-        argv=engine_argv(instance_folder, STATUS_FD_PLACEHOLDER),
+        argv=engine_argv(instance_folder, STATUS_FD_PLACEHOLDER, "engine.server" if is_head else NODE_MODULE),
         problems=tuple(problems),
         blockers=tuple(blockers),
         notes=tuple(notes),
@@ -159,10 +191,10 @@ def make_plan(
     )
 
 
-def engine_argv(instance_folder: Path, status_fd: str) -> tuple[str, ...]:
+def engine_argv(instance_folder: Path, status_fd: str, module: str = "engine.server") -> tuple[str, ...]:
     """The engine's command line."""
     config_path = str(instance_folder / CONFIG_FILE)
-    return (sys.executable, "-m", "engine.server", "--config", config_path, "--status-fd", status_fd)
+    return (sys.executable, "-m", module, "--config", config_path, "--status-fd", status_fd)
 
 
 def _model_shape(entry: ResolvedEntry, files: ModelFiles, problems: list[HlaunchError]) -> ModelConfig | None:
@@ -199,11 +231,11 @@ def _place(config: EngineConfig, model: ModelConfig, inventory: Inventory) -> Pl
 
 
 def _place_ranks(
-    entry: ResolvedEntry, model: ModelConfig, host: HostSpec, problems: list[HlaunchError]
+    entry: ResolvedEntry, model: ModelConfig, hosts: Sequence[HostSpec], problems: list[HlaunchError]
 ) -> Placement | None:
-    """Place several ranks on this host. Nodes and CPU ranks beside GPUs are a cluster's."""
+    """Place several ranks on this host, or on nodes like it. Named nodes and CPU ranks beside GPUs are a cluster's."""
     try:
-        return place(model, entry_sizes(entry), [host], replace(placement_options(entry), nodes=(), cpu_ranks=0))
+        return place(model, entry_sizes(entry), hosts, replace(placement_options(entry), nodes=(), cpu_ranks=0))
     except PlacementError as error:
         problems.append(no_placement(error, entry_sizes(entry)))
         return None
@@ -213,7 +245,7 @@ def _with_ranks(config: EngineConfig, placement: Placement, inventory: Inventory
     """Hand the placement to the engine, and to each CPU rank its part of the cores unless the entry says how many."""
     threads = config.cpu_threads
     if config.device == "cpu" and not threads:
-        threads = threads_per_rank(placement, inventory)
+        threads = threads_per_rank(fullest_node(placement), inventory)
     sizes = placement.sizes
     return replace(
         config,
@@ -241,8 +273,10 @@ def _core_notes(config: EngineConfig, placement: Placement, inventory: Inventory
     """Say how CPU ranks share the cores."""
     if config.device != "cpu":
         return []
-    ranks, cores, threads = placement.world_size, inventory.cpu_cores, config.cpu_threads
-    said = f"{ranks} ranks share {cores} core{'s' * (cores != 1)}, {threads} thread{'s' * (threads != 1)} each"
+    ranks, cores, threads = len(fullest_node(placement)), inventory.cpu_cores, config.cpu_threads
+    said = f"{ranks} rank{'s share' if ranks > 1 else ' has'} {cores} core{'s' * (cores != 1)}"
+    said += f", {threads} thread{'s' * (threads != 1)} each"
+    said = f"on each node {said}" if len(placement.nodes) > 1 else said
     if ranks * threads > cores:
         said += ": more threads than cores, and in every step all wait for the last of them"
     return [said]

@@ -5,15 +5,15 @@ Knows: registry keys of sizes and placement, inventories. Refuses to know: who g
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from engine.placement import (
     Device,
     HostSpec,
     ParallelSizes,
-    Placement,
     PlacementError,
     PlacementOptions,
+    RankSpec,
     Strategy,
 )
 from launcher.errors import DoesNotFit
@@ -77,14 +77,14 @@ def this_host(inventory: Inventory, gpus: Mapping[int, Gpu], world: int) -> Host
     return HostSpec(inventory.node, tuple(devices or (_cpu(inventory, slot) for slot in range(world))))
 
 
-def threads_per_rank(placement: Placement, inventory: Inventory) -> int:
+def threads_per_rank(ranks: Sequence[RankSpec], inventory: Inventory) -> int:
     """Share a host's cores out among its CPU ranks, one core left for the server; at least one thread each.
 
     Ranks of one NUMA node share its cores, and the fullest node decides: in every layer the slowest rank is waited for.
     """
-    shares = [(inventory.cpu_cores - 1) // placement.world_size]
+    shares = [(inventory.cpu_cores - 1) // len(ranks)]
     for numa in inventory.numa:
-        if count := sum(rank.numa_node == numa.index for rank in placement.ranks):
+        if count := sum(rank.numa_node == numa.index for rank in ranks):
             shares.append(len(numa.cores) // count)
     return max(1, min(shares))
 

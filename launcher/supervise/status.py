@@ -1,7 +1,7 @@
-"""The engine's status pipe: one JSON object per line -> phase, ready or fatal.
+"""The engine's status pipe: one JSON object per line -> phase, ready, leaving or fatal.
 
-Knows: the three records and their limits. Refuses to know: pipes and processes. A line that is not one of the three is
-dropped: a newer engine may say more than this launcher understands.
+Knows: these records and their limits. Refuses to know: pipes and processes. A line that is none of them is dropped: a
+newer engine may say more than this launcher understands.
 """
 
 from __future__ import annotations
@@ -69,7 +69,15 @@ class Fatal:
         }
 
 
-Record = Phase | Ready | Fatal
+@dataclass(frozen=True, slots=True)
+class Leaving:
+    """The end that comes is no failure, though nobody here asked for it: a node's head has ended."""
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": "leaving"}
+
+
+Record = Phase | Ready | Leaving | Fatal
 
 
 def parse_record(line: bytes, now: float) -> Record | None:
@@ -90,6 +98,8 @@ def parse_record(line: bytes, now: float) -> Record | None:
     if kind == "ready":
         facts = data.get("facts")
         return Ready(_text(data, "url"), _text(data, "model"), moment, facts if isinstance(facts, dict) else {})
+    if kind == "leaving":
+        return Leaving()
     if kind == "fatal":
         code = data.get("exit_code")
         exit_code = code if isinstance(code, int) and 1 <= code <= 255 else 1

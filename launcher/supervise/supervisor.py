@@ -25,7 +25,7 @@ from launcher.supervise.instance import InstanceFolder, InstanceState, write_pri
 from launcher.supervise.logfile import BoundedLog, tail_of_run
 from launcher.supervise.procfs import ProcessIdentity
 from launcher.supervise.spec import LaunchSpec
-from launcher.supervise.status import Fatal, LineSplitter, Phase, Ready, Record, parse_record
+from launcher.supervise.status import Fatal, Leaving, LineSplitter, Phase, Ready, Record, parse_record
 from launcher.supervise.timeline import Timeline
 
 STOP_GRACE_SECONDS = 5.0
@@ -183,6 +183,10 @@ class Supervisor:
         if isinstance(record, Fatal):
             self._fatal = self._fatal or record
             self._hasten(LAST_WORDS_SECONDS)
+        elif isinstance(record, Leaving):
+            self._stage = Stage.STOPPING
+            self._was_ready = True
+            self._hasten(STOP_GRACE_SECONDS)
         elif isinstance(record, Ready):
             if self._stage is Stage.STARTING:
                 self._stage, self._was_ready = Stage.READY, True

@@ -68,7 +68,7 @@ RESERVED_ENVIRONMENT = frozenset(
     f"HLAUNCH_{name}"
     for name in (
         *("REGISTRY", "PROFILE", "NODE_IP", "MODEL_DIR", "STATE_DIR", "UID", "GID"),
-        *("COMPOSE", "SSH", "REMOTE_PYTHON"),
+        *("COMPOSE", "SSH", "REMOTE_PYTHON", "NODE_SECRET", "NODE_SECRET_FILE"),
     )
 ) - frozenset(ENVIRONMENT)
 """Variables with the prefix that are not keys."""
