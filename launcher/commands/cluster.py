@@ -15,6 +15,7 @@ from launcher.commands import Invocation
 from launcher.errors import EngineFailed, PreflightError, UsageError
 
 if TYPE_CHECKING:
+    from launcher.commands.log_view import LogView
     from launcher.console import Console, PhaseView
     from launcher.plan.cluster_plan import ClusterPlan
     from launcher.supervise.cluster_run import ClusterRun, NodeSaid
@@ -160,19 +161,19 @@ def transports(console: Console, pairs: list[dict[str, Any]]) -> None:
         console.table(("RANKS", "NODES", "TRANSPORT", "SAID"), rows)
 
 
-def logs(console: Console, run: ClusterRun, environ: Mapping[str, str], num_lines: int, *, follow: bool) -> None:
-    """Print every node's log, each line with its node's name."""
+def logs(view: LogView, run: ClusterRun, environ: Mapping[str, str], num_lines: int, *, follow: bool) -> None:
+    """Show every node's log, each line with its node's name."""
     from launcher.supervise.logfile import clean
     from launcher.supervise.runtimes import RUNTIMES
     from launcher.supervise.shell import Shell
 
-    width, lock = max(len(node.name) for node in run.nodes), threading.Lock()
+    lock = threading.Lock()
 
     def copy(process: subprocess.Popen[str], name: str) -> None:
         assert process.stdout is not None
         for line in process.stdout:
             with lock:
-                console.data(f"{name:<{width}} | {clean(line.rstrip())}")
+                view.show(clean(line.rstrip()), name)
 
     processes = []
     for node in run.nodes:

@@ -1,4 +1,4 @@
-"""`hlaunch logs`: the engine's output of a running or past instance. Knows which lines, not what they say."""
+"""`hlaunch logs`: the engine's output of a running or past instance. Knows which lines; `log_view`, what they say."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ def register(app: typer.Typer) -> None:
         name: Annotated[str, typer.Argument(metavar="NAME", help="A model's name or alias.")],
         is_following: Annotated[bool, typer.Option("--follow", "-f", help="Go on until it ends.")] = False,
         num_lines: Annotated[int, typer.Option("--lines", "-n", min=0, help="Lines from the end.")] = 200,
+        as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per line.")] = False,
     ) -> None:
-        """Show the log of a running or past model."""
+        """Show the log of a running or past model, without secrets, and what its known failures mean."""
         from launcher.commands import cluster
+        from launcher.commands.log_view import LogView
         from launcher.errors import HlaunchError, UnknownModel
         from launcher.supervise.cluster_run import read_run
         from launcher.supervise.instance import InstanceFolder, state_root
@@ -29,7 +31,10 @@ def register(app: typer.Typer) -> None:
         root = state_root(invocation.environ)
         folder = InstanceFolder(root, name)
         if (run := read_run(folder)) is not None:
-            cluster.logs(invocation.console, run, invocation.environ, num_lines, follow=is_following)
+            width = max(len(node.name) for node in run.nodes)
+            view = LogView(invocation.console, invocation.environ, as_json=as_json, is_live=is_following, width=width)
+            cluster.logs(view, run, invocation.environ, num_lines, follow=is_following)
+            view.conclude()
             return
         if not folder.log_file.is_file():
             try:
@@ -39,10 +44,12 @@ def register(app: typer.Typer) -> None:
         if not folder.log_file.is_file():
             known = [item.name for item in instance_folders(root) if item.log_file.is_file()]
             raise UnknownModel(f"'{name}' has no log", available=known, hint="a log begins with: hlaunch up NAME")
+        view = LogView(invocation.console, invocation.environ, as_json=as_json, is_live=is_following)
         position = folder.log_file.stat().st_size
         for line in tail(folder.log_file, num_lines, position):
-            invocation.console.data(line)
+            view.show(line)
         if not is_following:
+            view.conclude()
             return
 
         def is_over() -> bool:
@@ -50,4 +57,4 @@ def register(app: typer.Typer) -> None:
             return state is None or not state.is_alive
 
         for line in follow(folder.log_file, position, is_over):
-            invocation.console.data(line)
+            view.show(line)

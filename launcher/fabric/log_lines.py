@@ -1,13 +1,15 @@
-"""What a line of an engine's log says about the fabric: its class, its cause, what to do.
+"""What a line of an engine's log says about the fabric or the host: its class, its cause, what to do.
 
-Pure. Knows: the lines of NCCL 2.28 and 2.30, Gloo, Ray and UCX that matter, as one table. Refuses to know: where a log
-is, how it is shown. A line that speaks of a net and fits no row is `net-unknown`: reported, never dropped.
+Pure. Knows: the lines of NCCL 2.28 and 2.30, Gloo, Ray, UCX, CUDA and the system that matter, as one table. Refuses to
+know: where a log is, how it is shown. A line that speaks of a net and fits no row is `net-unknown`: reported, never
+dropped.
 """
 
 # ruff: noqa: E501 - one row a line reads as a table
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -77,14 +79,34 @@ CLASSES: tuple[LogClass, ...] = (
     _row("gpudirect", "info", r"GPU Direct RDMA (?P<what>Enabled|Disabled) for HCA \d+ '(?P<also>\S+)'", "GPUDirect RDMA is {what} for {also}"),
     _row("rings", "info", r"Connected all rings, use ring PXN (?P<what>\d) GDR (?P<also>\d)", "all rings are connected, GPUDirect {also}"),
     _row("edge-tcp", "warning", r"(?P<what>\d+\[\w+\] -> \d+\[\w+\]).* via NET/Socket/\d+", "{what} uses TCP", "hlaunch doctor, when the fabric has RDMA"),
+    _row("edge-gloo", "info", r"(?P<what>\d+\[\w+\] -> \d+\[\w+\]) via NET/Gloo/(?P<also>\S+)", "{what} uses TCP by Gloo, from {also}"),
     _row("edge-rdma", "info", r"(?P<what>\d+\[\w+\] -> \d+\[\w+\]).* via NET/IB\w*/\d+", "{what} uses RDMA"),
     _row("edge-local", "info", r"(?P<what>\d+\[\w+\] -> \d+\[\w+\]).* via (?:P2P/|SHM/)", "{what} stays within the host"),
+    _row("port-taken", "error", r"[Aa]ddress already in use|EADDRINUSE", "a port that is needed is in use", "hlaunch doctor names who has it"),
+    _row("disk-full", "error", r"No space left on device|\bENOSPC\b", "a disk, or /dev/shm, is full", "df -h; df -h /dev/shm"),
+    _row("open-files", "error", r"[Tt]oo many open files|\bEMFILE\b", "the limit of open files is too low", "ulimit -n 1048576; container: {{nofile: 1048576}}"),
+    _row("gpu-memory", "error", r"CUDA out of memory|torch\.OutOfMemoryError|CUDA_ERROR_OUT_OF_MEMORY", "the GPU's memory is full", "hlaunch fit NAME; lower gpu-memory-utilization or max-model-len"),
+    _row("gpu-driver", "error", r"CUDA driver version is insufficient|driver on your system is too old|CUDA_ERROR_NO_DEVICE|no CUDA-capable device", "the GPU's driver is missing or too old for this CUDA", "nvidia-smi; update the driver, or use a build for its CUDA"),
+    _row("gpu-lost", "error", r"GPU has fallen off the bus|CUDA_ERROR_ECC_UNCORRECTABLE|uncorrectable ECC error|\bXid\b.{0,40}\b(?:48|79|94|95)\b", "the GPU is broken or lost until a reset", "nvidia-smi -q -d ECC; take the node out"),
+    _row("oom-killed", "error", r"[Oo]ut of memory: Killed process|oom-kill|Memory cgroup out of memory", "the kernel killed a process for memory", "hlaunch doctor; raise the container's memory limit"),
+    _row("name-unknown", "error", r"Name or service not known|Temporary failure in name resolution", "a host name cannot be resolved", "write addresses into the registry; getent hosts NAME"),
+    _row("peer-refused", "warning", r"Connection refused", "nobody listens at the other end, or a firewall says so", "is the node up? hlaunch doctor --print-firewall"),
     _row("ray-versions", "error", r"The cluster was started with:", "Ray or Python differs between nodes", "use one image digest on every node"),
     _row("ray-open", "error", r"Token authentication is disabled", "the Ray cluster is open to everybody who reaches it", "RAY_AUTH_MODE=token"),
     _row("ucx-unused", "warning", r"unused environment variable", "UCX does not know a variable: a misspelt name", "hlaunch env --lint"),
     _row("net-socket", "warning", r"NET/Socket : Using", "NCCL's TCP net is ready; it is used where RDMA is not"),
     _row("net-unknown", "warning", r"\bNET/(?P<what>[A-Za-z]\S*)", "an unknown line about NET/{what}"),
 )  # fmt: skip
+
+
+def worst(lines: Iterable[str]) -> list[LogFinding]:
+    """List what is wrong by the lines of a log, errors first, each class once with its first line; infos are left out."""
+    found: dict[str, LogFinding] = {}
+    for line in lines:
+        told = classify(line)
+        if told is not None and told.severity != "info":
+            found.setdefault(told.code, told)
+    return sorted(found.values(), key=lambda item: item.severity != "error")
 
 
 def classify(line: str) -> LogFinding | None:

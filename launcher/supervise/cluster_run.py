@@ -22,6 +22,7 @@ from typing import Any
 from engine.placement import Placement
 from launcher.errors import HlaunchError, NotReady, PreflightError
 from launcher.exit_codes import ExitCode
+from launcher.fabric.log_lines import worst
 from launcher.fabric.transports import PairTransport, check, read_pairs, silence, transports_of
 from launcher.plan.cluster_plan import ClusterPlan
 from launcher.registry.values import BadValue
@@ -38,6 +39,8 @@ _PERMANENT = (ExitCode.USAGE, ExitCode.REGISTRY_INVALID, ExitCode.PREFLIGHT, Exi
 _REATTACH_SECONDS = 0.5
 LOG_LINES = 20_000
 """How far back a node's log is read for what its ranks said at their start."""
+TAIL_LINES = 400
+"""How far back it is read for the cause of a failure."""
 _BEGINS = re.compile(r"=== |keeper: ended with|node: \S+ -m ray\.")
 
 
@@ -133,7 +136,9 @@ def start(
         check(pairs, plan.cluster)
         if quiet := silence(pairs, plan.cluster):
             note(quiet)
-    except HlaunchError:
+    except HlaunchError as error:
+        # Before the logs go with their nodes.
+        error.details = (*error.details, *known_failures(run, environ))
         with contextlib.suppress(HlaunchError):
             stop(run, folder, environ)
         raise
@@ -246,6 +251,21 @@ def transports_in_use(run: ClusterRun, environ: Mapping[str, str]) -> tuple[Pair
 
     with ThreadPoolExecutor(max_workers=max(1, len(run.nodes))) as pool:
         return transports_of(placement, pool.map(read, run.nodes))
+
+
+def known_failures(run: ClusterRun, environ: Mapping[str, str]) -> list[str]:
+    """Look through the nodes' logs for lines whose cause is known; one line each, with the node and the fix."""
+    found = []
+    for handle in run.nodes:
+        shell = Shell(handle.name, handle.ssh, environ)
+        argv = RUNTIMES[run.runtime].logs_argv(shell, handle, TAIL_LINES, follow=False)
+        try:
+            lines = last_run(shell.run(argv, seconds=15.0, is_checked=False).splitlines())
+        except HlaunchError:
+            continue
+        told = [item for item in worst(lines) if item.severity == "error"]
+        found += [one_line(f"{handle.name}: {item.cause} [{item.code}]; fix: {item.fix}") for item in told]
+    return found
 
 
 def last_run(lines: list[str]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from launcher.fabric.log_lines import CLASSES, classify
+from launcher.fabric.log_lines import CLASSES, classify, worst
 
 P = "spark-01:4711:4790 [0] NCCL INFO "
 
@@ -35,8 +35,18 @@ LINES = [
     ("gpudirect", f"{P}NET/IB : GPU Direct RDMA Disabled for HCA 0 'rocep1s0f0'", "Disabled for rocep1s0f0"),
     ("rings", f"{P}Connected all rings, use ring PXN 0 GDR 1", "GPUDirect 1"),
     ("edge-tcp", f"{P}Channel 00/0 : 0[0] -> 1[0] [send] via NET/Socket/0", "0[0] -> 1[0] uses TCP"),
+    ("edge-gloo", "0[0] -> 1[0] via NET/Gloo/10.0.0.1", "TCP by Gloo, from 10.0.0.1"),
     ("edge-rdma", f"{P}Channel 00/0 : 0[0] -> 1[0] [send] via NET/IB/0/GDRDMA", "RDMA"),
     ("edge-local", f"{P}Channel 00/0 : 0[0] -> 1[1] via P2P/CUMEM/read", "within the host"),
+    ("port-taken", "OSError: [Errno 98] Address already in use", "in use"),
+    ("disk-full", "OSError: [Errno 28] No space left on device: '/dev/shm/x'", "full"),
+    ("open-files", "OSError: [Errno 24] Too many open files", "open files"),
+    ("gpu-memory", "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB", "GPU's memory"),
+    ("gpu-driver", "RuntimeError: The NVIDIA driver on your system is too old (found version 11040).", "driver"),
+    ("gpu-lost", "NVRM: Xid (PCI:0000:41:00): 79, pid=1, GPU has fallen off the bus.", "broken or lost"),
+    ("oom-killed", "Memory cgroup out of memory: Killed process 4711 (python)", "killed a process"),
+    ("name-unknown", "socket.gaierror: [Errno -2] Name or service not known", "resolved"),
+    ("peer-refused", "RuntimeError: [10.0.0.2]:29500: Connection refused", "nobody listens"),
     ("ray-versions", "RuntimeError: Version mismatch: The cluster was started with:", "differs"),
     ("ray-open", "Token authentication is disabled", "open"),
     ("ucx-unused", "UCX  WARN  unused environment variable: UCX_NET_DEVICE (maybe: UCX_NET_DEVICES?)", "misspelt"),
@@ -72,3 +82,17 @@ def test_every_class_has_a_line() -> None:
 )
 def test_other_lines_are_nobodys(line: str) -> None:
     assert classify(line) is None
+
+
+def test_the_worst_of_a_log_comes_first_and_once() -> None:
+    lines = [
+        "x",
+        f"{P}NET/IB : No device found.",
+        f"{P}Using network Socket",
+        "a: Too many open files",
+        "b: Too many open files",
+    ]
+    found = worst(lines)
+    assert [(item.severity, item.code) for item in found] == [("error", "open-files"), ("warning", "rdma-not-found")]
+    assert found[0].line == "a: Too many open files"
+    assert worst(["all is well"]) == []

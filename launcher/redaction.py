@@ -1,0 +1,64 @@
+"""Secrets leave lines of text whole, never half: `HF_TOKEN=<hidden>`, `Authorization: Bearer <hidden>`.
+
+Pure. Knows: the values of secret variables at hand, how secrets are usually written, the shapes of well-known tokens.
+Refuses to know: where lines come from. What nobody named, and nothing gives away, cannot be found.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from launcher.registry.values import is_secret_name
+
+HIDDEN = "<hidden>"
+_LEAST_KNOWN = 6
+"""Shorter values are words that occur by themselves."""
+_PLAIN_NAMES = frozenset({"RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"})
+# Bounded, and begun at the beginning of a word only: a line may be long, and hostile.
+_NAME = re.compile(r"(?<![A-Za-z0-9_])(?P<name>[A-Za-z_][A-Za-z0-9_-]{0,63})[\"']?\s{0,8}[:=]\s{0,8}[\"']?", re.ASCII)
+_VALUE = re.compile(r"[^\s\"',;)}\]<]{8,}")
+_SCHEME = re.compile(r"\b(?P<scheme>Bearer|Basic)\s+[A-Za-z0-9._~+/=-]{6,}", re.ASCII | re.IGNORECASE)
+_SHAPES = re.compile(r"\b(?:hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{20,})", re.ASCII)
+_IN_URL = re.compile(r"(?<![a-z0-9+.-])(?P<scheme>[a-z][a-z0-9+.-]{0,15}://)[^\s/@:]*:[^\s/@]+@", re.ASCII)
+
+
+class Redaction:
+    """Hides secrets in lines. `environ` gives values that are known to be secret by their variables' names."""
+
+    def __init__(self, environ: Mapping[str, str] | None = None) -> None:
+        known = {
+            value
+            for name, value in (environ or {}).items()
+            if name not in _PLAIN_NAMES and is_secret_name(name) and len(value) >= _LEAST_KNOWN
+        }
+        # The longest first: one secret may begin with another.
+        words = sorted(known, key=len, reverse=True)
+        self._known = re.compile("|".join(map(re.escape, words))) if words else None
+
+    def line(self, text: str) -> str:
+        """Return a line with every secret that can be told replaced."""
+        if self._known is not None:
+            text = self._known.sub(HIDDEN, text)
+        text = _SCHEME.sub(lambda match: f"{match['scheme']} {HIDDEN}", text)
+        text = _SHAPES.sub(HIDDEN, text)
+        text = _IN_URL.sub(lambda match: f"{match['scheme']}{HIDDEN}@", text)
+        return _assignments(text)
+
+
+def _assignments(text: str) -> str:
+    """Hide what is assigned to a secret name; a value may itself be an assignment: `engine: HF_TOKEN=...`."""
+    parts: list[str] = []
+    at = 0
+    while (found := _NAME.search(text, at)) is not None:
+        parts.append(text[at : found.end()])
+        at = found.end()
+        value = _VALUE.match(text, at) if _holds_secret(found["name"]) else None
+        if value is not None and not (value[0].isdigit() or value[0].startswith(("/", "./", "~/"))):
+            parts.append(HIDDEN)
+            at = value.end()
+    return "".join([*parts, text[at:]])
+
+
+def _holds_secret(name: str) -> bool:
+    return name not in _PLAIN_NAMES and is_secret_name(name.replace("-", "_"))

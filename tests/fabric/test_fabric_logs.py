@@ -1,0 +1,137 @@
+"""`hlaunch logs` hides secrets, names known failures with cause and fix, and a failed launch does so by itself."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+from hosts import Hosts
+from test_fabric_transports import StandIns
+
+from launcher.errors import HlaunchError
+from launcher.redaction import Redaction
+from launcher.supervise.instance import InstanceFolder
+
+CANARY = "canary-3f9a77c1d2"
+SECRET_LINES = [
+    f"HF_TOKEN={CANARY}",
+    f'{{"api_key": "{CANARY}"}}',
+    f"Authorization: Bearer {CANARY}",
+    f"authorization: bearer {CANARY}==",
+    f"password: {CANARY}",
+    f"serve --api-key={CANARY} --port 8000",
+    f"https://geo:{CANARY}@registry.example/v2",
+    f"engine: NAME=HF_TOKEN={CANARY}",
+    f"plain {CANARY} in the middle, known by its variable",
+]
+PLAIN_LINES = [
+    "max_num_tokens=20000000 prompt_tokens: 12345678",
+    "RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=/run/secrets/ray_token",
+    "token_file=/run/secrets/ray_token",
+    "stop_token: 200002000",
+    "Loading weights 40% at http://10.0.0.1:8000",
+    "key layers.0.attn.qkv.weight: bfloat16",
+]
+
+
+@pytest.mark.parametrize("line", SECRET_LINES)
+def test_a_secret_leaves_whole(line: str) -> None:
+    shown = Redaction({"SOME_API_KEY": CANARY}).line(line)
+    assert CANARY not in shown
+    assert CANARY[:4] not in shown
+    assert "<hidden>" in shown
+    if "plain" not in line:
+        assert CANARY not in Redaction().line(line)
+
+
+@pytest.mark.parametrize("line", PLAIN_LINES)
+def test_what_is_no_secret_stays(line: str) -> None:
+    assert Redaction({"RAY_AUTH_MODE": "token", "EMPTY_KEY": "", "SHORT_KEY": "at"}).line(line) == line
+
+
+def test_a_long_line_takes_no_time() -> None:
+    began = time.monotonic()
+    for line in (
+        "a" * 60_000,
+        "a=" * 30_000,
+        "token: " * 8_000,
+        "a:" + " " * 60_000,
+        "://" * 20_000,
+        "x" * 60_000 + "://",
+    ):
+        Redaction({"SOME_KEY": CANARY}).line(line)
+    assert time.monotonic() - began < 5
+
+
+def test_tokens_of_known_shape() -> None:
+    line = "using hf_AbCdEfGhIjKlMnOpQrStUv and sk-proj-0123456789abcdef0123"
+    assert Redaction().line(line) == "using <hidden> and <hidden>"
+
+
+@pytest.fixture
+def hosts(tmp_path: Path) -> Hosts:
+    made = Hosts(tmp_path)
+    made.registry("version: 1\nmodels:\n  tiny-oss: {model: tiny-oss}\n")
+    folder = InstanceFolder(tmp_path / "state", "tiny-oss")
+    folder.create()
+    lines = [
+        "=== tiny-oss: now ===",
+        "begin",
+        f"HF_TOKEN={CANARY}",
+        "NET/IB : No device found.",
+        "a: Too many open files",
+    ]
+    folder.log_file.write_text("\n".join([*lines, "b: Too many open files", "end"]) + "\n")
+    return made
+
+
+def test_logs_hide_secrets_and_say_what_failed(hosts: Hosts) -> None:
+    done = hosts.cli("logs", "tiny-oss", HLAUNCH_STATE_DIR=str(hosts.folder / "state"))
+    assert done.code == 0
+    assert done.out.splitlines()[1:3] == ["begin", "HF_TOKEN=<hidden>"]
+    assert done.err.splitlines() == [
+        "error[open-files]: the limit of open files is too low (2 lines)",
+        "  fix: ulimit -n 1048576; container: {nofile: 1048576}",
+        "warning[rdma-not-found]: NCCL found no RDMA device and goes on with TCP",
+        "  fix: hlaunch doctor; NCCL_NET=IB forbids the fallback",
+    ]
+
+
+def test_logs_as_json_lines(hosts: Hosts) -> None:
+    done = hosts.cli("logs", "tiny-oss", "--json", "-n", "3", HLAUNCH_STATE_DIR=str(hosts.folder / "state"))
+    rows = [json.loads(line) for line in done.out.splitlines()]
+    assert [row["line"] for row in rows] == ["a: Too many open files", "b: Too many open files", "end"]
+    assert [row["finding"] and row["finding"]["code"] for row in rows] == ["open-files", "open-files", None]
+    assert done.err == ""
+
+
+def test_a_failed_launch_names_known_failures_of_every_node(tmp_path: Path) -> None:
+    stand_ins = StandIns(tmp_path)
+    (tmp_path / "one.log").write_text("node: waiting\n")
+    (tmp_path / "two.log").write_text("engine: Call to ibv_reg_mr failed with error Cannot allocate memory\n")
+    failed = {"state": "failed", "cause": "Ray's raylet died", "exit_code": 5}
+    (tmp_path / "two.json").write_text(json.dumps(failed))
+    with pytest.raises(HlaunchError, match="worker two: Ray's raylet died") as caught:
+        stand_ins.start()
+    assert caught.value.details == ("two: memory could not be pinned [memlock]; fix: ulimits: {memlock: -1}",)
+
+
+def test_logs_of_a_cluster_name_the_node(tmp_path: Path) -> None:
+    stand_ins = StandIns(tmp_path)
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.log").write_text(f"engine: HF_TOKEN={CANARY}\n")
+    stand_ins.start()
+    for log in (tmp_path / ".local/state/hlaunch/nodes").glob("*/node.log"):
+        log.write_text(log.read_text() + "engine: No space left on device\n")
+    done = stand_ins.cli("logs", "tiny-oss")
+    assert done.out.splitlines() == [
+        f"{name} | engine: {text}"
+        for name in ("one", "two")
+        for text in ("HF_TOKEN=<hidden>", "No space left on device")
+    ]
+    assert done.err.splitlines()[0] == "error[disk-full] on one: a disk, or /dev/shm, is full (2 lines)"
+    rows = [json.loads(line) for line in stand_ins.cli("logs", "tiny-oss", "--json").out.splitlines()]
+    assert [row["node"] for row in rows] == ["one", "one", "two", "two"]
+    assert stand_ins.cli("down", "tiny-oss").code == 0
