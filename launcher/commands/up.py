@@ -204,11 +204,17 @@ def _conclude(console: Console, view: LaunchView, outcome: Outcome) -> int:
         return int(outcome.exit_code)
     from launcher.errors import EngineFailed
 
+    from launcher.fabric.log_lines import worst
+    from launcher.redaction import Redaction
+
     view.fail()
     if outcome.log_tail:
         console.note("last lines of the engine's log:")
+    redaction = Redaction(os.environ)
     for line in outcome.log_tail:
-        console.note(f"  | {line}")
+        console.note(f"  | {redaction.line(line)}")
+    for found in worst(outcome.log_tail):
+        console.note(f"{found.severity}[{found.code}]: {found.cause}; fix: {found.fix or 'hlaunch doctor'}")
     if outcome.hint:
         console.note(f"hint: {outcome.hint}")
     raise EngineFailed(outcome.cause, exit_code=int(outcome.exit_code))

@@ -5,14 +5,19 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hosts import Hosts
 from test_fabric_transports import StandIns
 
-from launcher.errors import HlaunchError
+from launcher.commands.up import _conclude
+from launcher.console import Console
+from launcher.errors import EngineFailed, HlaunchError
 from launcher.redaction import Redaction
 from launcher.supervise.instance import InstanceFolder
+from launcher.supervise.supervisor import Outcome
 
 CANARY = "canary-3f9a77c1d2"
 SECRET_LINES = [
@@ -135,3 +140,14 @@ def test_logs_of_a_cluster_name_the_node(tmp_path: Path) -> None:
     rows = [json.loads(line) for line in stand_ins.cli("logs", "tiny-oss", "--json").out.splitlines()]
     assert [row["node"] for row in rows] == ["one", "one", "two", "two"]
     assert stand_ins.cli("down", "tiny-oss").code == 0
+
+
+def test_a_failed_engine_ends_with_what_its_last_lines_mean(capsys: pytest.CaptureFixture[str]) -> None:
+    tail = ("import", "OSError: [Errno 98] Address already in use", f"HF_TOKEN={CANARY}")
+    view: Any = SimpleNamespace(fail=lambda: None, is_detached=False)
+    with pytest.raises(EngineFailed, match="it died"):
+        _conclude(Console(is_plain=True), view, Outcome(1, "it died", log_tail=tail))
+    told = capsys.readouterr().err
+    assert "error[port-taken]: a port that is needed is in use; fix: hlaunch doctor names who has it\n" in told
+    assert "  | HF_TOKEN=<hidden>\n" in told
+    assert CANARY not in told
