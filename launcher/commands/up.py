@@ -203,7 +203,6 @@ def _conclude(console: Console, view: LaunchView, outcome: Outcome) -> int:
             console.note("stopped")
         return int(outcome.exit_code)
     from launcher.errors import EngineFailed
-
     from launcher.fabric.log_lines import worst
     from launcher.redaction import Redaction
 
