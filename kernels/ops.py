@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+from kernels.cpu.packing import half_is_exact
 from kernels.cpu.register import register as _register_cpu
 from kernels.experts import ExpertWeights, gates_first
 from kernels.paging import PagedBatch, Prefill
@@ -35,10 +36,12 @@ __all__ = [
     "Prefill",
     "YarnScaling",
     "add_rms_norm",
+    "copy_slots",
     "embedding",
     "explain",
     "gates_first",
     "gelu_tanh",
+    "half_is_exact",
     "inverse_frequencies",
     "kv_write",
     "linear",
@@ -76,6 +79,7 @@ qkv_project = Op(
     {"x": "float [T, H]", "weight": "float [Q, H]", "bias": "float [Q]", "rotation": "complex64 [T, 1, _]"},
 )
 kv_write = Op(_attention.kv_write, {"cache": "float [S, 2, K, D]", "slots": "int64 [T]", "kv": "float [T, 2, K, D]"})
+copy_slots = Op(_attention.copy_slots, {"cache": "float [S, 2, K, D]", "source": "int64 [N]", "target": "int64 [N]"})
 paged_attention = Op(
     _attention.paged_attention, {"query": "float [T, H, D]", "cache": "float [S, 2, K, D]", "sinks": "float32 [H]"}
 )
@@ -99,6 +103,7 @@ ALL_OPS: tuple[Op[..., Any], ...] = (
     rotate_,
     qkv_project,
     kv_write,
+    copy_slots,
     paged_attention,
     router_topk,
     swiglu,

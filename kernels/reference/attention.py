@@ -13,6 +13,15 @@ def kv_write(cache: Tensor, slots: Tensor, kv: Tensor) -> None:
     cache.index_copy_(0, slots, kv.to(cache.dtype))
 
 
+def copy_slots(cache: Tensor, source: Tensor, target: Tensor) -> None:
+    """Copy keys and values from slot source[i] to slot target[i], in place.
+
+    Shapes: cache [S, 2, K, D], source and target int64 [N]. No slot is in both lists, and none is a target
+    twice: copies run in any order.
+    """
+    cache[target] = cache[source]
+
+
 def attend(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor, visible: Tensor, scale: float) -> Tensor:
     """Attend from T queries to L keys, in float32.
 

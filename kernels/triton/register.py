@@ -15,6 +15,7 @@ def register(ops: dict[str, Op[..., Any]]) -> None:
     """Add the Triton specs to their ops, by name."""
     for name in ("silu_mul", "gelu_tanh"):
         ops[name].register("triton", Band.OPTIMIZED, _from("kernels.triton.activation", name), _unfit)
+    ops["copy_slots"].register("triton", Band.OPTIMIZED, _from("kernels.triton.cache", "copy_slots"), _unfit)
 
 
 def _from(module: str, name: str) -> Callable[[Platform], Callable[..., Any]]:

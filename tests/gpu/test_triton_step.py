@@ -151,6 +151,19 @@ def test_activations(dtype: torch.dtype) -> None:
         assert float((found - wanted).norm() / wanted.norm()) < (1e-6 if dtype is torch.float32 else 4e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_copied_slots(dtype: torch.dtype) -> None:
+    from kernels import ops
+    from kernels.reference import attention
+
+    cache = torch.randn(500, 2, KV_HEADS, DIM, device=DEVICE).to(dtype)
+    source, target = torch.randperm(500, device=DEVICE).split(250)
+    wanted = cache.clone()
+    attention.copy_slots(wanted, source, target)
+    ops.copy_slots.bind(ops.Platform("cuda", dtype))(cache, source, target)
+    assert torch.equal(cache, wanted)
+
+
 def test_everything_a_step_needs_is_compiled_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After `compile_all`, decode steps and prefills at any size add no file to the cache."""
     import triton

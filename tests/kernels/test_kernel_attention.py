@@ -8,7 +8,7 @@ from kernel_helpers import CPU, REFERENCE_ONLY, paged_case
 from torch import Tensor
 
 from kernels.cpu import attention as cpu_attention
-from kernels.ops import Ops, PagedBatch
+from kernels.ops import Ops, PagedBatch, copy_slots
 
 SPECS = {"reference": Ops(REFERENCE_ONLY), "cpu": Ops(CPU)}
 HEADS = (16, 2, 32)
@@ -127,3 +127,12 @@ def test_bfloat16_cache_under_float32_queries(spec: str) -> None:
         small = cache.to(torch.bfloat16)
         found = SPECS[spec].paged_attention(query, small, sinks, batch, 0.2)
         assert float((found - dense(query, small.float(), sinks, batch, 0.2)).abs().max()) <= 1e-5
+
+
+def test_copied_slots_hold_what_their_sources_hold() -> None:
+    cache = torch.randn(40, 2, 3, 8, generator=torch.Generator().manual_seed(4))
+    before, source, target = cache.clone(), torch.tensor([3, 17, 39]), torch.tensor([20, 4, 5])
+    copy_slots(cache, source, target)
+    assert torch.equal(cache[target], before[source])
+    rest = [slot for slot in range(40) if slot not in target]
+    assert torch.equal(cache[rest], before[rest])
