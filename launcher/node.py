@@ -19,8 +19,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from engine.config import ConfigError, EngineConfig
 from launcher.errors import HlaunchError, PreflightError
@@ -149,7 +151,7 @@ def _start(spec: NodeSpec, plan: Path, log: Path) -> int:
     """Start the keeper in a session of its own and return; its record is how `stop` finds it."""
     folder = Path(spec.run_folder)
     make_private_folder(folder)
-    if (running := _keeper(folder)) is not None and running.is_alive:
+    if (running := _keeper(_record(folder))) is not None and running.is_alive:
         raise PreflightError(f"{spec.node} runs already (pid {running.pid})", hint="hlaunch down NAME")
     process = subprocess.Popen(
         [sys.executable, "-m", "launcher.node", "keep", "--plan", str(plan), "--log", str(log)],
@@ -161,10 +163,8 @@ def _start(spec: NodeSpec, plan: Path, log: Path) -> int:
     identity = ProcessIdentity.of(process.pid)
     if identity is None:
         raise PreflightError(f"{spec.node} ended at once", hint=f"see {log}")
-    record = {"pid": identity.pid, "start_ticks": identity.start_ticks, "boot_id": identity.boot_id}
-    write_private(
-        folder / KEEPER_FILE, json.dumps({**record, "drain": spec.drain_timeout_seconds, "ray": spec.ray_folder})
-    )
+    record = {**identity.to_data(), "drain": spec.drain_timeout_seconds, "ray": spec.ray_folder}
+    write_private(folder / KEEPER_FILE, json.dumps(record))
     print(json.dumps({"pid": identity.pid}))
     process.returncode = 0  # It goes on; init inherits it.
     return ExitCode.OK
@@ -176,21 +176,26 @@ def _keep(spec: NodeSpec, plan: Path, log: Path) -> int:
     return keep([sys.executable, "-u", "-m", "launcher.node", spec.role, "--plan", str(plan)], log)
 
 
-def _keeper(folder: Path) -> ProcessIdentity | None:
+def _record(folder: Path) -> dict[str, Any]:
+    """What a node's keeper left: who it is, how long draining may take, where Ray's session lies. Empty without one."""
     try:
-        data = json.loads((folder / KEEPER_FILE).read_text(encoding="utf-8"))
-        return ProcessIdentity(int(data["pid"]), int(data["start_ticks"]), str(data["boot_id"]))
-    except (OSError, ValueError, KeyError, TypeError):
+        loaded = json.loads((folder / KEEPER_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return loaded if isinstance(loaded, dict) else {}
+
+
+def _keeper(record: Mapping[str, Any]) -> ProcessIdentity | None:
+    try:
+        return ProcessIdentity.from_data(record)
+    except (ValueError, KeyError, TypeError):
         return None
 
 
 def stop(folder: Path) -> int:
     """End a node that was started here, wait until nothing of it is left, remove its folders. Idempotent."""
-    keeper = _keeper(folder)
-    try:
-        record = json.loads((folder / KEEPER_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        record = {}
+    record = _record(folder)
+    keeper = _keeper(record)
     if keeper is not None:
         keeper.send(signal.SIGTERM)
         deadline = time.monotonic() + float(record.get("drain", 30.0)) + _STOP_GRACE_SECONDS

@@ -225,9 +225,8 @@ def _print_cluster(console: Console, plan: ClusterPlan) -> None:
     console.heading(f"what would run ({plan.executor} executor, plan {plan.digest[:12]})")
     for node in plan.nodes:
         ranks = f"{len(node.ranks)} rank{'s' * (len(node.ranks) != 1)}" if node.ranks else "no ranks, joins only"
-        role = "head" if node.is_head else "worker"
         where = f" over ssh {node.node.ssh}" if node.node.ssh else ""
-        console.data(f"{node.name}: python -m launcher.node {role}, {ranks}{where}")
+        console.data(f"{node.name}: python -m launcher.node {node.role}, {ranks}{where}")
     console.note(f"variables of a node: hlaunch env {plan.name} --node {plan.nodes[0].name}")
 
 

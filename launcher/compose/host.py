@@ -10,12 +10,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from launcher.compose.render import SERVICE
+from launcher.compose.render import NOFILE, SERVICE
 from launcher.compose.yaml_text import Reset, Value, dump
 
 OVERRIDE_FILE = "docker-compose.override.yml"
 START_INTERVAL_ENGINE = 25
-NOFILE = 1048576
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,6 @@ from launcher.plan.cluster_plan import ClusterPlan, NodePlan
 
 def node_readme(plan: ClusterPlan, node: NodePlan) -> str:
     """Say what this folder starts, in which order, and how to see that it works."""
-    role = "head" if node.is_head else "worker"
     after = (
         "Start this one first; the workers join it."
         if node.is_head
@@ -20,7 +19,7 @@ def node_readme(plan: ClusterPlan, node: NodePlan) -> str:
         "```\npython3 -c 'import secrets; print(secrets.token_urlsafe(32))' > ray_token && chmod 600 ray_token\n```\n\n"
     )
     return (
-        f"# {_code(plan.name)}: {role}\n\nRendered by `hlaunch render`; do not edit.\n"
+        f"# {_code(plan.name)}: {node.role}\n\nRendered by `hlaunch render`; do not edit.\n"
         f"Node `{_code(node.name)}` of cluster `{_code(plan.cluster.name)}`, "
         f"address {_code(node.node.ip)}. {after}\n"
         f"`hlaunch up` does all of this on every node; by hand:\n\n"

@@ -34,6 +34,8 @@ COMPOSE_FILE = "docker-compose.yml"
 ENV_EXAMPLE = ".env.example"
 README = "README.md"
 SERVICE = "node"
+NOFILE = 1048576
+"""Open files: sockets of Ray, NCCL and clients."""
 _HEADER = (
     "# rendered by hlaunch from the registry - do not edit; change the registry and run: hlaunch render\n"
     "# start: docker compose up -d     stop: docker compose down     (settings: .env.example)\n"
@@ -110,7 +112,7 @@ def _provenance(plan: ClusterPlan, node: NodePlan) -> dict[str, Value]:
         "model": plan.name,
         "cluster": plan.cluster.name,
         "node": node.name,
-        "role": "head" if node.is_head else "worker",
+        "role": node.role,
         "platform": plan.cluster.platform,
         "plan": plan.digest,
     }
@@ -119,11 +121,10 @@ def _provenance(plan: ClusterPlan, node: NodePlan) -> dict[str, Value]:
 def _service(plan: ClusterPlan, node: NodePlan) -> dict[str, Value]:
     cluster = plan.cluster
     container = cluster.container
-    role = "head" if node.is_head else "worker"
     service: dict[str, Value] = {
         "image": container.image,
         "pull_policy": "missing",
-        "command": ["python", "-m", "launcher.node", role, "--plan", CONTAINER.node_file],
+        "command": ["python", "-m", "launcher.node", node.role, "--plan", CONTAINER.node_file],
         # Secrets are files of mode 0600: the container runs as whoever owns them on the host.
         "user": Interpolated("${HLAUNCH_UID:-1000}:${HLAUNCH_GID:-1000}"),
         "environment": _environment(node, cluster),
@@ -136,7 +137,7 @@ def _service(plan: ClusterPlan, node: NodePlan) -> dict[str, Value]:
     service |= {
         "ulimits": {
             "memlock": -1,
-            "nofile": {"soft": 1048576, "hard": 1048576},
+            "nofile": {"soft": NOFILE, "hard": NOFILE},
             "stack": 67108864,
         },
         "configs": [
@@ -148,7 +149,7 @@ def _service(plan: ClusterPlan, node: NodePlan) -> dict[str, Value]:
         service["secrets"] = list(secrets)
     if needs_model_folder(plan) and (node.is_head or node.ranks):
         service["volumes"] = [_model_volume()]
-    service |= {"labels": _labels(plan, node), "healthcheck": _healthcheck(plan, role)}
+    service |= {"labels": _labels(plan, node), "healthcheck": _healthcheck(plan, node.role)}
     # A failure that repeats must not loop for ever: three restarts, then it stays down with its cause in the log.
     service |= {
         "restart": "on-failure:3",
@@ -228,7 +229,7 @@ def _labels(plan: ClusterPlan, node: NodePlan) -> dict[str, Value]:
         f"{LABEL}.model": plan.name,
         f"{LABEL}.node": node.name,
         f"{LABEL}.plan": plan.digest,
-        f"{LABEL}.role": "head" if node.is_head else "worker",
+        f"{LABEL}.role": node.role,
     }
 
 

@@ -53,10 +53,10 @@ def node_spec(plan: ClusterPlan, node: NodePlan, layout: Layout) -> NodeSpec:
         launch=plan.name,
         cluster=plan.cluster.name,
         node=node.name,
-        role="head" if node.is_head else "worker",
+        role=node.role,
         ip=node.node.ip,
         plan=plan.digest,
-        peers=tuple(Peer(item.name, item.node.ip, _role(item), item.node.gpus) for item in plan.nodes),
+        peers=tuple(Peer(item.name, item.node.ip, item.role, item.node.gpus) for item in plan.nodes),
         model=model_of(plan, layout),
         revision=entry.text_or_none("revision"),
         run_folder=layout.run_folder,
@@ -74,10 +74,6 @@ def node_spec(plan: ClusterPlan, node: NodePlan, layout: Layout) -> NodeSpec:
         drain_timeout_seconds=node.config.server.drain_timeout_seconds,
         fabric=NodeFabric.of(plan.cluster, node.node),
     )
-
-
-def _role(node: NodePlan) -> str:
-    return "head" if node.is_head else "worker"
 
 
 def needs_model_folder(plan: ClusterPlan) -> bool:

@@ -76,6 +76,11 @@ class NodePlan:
         return self.node.name
 
     @property
+    def role(self) -> str:
+        """`head` or `worker`."""
+        return "head" if self.is_head else "worker"
+
+    @property
     def is_head(self) -> bool:
         return self.node.role == "head"
 

@@ -53,8 +53,8 @@ def parse_state(text: str) -> InstanceState | None:
     """Read what `to_json` wrote; None for anything else."""
     try:
         data = json.loads(text)
-        data["launcher"] = ProcessIdentity(**data["launcher"])
-        data["engine"] = ProcessIdentity(**data["engine"]) if data["engine"] is not None else None
+        data["launcher"] = ProcessIdentity.from_data(data["launcher"])
+        data["engine"] = ProcessIdentity.from_data(data["engine"]) if data["engine"] is not None else None
         state = InstanceState(**{item.name: data[item.name] for item in fields(InstanceState) if item.name in data})
     except (ValueError, TypeError, KeyError, RecursionError):
         return None

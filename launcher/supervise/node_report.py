@@ -103,10 +103,7 @@ class NodeReport:
                 for name, phase in self._phases.items()
             ],
             "events": [{"age_seconds": round(now - at, 1), "text": text} for at, text in self._events],
-            "processes": {
-                name: {"pid": item.pid, "start_ticks": item.start_ticks, "boot_id": item.boot_id}
-                for name, item in self.processes.items()
-            },
+            "processes": {name: item.to_data() for name, item in self.processes.items()},
         }
 
     def write_end(self, folder: Path) -> None:

@@ -9,9 +9,10 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 _PROC = Path("/proc")
 _STATE, _SESSION, _START = 0, 3, 19
@@ -34,6 +35,15 @@ class ProcessIdentity:
         """Identify a running process; None when there is none."""
         fields = _stat(pid)
         return None if fields is None else cls(pid, int(fields[_START]), boot_id())
+
+    def to_data(self) -> dict[str, int | str]:
+        """The same as plain values."""
+        return {"pid": self.pid, "start_ticks": self.start_ticks, "boot_id": self.boot_id}
+
+    @classmethod
+    def from_data(cls, data: Mapping[str, Any]) -> ProcessIdentity:
+        """Read what `to_data` made. Raises: KeyError, TypeError, ValueError for anything else."""
+        return cls(int(data["pid"]), int(data["start_ticks"]), str(data["boot_id"]))
 
     @property
     def is_alive(self) -> bool:

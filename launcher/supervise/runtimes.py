@@ -79,7 +79,7 @@ def handle_of(plan: ClusterPlan, node: NodePlan) -> NodeHandle:
     tag = hashlib.sha256(f"{plan.name}\0{plan.cluster.name}\0{node.name}".encode()).hexdigest()[:10]
     return NodeHandle(
         name=node.name,
-        role="head" if node.is_head else "worker",
+        role=node.role,
         ip=node.node.ip,
         ssh=node.node.ssh,
         folder=f".local/state/hlaunch/nodes/{tag}",
@@ -163,8 +163,8 @@ class ComposeRuntime:
         handle = handle_of(plan, node)
         facts = parse_host_facts(shell.run(["sh", "-c", FACTS_SCRIPT], what="reading the host"))
         override = host_override(facts)
-        owner = shell.run(["id", "-u"]).strip(), shell.run(["id", "-g"]).strip()
-        values = {"HLAUNCH_UID": owner[0], "HLAUNCH_GID": owner[1]}
+        user, group = shell.run(["sh", "-c", "id -u; id -g"], what="asking who we are").split()
+        values = {"HLAUNCH_UID": user, "HLAUNCH_GID": group}
         for name in host_variables(plan, node):
             if name in values:
                 continue
@@ -198,11 +198,13 @@ class ComposeRuntime:
         shell.run(["docker", "network", "create", *label, *options, "--", handle.network], what="making the network")
 
     def start(self, shell: Shell, handle: NodeHandle) -> None:
-        self._compose(shell, handle, ["up", "--detach", "--force-recreate"], 300.0)
+        self._compose(shell, handle, "up", ["--detach", "--force-recreate"], 300.0)
 
-    def _compose(self, shell: Shell, handle: NodeHandle, args: list[str], seconds: float) -> None:
+    def _compose(self, shell: Shell, handle: NodeHandle, verb: str, options: list[str], seconds: float) -> None:
+        # By its project's name, which does not depend on a file that may be gone.
+        args = ["--project-name", handle.project, verb, *options]
         folder = shell.folder(handle.folder)
-        shell.run(["sh", "-c", _COMPOSE, "sh", folder, *args], seconds=seconds, what=f"docker compose {args[0]}")
+        shell.run(["sh", "-c", _COMPOSE, "sh", folder, *args], seconds=seconds, what=f"docker compose {verb}")
 
     def container_argv(self, handle: NodeHandle, question: list[str]) -> list[str]:
         """Run a program inside the node's container, whatever its number is by now."""
@@ -226,11 +228,7 @@ class ComposeRuntime:
         return ["sh", "-c", script, "sh", handle.project, str(num_lines), *(["--follow"] if follow else [])]
 
     def stop(self, shell: Shell, handle: NodeHandle) -> None:
-        args = ["--project-name", handle.project, "down", "--remove-orphans", "--volumes"]
-        folder = shell.folder(handle.folder)
-        shell.run(
-            ["sh", "-c", _COMPOSE, "sh", folder, *args], seconds=handle.stop_seconds + 30, what="docker compose down"
-        )
+        self._compose(shell, handle, "down", ["--remove-orphans", "--volumes"], handle.stop_seconds + 30)
         shell.remove(handle.folder)
         if handle.network != "host":
             # Fails while another node's container is on it: the last one removes it.
