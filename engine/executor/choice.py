@@ -14,8 +14,11 @@ from engine.executor.messages import PhaseReport
 from engine.placement import Placement
 
 if TYPE_CHECKING:
+    from engine.executor.compiled_graph import CompiledGraphExecutor
     from engine.executor.multinode import MultiNodeExecutor
     from engine.executor.node_starter import NodeStarter
+
+    RanksExecutor = MultiNodeExecutor | CompiledGraphExecutor
 
 
 def runs_in_process(config: EngineConfig, placement: Placement) -> bool:
@@ -32,14 +35,18 @@ def open_executor(
     on_phase: Callable[[PhaseReport], None] = lambda _: None,
     on_nodes: Callable[[str], None] = lambda _: None,
     starter: NodeStarter | None = None,
-) -> MultiNodeExecutor:
+) -> RanksExecutor:
     """Start the ranks of the configuration's engine; `starter` is for nodes that join by themselves.
 
     Raises: ConfigError when nothing can start ranks where the placement wants them, RankFailure.
     """
+    dp_rank = config.data_parallel_rank
+    if config.executor == "ray-cgraph":
+        from engine.executor.compiled_graph import CompiledGraphExecutor
+
+        return CompiledGraphExecutor(config, placement, dp_rank=dp_rank, on_phase=on_phase, on_nodes=on_nodes)
     from engine.executor.multinode import MultiNodeExecutor
 
-    dp_rank = config.data_parallel_rank
     nodes = dict.fromkeys(rank.node for rank in placement.engine(dp_rank))
     if not config.has_other_nodes:
         return MultiNodeExecutor(config, placement, dp_rank=dp_rank, on_phase=on_phase)

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from rank_client import NUM_STREAMS, NUM_TOKENS, PROMPT
 from test_cluster_processes import Cluster
 from two_nodes import HEAD_IP, TwoNodes, wait_for, why_not
 
@@ -20,44 +21,7 @@ from engine.llm import LLM, SamplingParams
 
 REASON = why_not()
 pytestmark = pytest.mark.skipif(bool(REASON), reason=REASON)
-PROMPT, NUM_TOKENS = "ROMEO: What say", 12
-NUM_STREAMS = 4
-# Asks for one completion, or for several long streams, and says how each ended and after how many seconds.
-CLIENT = f"""\
-import http.client, json, os, sys, threading, time
-
-def ask(**options):
-    connection = http.client.HTTPConnection("{HEAD_IP}", 8000, timeout=60)
-    body = {{"model": "tiny-oss", "prompt": {PROMPT!r}, "temperature": 0, **options}}
-    key = {{"Content-Type": "application/json", "Authorization": "Bearer " + os.environ["KEY"]}}
-    connection.request("POST", "/v1/completions", json.dumps(body), key)
-    return connection.getresponse()
-
-if sys.argv[1] == "one":
-    response = ask(max_tokens={NUM_TOKENS})
-    answer = json.loads(response.read())
-    print(response.status, json.dumps(answer["choices"][0]["text"] if response.status == 200 else answer))
-else:
-    def stream(index):
-        said = ""
-        try:
-            response = ask(max_tokens=1500, stream=True, ignore_eos=True, seed=index)
-            for line in response:
-                said = line.decode().strip() or said
-                first.set()
-        except OSError as error:
-            said = repr(error)
-        ends.append((round(time.time(), 2), said))
-    first, ends = threading.Event(), []
-    threads = [threading.Thread(target=stream, args=(index,)) for index in range({NUM_STREAMS})]
-    for thread in threads:
-        thread.start()
-    first.wait(60)
-    print("streaming", flush=True)
-    for thread in threads:
-        thread.join()
-    print(json.dumps(ends))
-"""
+CLIENT = Path(__file__).with_name("rank_client.py")
 
 
 @pytest.fixture
@@ -75,7 +39,7 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
 
 
 def client(cluster: Cluster, what: str) -> subprocess.Popen[str]:
-    argv = ["ip", "netns", "exec", cluster.nodes.names[0], sys.executable, "-c", CLIENT, what]
+    argv = ["ip", "netns", "exec", cluster.nodes.names[0], sys.executable, str(CLIENT), HEAD_IP, what]
     environ = {"PATH": os.environ["PATH"], "KEY": cluster.environ["HLAUNCH_API_KEY"]}
     return subprocess.Popen(argv, env=environ, stdout=subprocess.PIPE, text=True)
 
