@@ -127,6 +127,10 @@ def check_doctor(deployment: Deployment) -> None:
     codes = {found["code"] for found in answer["findings"]}
     assert not codes & {"node-unreachable", "node-ip-absent", "ifname-absent", "peer-unreachable", "port-busy"}, done
     assert [f["where"] for f in answer["findings"] if f["code"] == "version-skew"] == []
+    active = json.loads(deployment.cli("doctor", "tiny-oss", "--inside", "--active", "--json").stdout)
+    summed = [found for found in active["findings"] if found["code"].startswith("all-reduce")]
+    assert [(found["code"], found["subject"]) for found in summed] == [("all-reduce-ok", "one <-> two")], summed
+    assert "over gloo" in summed[0]["evidence"]
     table = deployment.cli("doctor", "tiny-oss", "--inside").stdout.splitlines()
     assert [line.split()[:3] for line in table[1:3]] == [["one", HEAD_IP, "eth0"], ["two", WORKER_IP, "eth0"]]
 
@@ -148,7 +152,7 @@ def test_two_containers_from_up_to_nothing_left(deployment: Deployment) -> None:
     assert docker("exec", WORKER, "python", "-m", "launcher.probe", "worker").returncode == 0
     watch.lap("ps and probes")
     check_doctor(deployment)
-    watch.lap("doctor, twice")
+    watch.lap("doctor: passive, with two ranks, as a table")
     assert deployment.stream() == "200 data: [DONE]"
     watch.lap("stream")
 
