@@ -68,7 +68,7 @@ def check_fields(data: Mapping[str, Any], type_: type[Body]) -> None:
     """
     for name, message in type_.UNSUPPORTED.items():
         if data.get(name) is not None and data[name] != []:
-            raise errors.unsupported_parameter(name, message)
+            raise errors.unsupported_parameter(name, message if name in message else f"{name}: {message}")
     if logger.isEnabledFor(logging.DEBUG):
         unknown = [k for k in data if k not in type_.__struct_fields__ and k not in type_.IGNORED]
         if unknown:

@@ -6,9 +6,9 @@ how an answer is laid out. Streamed and whole answers of a dialect are made from
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from engine.core.request import EngineRequest, FinishReason, RequestOutput, TokenLogprobs
@@ -181,9 +181,31 @@ async def replying(app: App, exchange: Exchange, plan: ReplyPlan) -> AsyncIterat
 
 
 async def _pieces(plan: ReplyPlan, choices: list[Choice], generation: Generation) -> AsyncIterator[Piece]:
+    # One token a piece, so that the entries of a token stand beside its own text, however the engine cuts its outputs.
+    must_split = plan.num_top_logprobs is not None
     async for index, output in generation.outputs():
-        piece, num_used, must_abort = choices[index].feed(output)
-        plan.usage.add(0, output, num_used)
-        if must_abort:
-            generation.stop(index)
-        yield piece
+        for part in _single_tokens(output) if must_split else (output,):
+            piece, num_used, must_abort = choices[index].feed(part)
+            plan.usage.add(0, part, num_used)
+            if must_abort:
+                generation.stop(index)
+            yield piece
+            if piece.finish_reason is not None:
+                break
+
+
+def _single_tokens(output: RequestOutput) -> Iterator[RequestOutput]:
+    ids, logprobs = output.new_token_ids, output.new_logprobs
+    for at in range(len(ids) - 1):
+        entries = logprobs[at : at + 1] if logprobs is not None else None
+        cached = output.num_cached_tokens if at == 0 else None
+        yield RequestOutput(output.request_id, ids[at : at + 1], new_logprobs=entries, num_cached_tokens=cached)
+    if len(ids) < 2:
+        yield output
+    else:
+        yield replace(
+            output,
+            new_token_ids=ids[-1:],
+            new_logprobs=logprobs[-1:] if logprobs is not None else None,
+            num_cached_tokens=None,
+        )

@@ -159,13 +159,17 @@ def _allowed(tools: tuple[ToolDefinition, ...], choice: dict[str, Any]) -> tuple
     inner = inner if isinstance(inner, dict) else choice
     mode, listed = inner.get("mode"), inner.get("tools")
     if mode not in ("auto", "required") or not isinstance(listed, list):
-        raise errors.invalid_value("tool_choice.allowed_tools", "allowed_tools needs a mode and a list of tools.")
+        raise errors.invalid_value(
+            "tool_choice.allowed_tools", "tool_choice.allowed_tools needs a mode and a list of tools."
+        )
     names = set()
     for item in listed:
         function = item.get("function", item) if isinstance(item, dict) else None
         name = function.get("name") if isinstance(function, dict) else None
         if name not in [tool.name for tool in tools]:
-            raise errors.invalid_value("tool_choice.allowed_tools", "allowed_tools names a tool that is not in tools.")
+            raise errors.invalid_value(
+                "tool_choice.allowed_tools", "tool_choice.allowed_tools names a tool that is not in tools."
+            )
         names.add(name)
     return tuple(tool for tool in tools if tool.name in names), mode
 
