@@ -236,6 +236,18 @@ def test_drain_lets_streams_end_and_takes_no_more(path: str) -> None:
             assert refused.json()["error"]["code"] == "draining"
 
 
+def test_silence_is_filled_in_the_dialects_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.server.stream.EventStream.__init__.__defaults__", (0.2,))
+    ids = [[token] for token in TOKENIZER.encode("late")] + [[CHAT.ids.return_]]
+    with running(scripted(ids, delay_seconds=0.7)) as server, server.http() as client:
+        text = client.post(MESSAGES, json=HELLO[MESSAGES] | {"stream": True}).text
+        assert [event["type"] for event in events_of(text)].count("ping") >= 3
+        assert message_of(text)["content"] == [{"type": "text", "text": "late"}]
+        text = client.post(RESPONSES, json=HELLO[RESPONSES] | {"stream": True}).text
+        assert text.count(": ping\n\n") >= 2
+        assert response_of(text.replace(": ping\n\n", ""))["output"][0]["content"][0]["text"] == "late"
+
+
 @pytest.fixture(scope="module")
 def locked() -> Any:
     with running(server=replace(SERVER, api_key_sha256=(hashlib.sha256(b"right").hexdigest(),))) as server:
