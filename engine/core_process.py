@@ -118,8 +118,9 @@ def _fail(link: _Link, phase: str, error: BaseException, core: Any = None) -> No
 
 
 def _import_and_start(config: EngineConfig, report: Any, desk_fd: int | None) -> Any:
-    from engine.engine_core import EngineCore
+    from engine.engine_core import EngineCore, import_worker
 
+    import_worker(config)
     report("import", "end", None, "")
     if desk_fd is None:
         return EngineCore.start(config, report)

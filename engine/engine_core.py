@@ -7,6 +7,7 @@ The overlapped loop makes plan k+1 while plan k computes; it has the same shape 
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import time
 from collections.abc import Callable, Sequence
@@ -17,10 +18,8 @@ from typing import TYPE_CHECKING
 from engine.config import ConfigError, EngineConfig, ModelConfig, load_model_config, resolve_model_folder
 from engine.core.request import EngineRequest, FinishReason, RequestOutput, SchedulerStats
 from engine.core.scheduler import RequestRejected, Scheduler
-from engine.device import count_gpus
 from engine.executor.base import Executor, ExecutorError
 from engine.executor.choice import open_executor, runs_in_process
-from engine.executor.inline import make_executor, make_worker
 from engine.memory import MemoryFit, kv_cache_groups
 from engine.placement import Device, HostSpec, ParallelSizes, Placement, PlacementError, RankSpec, single_rank
 from engine.placement import place as place_on_hosts
@@ -103,6 +102,8 @@ class EngineCore:
         if not runs_in_process(config, placement):
             _check_gpus(placement, placement.engine(config.data_parallel_rank))
             return cls._start_ranks(config, model, placement, max_model_len, report, starter)
+        from engine.executor.inline import make_executor, make_worker
+
         worker = make_worker(config, model, placement.engine(config.data_parallel_rank)[0])
         worker.load(lambda fraction, detail: report("load", "progress", fraction, detail))
         report("load", "end", 1.0, f"{worker.weight_bytes / 2**20:.1f} MiB of weights from {folder.name}")
@@ -239,7 +240,11 @@ class EngineCore:
 def _check_gpus(placement: Placement, ranks: Sequence[RankSpec]) -> None:
     """Refuse ranks on GPUs that are not here, before any of them starts; other nodes' look for themselves."""
     here = [rank for rank in ranks if rank.node == ranks[0].node and rank.backend == "cuda"]
-    wanted = max((1 + int(rank.device.partition(":")[2] or 0) for rank in here), default=0)
+    if not here:
+        return
+    from engine.device import count_gpus  # with torch, which this process does without where its ranks are CPUs
+
+    wanted = max(1 + int(rank.device.partition(":")[2] or 0) for rank in here)
     if wanted > (found := count_gpus()):
         raise ConfigError(
             "device", f"{placement.sizes} needs cuda:{wanted - 1}, and {found} GPUs are here", "see nvidia-smi"
@@ -254,6 +259,13 @@ def _check_fit(config: EngineConfig, memory: MemoryFit, max_model_len: int) -> N
             f"(one needs {memory.blocks_per_full_request})",
             "lower max-model-len or max-num-batched-tokens, or give more memory",
         )
+
+
+def import_worker(config: EngineConfig) -> None:
+    """Load what an engine computes with, torch above all, if it does so in this process and not in ranks of its own."""
+    with contextlib.suppress(ConfigError):  # `start` will say it
+        if runs_in_process(config, place(config, open_model(config)[1])):
+            import engine.executor.inline  # noqa: F401
 
 
 def open_model(config: EngineConfig) -> tuple[Path, ModelConfig]:

@@ -16,10 +16,12 @@ from engine.placement import RankSpec
 class RankLinks:
     """`stage` lists the ranks of the tensor-parallel group, this one among them; empty means that it is alone.
 
-    `receiver` is None on the first stage, `sender` on the last.
+    `receiver` is None on the first stage, `sender` on the last. `store` is where ranks over TCP meet: who keeps it must
+    hold it until all have met, and holds it as long as it lives.
     """
 
     stage: tuple[RankSpec, ...] = ()
     group: Group | None = None
     receiver: Receiver | None = None
     sender: Sender | None = None
+    store: object = None

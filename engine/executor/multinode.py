@@ -12,11 +12,11 @@ import secrets
 import select
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import msgspec
 
-from engine.comm.board import suspects
+from engine.comm.board import PHASES, suspects
 from engine.comm.node_listener import NodeArrival, refuse
 from engine.comm.node_messages import NodeFacts, Prepare, Refusal, check_facts, own_facts
 from engine.comm.ring import RingClosed, RingError, RingTimeout
@@ -38,7 +38,7 @@ from engine.executor.messages import (
 from engine.executor.node_starter import NodeOrder, NodeStarter, orders_for
 from engine.executor.rank_host import RANK_COMMAND, STOP_SECONDS, RankHost, RankLine
 from engine.executor.remote_node import RemoteNode
-from engine.executor.roster import RankFailure, Roster
+from engine.executor.roster import RankFailure, RankView, Roster
 from engine.placement import Placement
 
 # A rank that says nothing for this long while it starts is taken to hang; loading reports every layer.
@@ -319,17 +319,31 @@ class MultiNodeExecutor:
             report = self._roster.next_report(0.2)
             if report is not None and is_wanted(report):
                 came[report.rank] = report
-            now = time.monotonic()
-            for rank, view in self._roster.views.items():
-                if rank in came:
-                    continue
-                silent = now - max(view.heard, began)
-                # Nothing can be reported while Python and torch are imported, perhaps from a cold disk.
-                limit = max(self._silence, SILENCE_SECONDS) if view.phase in ("spawn", "import") else self._silence
-                if silent > limit:
-                    said = f"has said nothing for {silent:.0f} s (waited for: {what}); stacks are in the log"
-                    raise self._fail_with_stacks(RankFailure(view.spec, view.phase, said, seconds=now - view.since))
+            if (silent := self._find_silent(came, began)) is not None:
+                view, seconds = silent
+                said = f"has said nothing for {seconds:.0f} s (waited for: {what}); stacks are in the log"
+                in_phase = time.monotonic() - view.since
+                raise self._fail_with_stacks(RankFailure(view.spec, view.phase, said, seconds=in_phase))
         return list(came.values())
+
+    def _find_silent(self, came: Mapping[int, Report], began: float) -> tuple[RankView, float] | None:
+        """Find a rank that has been silent too long, and for how long: the one that is furthest behind."""
+        now = time.monotonic()
+        late = [view for rank, view in self._roster.views.items() if rank not in came]
+        found: list[tuple[int, RankView, float]] = []
+        for view in late:
+            seconds = now - max(view.heard, began)
+            # Nothing can be reported while Python and torch are imported, perhaps from a cold disk.
+            limit = max(self._silence, SILENCE_SECONDS) if view.phase in ("spawn", "import") else self._silence
+            if seconds > limit:
+                found.append((PHASES.index(view.phase), view, seconds))
+        if not found:
+            return None
+        behind, view, seconds = min(found, key=lambda item: item[0])
+        # Ranks meet at a rendezvous: who waits there is not to blame while others are still on their way.
+        if view.phase == "rendezvous" and any(PHASES.index(other.phase) < behind for other in late):
+            return None
+        return view, seconds
 
     # What goes wrong.
 

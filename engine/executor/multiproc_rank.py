@@ -140,7 +140,7 @@ def _connect_over_tcp(rank: Rank, links: RankLinks, rendezvous: Rendezvous) -> N
     from engine.comm.gloo import GlooGroup, GlooReceiver, GlooSender, open_gloo, open_store
 
     spec, host, size = rank.spec, rank.config.node_address, len(links.stage)
-    store = open_store(rendezvous)
+    store = links.store = open_store(rendezvous)
     if links.group is None and size > 1:
         gloo = open_gloo(store, f"stage {spec.pp_rank}", spec.tp_rank, size, host)
         links.group = GlooGroup(gloo, spec.tp_rank, size, rank.line)
