@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import os
+import socket
 import sys
 from collections.abc import Iterable, MutableMapping, Sequence
 from pathlib import Path
@@ -45,8 +46,12 @@ def ask_nccl(environ: MutableMapping[str, str]) -> None:
 
 
 def members_line(members: Sequence[int]) -> str:
-    """The line that turns the ranks of this process's next NCCL lines into those of the placement."""
-    return f"pid {os.getpid()}: NCCL's ranks are {' '.join(map(str, members))}"
+    """The line that turns the ranks of this process's next NCCL lines into those of the placement.
+
+    It begins as NCCL's lines do: logs of several nodes may flow into one, and processes of two nodes share numbers.
+    """
+    host = socket.gethostname().partition(".")[0]
+    return f"{host}:{os.getpid()}: NCCL's ranks are {' '.join(map(str, members))}"
 
 
 def edge_lines(placement: Placement, spec: RankSpec, links: RankLinks) -> list[str]:

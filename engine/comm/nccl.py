@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engine.comm.edges import ask_nccl
 from engine.comm.ends import GroupError
 from engine.comm.group import Group
 from engine.comm.link import LinkError, Receiver, Sender
@@ -38,6 +39,7 @@ class _UniqueId(ctypes.Structure):
 @cache
 def _library() -> Any:
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
+    ask_nccl(os.environ)
     try:
         library = ctypes.CDLL("libnccl.so.2")  # loaded with torch
     except OSError as error:

@@ -23,8 +23,8 @@ _EDGE = re.compile(
 )
 _NET = re.compile(r"NET/(?P<net>[^/]+?)/(?P<device>\d+)(?:\(\d+\))?(?P<gdr>/GDRDMA)?(?:\(PCI\))?(?:/Shared)?$")
 _GLOO = re.compile(r"NET/Gloo/(?P<addresses>[0-9A-Fa-f.:,]+|unknown)$")
-_MEMBERS = re.compile(r"\bpid (?P<pid>\d+): NCCL's ranks are (?P<ranks>\d+(?: \d+)*)\s*$")
-_SPEAKER = re.compile(r"\S+?:(?P<pid>\d+):\d+ \[\d+\] NCCL ")
+_MEMBERS = re.compile(r"(?P<process>[^\s:]+:\d+): NCCL's ranks are (?P<ranks>\d+(?: \d+)*)\s*$")
+_SPEAKER = re.compile(r"(?P<process>[^\s:]+:\d+):\d+ \[\d+\] NCCL ")
 _USING = re.compile(r"Using network (?P<net>\S+)|Assigned NET plugin (?P<plugin>\S+) to comm")
 _DEVICE = re.compile(r"NET/IB : Using (?P<devices>.*?)(?:; OOB (?P<oob>\S+?):.*)?$")
 _HCA = re.compile(r"\[(?P<index>\d+)\](?P<name>[^:\s]+):(?P<port>\d+)/(?P<layer>RoCE|IB)")
@@ -115,12 +115,12 @@ def edges_of(lines: Iterable[str]) -> tuple[Edge, ...]:
     members: dict[str, list[int]] = {}
     for line in lines:
         if (told := _MEMBERS.search(line)) is not None:
-            members[told["pid"]] = [int(rank) for rank in told["ranks"].split()]
+            members[told["process"]] = [int(rank) for rank in told["ranks"].split()]
             continue
         match = _EDGE.search(line)
         if match is not None:
             speaker = _SPEAKER.search(line)
-            ranks = members.get(speaker["pid"], []) if speaker is not None else []
+            ranks = members.get(speaker["process"], []) if speaker is not None else []
             source, target = (_member(ranks, int(match[end])) for end in ("source", "target"))
             found[_edge(source, target, match["way"])] = None
     return tuple(found)

@@ -86,7 +86,9 @@ def transports_of(placement: Placement, logs: Iterable[Iterable[str]]) -> tuple[
     edges: dict[tuple[int, int], list[Edge]] = {}
     for lines in logs:
         for edge in edges_of(lines):
-            edges.setdefault((min(edge.source, edge.target), max(edge.source, edge.target)), []).append(edge)
+            pair = (min(edge.source, edge.target), max(edge.source, edge.target))
+            if not _is_between_hosts_of_gpus(placement, pair, edge):
+                edges.setdefault(pair, []).append(edge)
     expected = connected_pairs(placement)
     told = {rank for pair in edges for rank in pair}
     group_of = {rank: group for group in placement.tp_groups for rank in group}
@@ -109,6 +111,13 @@ def transports_of(placement: Placement, logs: Iterable[Iterable[str]]) -> tuple[
             )
         )
     return tuple(found)
+
+
+def _is_between_hosts_of_gpus(placement: Placement, pair: tuple[int, int], edge: Edge) -> bool:
+    """Whether an edge carries only what two GPU ranks need to find each other; their tensors go by NCCL."""
+    if max(pair) >= len(placement.ranks) or not edge.way.startswith(("NET/Gloo", "SHM/group", "SHM/ring")):
+        return False
+    return all(placement.ranks[rank].backend == "cuda" for rank in pair)
 
 
 def problems(pairs: Sequence[PairTransport], cluster: Cluster) -> list[str]:

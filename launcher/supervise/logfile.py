@@ -6,6 +6,7 @@ Knows: bytes and lines. Refuses to know: what they say, except that control char
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ MAX_LOG_BYTES = 10 << 20
 _FOLLOW_SECONDS = 0.1
 _TAIL_CHUNK = 64 << 10
 _RUN_MARK = "=== "
+_COLOUR = re.compile(r"\x1b\[[0-9;]{0,16}m")
 
 
 class BoundedLog:
@@ -89,7 +91,8 @@ def _tail_bytes(path: Path, num_lines: int, end: int | None) -> bytes:
 
 
 def clean(line: str) -> str:
-    """Make a line safe to print: control characters (terminal escapes among them) become `?`."""
+    """Make a line safe to print: colours go, other control characters (terminal escapes among them) become `?`."""
+    line = _COLOUR.sub("", line)
     return "".join(ch if ch.isprintable() or ch == "\t" else "?" for ch in line)
 
 

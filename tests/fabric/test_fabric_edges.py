@@ -63,11 +63,11 @@ def test_the_address_of_gloo_is_the_kernels_word_for_it() -> None:
 
 def test_nccl_counts_within_its_communicator() -> None:
     said = members_line([2, 3])
-    pid = int(said.split(":")[0].removeprefix("pid "))
+    host, pid = said.split(":")[:2]
     lines = [
         f"engine: {said}",
-        f"host:{pid}:77 [0] NCCL INFO Channel 00/0 : 0[0] -> 1[1] via P2P/CUMEM",
-        "host:99:77 [0] NCCL INFO Channel 00/0 : 0[0] -> 1[1] [send] via NET/Socket/0",
+        f"{host}:{pid}:77 [0] NCCL INFO Channel 00/0 : 0[0] -> 1[1] via P2P/CUMEM",
+        f"(NodeHost pid=9) other:{pid}:77 [0] NCCL INFO Channel 00/0 : 0[0] -> 1[1] [send] via NET/Socket/0",
     ]
     assert attest(lines).pairs == {(0, 1): Transport.SOCKET, (2, 3): Transport.P2P}
 

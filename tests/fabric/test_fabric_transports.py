@@ -35,10 +35,10 @@ N = "host:{pid}:7 [0] NCCL INFO Channel 00/0 : "
 NAMES = ("spark-01", "spark-02")
 
 
-def placement(tensor: int = 1, pipeline: int = 2, gpus: int = 1) -> Placement:
+def placement(tensor: int = 1, pipeline: int = 2, gpus: int = 1, device: str = "cuda") -> Placement:
     folder = resolve_model_folder("tiny-oss")
     assert folder is not None
-    hosts = [HostSpec(name, tuple(Device(f"cuda:{index}") for index in range(gpus))) for name in NAMES]
+    hosts = [HostSpec(name, tuple(Device(f"{device}:{index}") for index in range(gpus))) for name in NAMES]
     return place(load_model_config(folder), ParallelSizes(pipeline=pipeline, tensor=tensor), hosts)
 
 
@@ -58,12 +58,13 @@ def test_pairs_of_a_placement() -> None:
 def test_each_pair_gets_its_nodes_and_the_slowest_of_its_ways() -> None:
     plan = placement(tensor=2, pipeline=2, gpus=2)
     head = [
-        "pid 4: NCCL's ranks are 0 1",
+        "host:4: NCCL's ranks are 0 1",
         nccl("0[0] -> 1[1] via P2P/CUMEM"),
+        nccl("2[0] -> 0[0] [receive] via NET/Socket/0", 5),
         "2[0] -> 0[0] via NET/Gloo/10.0.0.1",
         nccl("0[0] -> 1[1] via SHM/direct/direct"),
     ]
-    worker = ["pid 4: NCCL's ranks are 2 3", nccl("0[0] -> 1[1] [send] via NET/IB/0/GDRDMA")]
+    worker = ["host:4: NCCL's ranks are 2 3", nccl("0[0] -> 1[1] [send] via NET/IB/0/GDRDMA")]
     found = transports_of(plan, [head, worker])
     assert [(item.ranks, item.transport) for item in found] == [
         ((0, 1), "shared memory"),
@@ -71,14 +72,26 @@ def test_each_pair_gets_its_nodes_and_the_slowest_of_its_ways() -> None:
         ((1, 3), NOT_TOLD),
         ((2, 3), "RDMA with GPUDirect"),
     ]
-    assert found[1].addresses == ("10.0.0.1",)
+    assert found[1].addresses == (), "by Gloo GPU ranks find each other, no more"
     assert [item.crosses_nodes for item in found] == [False, True, True, False]
     assert read_pairs(json.loads(json.dumps([item.to_data() for item in found]))) == found
     assert summary(found) == [
         "spark-01: shared memory (P2P/CUMEM, SHM/direct), ranks 0-1",
-        "spark-01 - spark-02: TCP (Gloo, 10.0.0.1), ranks 0-2",
+        "spark-01 - spark-02: TCP (Socket), ranks 0-2",
         "spark-01 - spark-02: not told, ranks 1-3",
         "spark-02: RDMA with GPUDirect (IB), ranks 2-3",
+    ]
+
+
+def test_cpu_ranks_talk_by_gloo_and_shared_memory() -> None:
+    plan = placement(tensor=2, pipeline=2, gpus=2, device="cpu")
+    logs = [
+        ["0[0] -> 1[1] via SHM/group", "0[0] -> 2[0] via NET/Gloo/10.0.0.1"],
+        ["2[0] -> 0[0] via NET/Gloo/10.0.0.2"],
+    ]
+    assert summary(transports_of(plan, logs))[:2] == [
+        "spark-01: shared memory (SHM/group), ranks 0-1",
+        "spark-01 - spark-02: TCP (Gloo, 10.0.0.1, 10.0.0.2), ranks 0-2",
     ]
 
 
