@@ -82,16 +82,11 @@ def rank_blockers(placement: Placement, executor: ExecutorName) -> tuple[Hlaunch
                 hint="add `ray: {}` to the cluster; without Ray, start each node by hand: hlaunch up NAME --nnodes N",
             )
         )
-    gpu_engines = [
-        engine
-        for engine in range(placement.data_parallel_size)
-        if len(ranks := placement.engine(engine)) > 1 and any(rank.backend != "cpu" for rank in ranks)
-    ]
-    if gpu_engines:
+    if any(len({rank.backend for rank in placement.engine(dp)}) > 1 for dp in range(placement.data_parallel_size)):
         found.append(
             PreflightError(
-                f"{placement.sizes}: an engine serves on one GPU; several ranks of one engine are CPU ranks",
-                hint="add --set tp=1 --set pp=1, or --set device=cpu",
+                f"{placement.sizes}: CPU and GPU ranks of one engine are planned, and do not run together yet",
+                hint="leave placement.cpu-ranks away",
             )
         )
     return tuple(found)

@@ -20,6 +20,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -47,6 +48,7 @@ LOST_SECONDS = 20.0
 LAST_WORDS_SECONDS = 5.0
 NUM_LAST_LINES = 400
 """Ray names what died first, then prints the tails of its logs."""
+PLACEMENT_PHASE = "placement"
 RESTART_PHASE = "restart"
 """What an engine reports that starts its ranks anew, without ending."""
 
@@ -362,7 +364,9 @@ class NodeSupervisor:
             if self._stage == self._await_engine:
                 self._serve()
         elif isinstance(record, Phase):
-            self.report.phase(record)
+            # The engine waits for its ranks' nodes in a phase of the name that is taken here by Ray's nodes.
+            own = replace(record, name=PLACEMENT_PHASE) if record.name == "nodes" else record
+            self.report.phase(own)
             if record.name == RESTART_PHASE and record.state in ("begin", "end"):
                 self._is_restarting = record.state == "begin"
                 self._tell(f"engine: {record.detail}")

@@ -75,6 +75,9 @@ def test_an_engine_on_two_nodes_loses_one_and_has_it_back(cluster: Cluster) -> N
     up = cluster.cli("up", "tiny-oss", "--runtime", "process", "--set", "tp=2", "--set", "max-num-seqs=4")
     assert up.returncode == 0, up.stderr
     assert f"tiny-oss is ready at http://{HEAD_IP}:8000 on 2 nodes" in up.stdout
+    assert "transport one - two: TCP (Gloo, 10.77.0.1, 10.77.0.2), ranks 0-1" in up.stdout
+    for phase in ("one ray", "one nodes", "one placement", "two ray"):
+        assert phase in up.stderr
     assert [len(pids_of(cluster, node, b"multiproc_rank")) for node in (0, 1)] == [1, 1]
     said = expected()
     assert completion(cluster) == said

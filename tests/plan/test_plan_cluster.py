@@ -58,9 +58,12 @@ def test_sixteen_ranks_on_two_nodes(tmp_path: Path) -> None:
     largest = max(memory.weight_bytes for node in plan.nodes for memory in node.memory)
     # The handbook's 9.72 GB at TP8, plus the second copy of the scales and the rotary table.
     assert 9.6e9 < largest < 10.6e9
-    assert "an engine serves on one GPU" in plan.blockers[0].message
-    with pytest.raises(type(plan.blockers[0])):
-        plan.check()
+    plan.check()
+    assert plan.head.config.executor == "ray"
+    mixed = plan_of(tmp_path, "oss120", "tp=8", "placement.cpu-ranks=1")
+    assert "CPU and GPU ranks of one engine" in mixed.blockers[0].message
+    with pytest.raises(type(mixed.blockers[0])):
+        mixed.check()
 
 
 def test_one_rank_leaves_the_worker_to_join_only(tmp_path: Path) -> None:
