@@ -20,10 +20,12 @@ from engine.placement import RankSpec
 if TYPE_CHECKING:
     from kernels.gpu import AllReduce, Exchange
 
-# A plain sum by our kernels up to here, in bytes of the tensor: see docs/performance-log.md.
-ONE_SHOT_BYTES = {2: 4 << 20, 3: 1 << 20, 4: 512 << 10, 8: 256 << 10}
-CUSTOM_BYTES = 4 << 20
-INBOX_BYTES = 4 << 20
+# Up to which size of the tensor, in bytes, each way is the fastest, by the number of ranks; measured with two and four
+# H200s, see docs/performance-log.md. Other numbers of ranks take the next larger one's.
+ONE_SHOT_BYTES = {2: 8 << 20, 4: 720 << 10, 8: 256 << 10}
+FUSED_BYTES = {2: 4 << 20, 4: 900 << 10, 8: 256 << 10}
+CUSTOM_BYTES = 8 << 20
+INBOX_BYTES = 8 << 20
 
 
 class DeviceGroup(Group, Protocol):
@@ -69,7 +71,7 @@ class GpuGroup:
         if custom is None or x.dtype != torch.bfloat16 or x.nbytes > CUSTOM_BYTES or x.nbytes % 16:
             return self._nccl.all_reduce(x)
         x = x.contiguous()
-        if x.nbytes <= ONE_SHOT_BYTES.get(self.size, 0):
+        if x.nbytes <= _limit(ONE_SHOT_BYTES, self.size):
             return custom.one_shot(x)
         return custom.two_shot(x)
 
@@ -79,7 +81,12 @@ class GpuGroup:
 
     def takes_tokens(self, num_tokens: int) -> bool:
         """See `DeviceGroup.takes_tokens`."""
-        return self._custom is not None and self._custom.takes_tokens(num_tokens)
+        custom = self._custom
+        return (
+            custom is not None
+            and num_tokens * custom.token_bytes <= _limit(FUSED_BYTES, self.size)
+            and custom.takes_tokens(num_tokens)
+        )
 
     def add_rms_norm(self, *tensors: Any, **options: Any) -> Tensor:
         """See `DeviceGroup.add_rms_norm`."""
@@ -89,6 +96,10 @@ class GpuGroup:
     def close(self) -> None:
         """Leave the group. Peer memory stays until the process ends: a peer may still be writing to it."""
         self._nccl.close()
+
+
+def _limit(table: dict[int, int], size: int) -> int:
+    return next((limit for ranks, limit in sorted(table.items()) if size <= ranks), 0)
 
 
 def open_gpu_group(

@@ -206,8 +206,8 @@ class DecodeGraphs:
         self.inputs.positions[:size].zero_()
         self.inputs.input_ids[:size].zero_()
         graph = None
+        body()  # compiles what is not compiled yet, and lets libraries take their buffers
         if not self._is_eager:
-            body()  # compiles what is not compiled yet, and lets libraries take their buffers
             torch.cuda.current_stream().synchronize()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self._pool):
@@ -219,9 +219,10 @@ class DecodeGraphs:
         """Whether rows that cut by top-k, top-p or min-p take another graph than rows that do not.
 
         Above the CUDA kernels' sizes one serves both, since rows that cut nothing cost nothing there; but of several
-        ranks each looks at its own tokens only while nothing is cut.
+        ranks each looks at its own tokens only while nothing is cut. Stages before the last, for which it makes no
+        difference, answer alike: all ranks run the same steps, those before a capture too.
         """
-        return self._samples and (size <= SMALL[-1] or self._tokens_of_ranks is not None)
+        return size <= SMALL[-1] or self._exchange is not None
 
     @torch.inference_mode()
     def count_experts(self, num_rows: int) -> list[int]:

@@ -161,7 +161,7 @@ class GpuModelRunner:
 
     def _launch_decode(self, plan: ExecutionPlan, rows: list[GpuRow], tables_changed: bool) -> PendingStep:
         decode, count = self.decode, len(rows)
-        has_filters = self._is_last and any(row.has_filters for row in rows)
+        has_filters = any(row.has_filters for row in rows)
         decode.prepare(count, has_filters)
         if plan.admits or plan.released or not decode.is_current(plan.rows):
             self._send_known_tokens(plan.rows, rows)

@@ -81,6 +81,11 @@ class AllReduce:
         self._add_norm = kernel("all_reduce_add_norm", -(-hidden // 8 // 32) * 32)
 
     @property
+    def token_bytes(self) -> int:
+        """What a token's part of the residual stream takes on its way."""
+        return 2 * self._hidden
+
+    @property
     def one_shot_bytes(self) -> int:
         """The largest sum that `one_shot` takes."""
         return self._inbox_bytes
@@ -92,7 +97,7 @@ class AllReduce:
 
     def takes_tokens(self, num_tokens: int) -> bool:
         """Whether `add_rms_norm` serves a step of so many tokens."""
-        return 0 < num_tokens <= MOST_TOKENS and num_tokens * self._hidden * 2 <= self._inbox_bytes
+        return 0 < num_tokens <= MOST_TOKENS and num_tokens * self.token_bytes <= self._inbox_bytes
 
     def one_shot(self, x: Tensor) -> Tensor:
         """Sum x, contiguous bf16 of a multiple of 8 elements, over the ranks, in place, in the order of ranks."""
