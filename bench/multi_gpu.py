@@ -42,6 +42,7 @@ ENGINES: dict[str, tuple[int, dict[str, Any], list[int]]] = {
     "tp2": (2, {"tensor_parallel_size": 2}, [1, 2, 8, 64]),
     "tp4": (4, {"tensor_parallel_size": 4}, [1, 2, 8, 64]),
     "pp2": (2, {"pipeline_parallel_size": 2}, [64]),
+    "pp2, 14 + 10 layers": (2, {"pipeline_parallel_size": 2, "layers": (14, 10)}, [64]),
     "ep2": (2, {"tensor_parallel_size": 2, "enable_expert_parallel": True}, [64]),
 }
 REPLICAS = {"dp1": 1, "dp2": 2, "dp4": 4}
@@ -55,6 +56,7 @@ def main() -> None:
     parser.add_argument("--steps", nargs="*", default=[])
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--deadline", type=float, default=570.0, help="seconds after which no further step begins")
+    parser.add_argument("--step-seconds", type=float, default=150.0, help="deadline of one step")
     parser.add_argument("--one", default="", help="be one step, and print its result as the last line")
     options = parser.parse_args()
     if options.one:
@@ -69,7 +71,7 @@ def main() -> None:
             report[name] = {"skipped": "no time left"}
             continue
         started = time.monotonic()
-        report[name] = run_step(name, options, min(left, 150.0))
+        report[name] = run_step(name, options, min(left, options.step_seconds))
         report[name]["step_seconds"] = round(time.monotonic() - started, 1)
         print(f"--- {name}: {json.dumps(report[name])[:1500]}", flush=True)
         (options.folder / "multi_gpu.json").write_text(json.dumps(report, indent=1))
@@ -97,7 +99,7 @@ def run_step(name: str, options: argparse.Namespace, seconds: float) -> dict[str
         name,
         [sys.executable, __file__, str(options.folder), "--one", name, "--runs", str(options.runs)],
     )
-    log = options.folder / f"{name}.log"
+    log = options.folder / f"{name.replace(' ', '-').replace(',', '')}.log"
     with log.open("w") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
         try:
@@ -129,8 +131,16 @@ def run_one(name: str, runs: int) -> dict[str, Any]:
 
 def config_for(folder: str, most_requests: int, sizes: dict[str, Any]) -> Any:
     """Configure an engine with made-up weights."""
-    from engine.config import CacheConfig, EngineConfig, SchedulerConfig
+    from engine.config import CacheConfig, EngineConfig, SchedulerConfig, load_model_config
+    from engine.placement import Device, HostSpec, ParallelSizes, PlacementOptions, Shares, place
 
+    sizes = dict(sizes)
+    if layers := sizes.pop("layers", ()):
+        # Stages of so many layers each.
+        model = load_model_config(Path(folder))
+        host = HostSpec("localhost", tuple(Device(f"cuda:{index}") for index in range(len(layers))))
+        options = PlacementOptions(shares=Shares(layers=layers))
+        sizes["placement"] = place(model, ParallelSizes(1, len(layers), 1), [host], options).to_json()
     scheduler = SchedulerConfig(
         max_num_seqs=max(16, most_requests), max_num_batched_tokens=8192, enable_prefix_caching=False, max_queue=1 << 16
     )
@@ -174,11 +184,11 @@ async def measure_replicas(folder: str, count: int, runs: int) -> dict[str, Any]
     from engine.benchmark.protocol import random_prompts
     from engine.core.request import EngineRequest
     from engine.core.sampling_params import SamplingParams
-    from engine.data_parallel import open_engine
+    from engine.data_parallel import DataParallelEngine
 
     begun = time.monotonic()
     sizes = {"data_parallel_size": count} if count > 1 else {}
-    engine = open_engine(config_for(folder, REQUESTS, sizes), lambda *_: None, lambda *_: None)
+    engine = DataParallelEngine(config_for(folder, REQUESTS, sizes), lambda *_: None, lambda *_: None)
     engine.start()
     await asyncio.wait_for(engine.ready.wait(), 120)
     result: dict[str, Any] = {"ready_seconds": round(time.monotonic() - begun, 1)}

@@ -22,7 +22,7 @@ if __name__ == "__main__":
 from bench.multi_gpu_peers import Peer, join, run_peers
 
 HIDDEN, CALLS, REPLAYS = 2880, 40, 15
-ROWS = (1, 4, 16, 32, 64, 128, 256, 512, 1024, 2048, 8192)
+ROWS = (1, 4, 16, 32, 64, 128, 256, 512, 1024, 1400, 2048, 8192)
 
 
 def measure(peer: Peer) -> list[dict[str, Any]]:

@@ -20,7 +20,15 @@ if __name__ == "__main__":
 
 from bench.multi_gpu_peers import Peer, join, run_peers
 from engine.comm.nccl import share_bytes
-from kernels.cuda.decode import DecodeKernels, DecodeShape, DecodeState, LayerWeights, TokenExchange
+from kernels.cuda.decode import (
+    BATCH_SIZES,
+    DecodeKernels,
+    DecodeShape,
+    DecodeState,
+    LayerWeights,
+    TokenExchange,
+    prebuild,
+)
 from kernels.cuda.layers import LayerCall
 from kernels.reference.all_reduce import all_reduce, all_reduce_add_norm
 from kernels.triton.reference_sampling import sample as reference_sample
@@ -195,6 +203,8 @@ def check_decode_kernels(peer: Peer) -> None:
     head = (torch.randn(TRUE.vocab, TRUE.hidden, device="cuda") * TRUE.hidden**-0.5).bfloat16()
     angle = torch.rand(512, TRUE.head_dim // 2, device="cuda") * 6
     rotations = torch.stack((angle.cos(), angle.sin()), -1)
+    prebuild(TRUE, BATCH_SIZES)
+    prebuild(own, BATCH_SIZES, ranks=peer.size)
     made: dict[int, tuple[DecodeKernels, DecodeKernels]] = {}
     for turn, rows in enumerate((1, 2, 1, 4, 8, 1, 16, 8, 2, 4)):
         if rows not in made:
@@ -282,7 +292,7 @@ CHECKS = {
 
 
 def run_check(name: str, size: int) -> None:
-    status, texts = run_peers([sys.executable, __file__, "--peer", name], size)
+    status, texts = run_peers([sys.executable, __file__, "--peer", name], size, 60.0)
     report = "\n".join(f"rank {rank}:\n{text}" for rank, text in enumerate(texts))
     assert status == 0, report
 
