@@ -100,6 +100,9 @@ def claude(endpoint: Endpoint) -> Recipe:
         "ANTHROPIC_DEFAULT_HAIKU_MODEL": model,
         "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
     }
+    if endpoint.context_tokens is not None:
+        # It takes any other model for one of 200,000 tokens and would compact the conversation too late.
+        variables["CLAUDE_CODE_MAX_CONTEXT_TOKENS"] = str(endpoint.context_tokens)
     return Recipe(
         _exports(variables),
         "shell",

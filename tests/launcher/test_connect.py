@@ -71,6 +71,8 @@ def test_shell_variables_are_what_they_say_for_any_model_name(model: str) -> Non
     assert got["ANTHROPIC_BASE_URL"] == "http://h:1", "it appends /v1/messages itself"
     assert (got["ANTHROPIC_AUTH_TOKEN"], got["ANTHROPIC_API_KEY"]) == (CANARY, "")
     assert {got[f"ANTHROPIC_DEFAULT_{kind}_MODEL"] for kind in ("OPUS", "SONNET", "HAIKU")} == {model}
+    assert got["CLAUDE_CODE_MAX_CONTEXT_TOKENS"] == "131072"
+    assert "MAX_CONTEXT" not in TOOLS["claude"](Endpoint("http://h:1", model, KeyReference("none"))).text
 
 
 @pytest.mark.parametrize("model", ["m", "org/name", HOSTILE])
