@@ -68,7 +68,7 @@ def register(app: typer.Typer) -> None:
         from launcher.fabric.remote import Reach
 
         launch = target.entry.name if is_inside and target.entry is not None else None
-        reach = Reach(container=container, launch=launch, local_python=sys.executable)
+        reach = Reach.by(invocation.environ, container=container, launch=launch, local_python=sys.executable)
         read = _read(target, reach, deadline, root)
         found = _judge(target, read)
         if active:

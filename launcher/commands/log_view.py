@@ -18,15 +18,26 @@ if TYPE_CHECKING:
 
 
 class LogView:
-    """Shows lines one by one. `width` is that of the column of nodes; 0: there is none."""
+    """Shows lines one by one. `width` is that of the column of nodes; 0: there is none.
+
+    With `is_about_fabric` only lines are shown that say something of the fabric or of a known failure.
+    """
 
     def __init__(
-        self, console: Console, environ: Mapping[str, str], *, as_json: bool, is_live: bool, width: int = 0
+        self,
+        console: Console,
+        environ: Mapping[str, str],
+        *,
+        as_json: bool,
+        is_live: bool,
+        is_about_fabric: bool = False,
+        width: int = 0,
     ) -> None:
         self._console = console
         self._redaction = Redaction(environ)
         self._as_json = as_json
         self._is_live = is_live
+        self._is_about_fabric = is_about_fabric
         self._width = width
         self._first: dict[str, tuple[LogFinding, str]] = {}
         self._counts: Counter[str] = Counter()
@@ -35,6 +46,8 @@ class LogView:
         """Print one line; what it means comes at once while somebody follows, else at the end."""
         text = self._redaction.line(line)
         found = classify(text)
+        if self._is_about_fabric and found is None:
+            return
         if self._as_json:
             told = (
                 None if found is None else {name: getattr(found, name) for name in ("code", "severity", "cause", "fix")}

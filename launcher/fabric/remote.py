@@ -55,13 +55,22 @@ class Unreachable:
 class Reach:
     """How commands get to nodes. `container`: run inside it. `launch`: inside the node's container of that launch.
 
-    `python` is the interpreter's name there; `local_python` reads a node without `ssh`: this very host.
+    `python` is the interpreter's name there; `local_python` reads a node without `ssh`: this very host. `ssh` is a
+    program with ssh's calling convention.
     """
 
     container: str | None = None
     launch: str | None = None
     python: str = "python3"
     local_python: str = "python3"
+    ssh: str = "ssh"
+
+    @classmethod
+    def by(cls, environ: Mapping[str, str], **options: Any) -> Reach:
+        """Reach nodes as `up` does: by HLAUNCH_SSH and HLAUNCH_REMOTE_PYTHON where they are set."""
+        inside = options.get("container") or options.get("launch")
+        python = "python3" if inside else environ.get("HLAUNCH_REMOTE_PYTHON", "python3")
+        return cls(python=python, ssh=environ.get("HLAUNCH_SSH", "ssh"), **options)
 
     def argv(self, node: Node) -> list[str]:
         """Return the command that gives a node's Python a program on its standard input."""
@@ -76,7 +85,7 @@ class Reach:
             return inner
         options = ["-T", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_SECONDS}"]
         # ssh joins what follows with spaces for a shell there, so each word is quoted.
-        return ["ssh", *options, "--", node.ssh, shlex.join(inner)]
+        return [self.ssh, *options, "--", node.ssh, shlex.join(inner)]
 
 
 @cache

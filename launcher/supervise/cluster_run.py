@@ -37,6 +37,7 @@ RECORD = "cluster.json"
 _PERMANENT = (ExitCode.USAGE, ExitCode.REGISTRY_INVALID, ExitCode.PREFLIGHT, ExitCode.DOES_NOT_FIT, ExitCode.NOT_READY)
 """Exit codes of a node that starting it again cannot change."""
 _REATTACH_SECONDS = 0.5
+READY = "ready"
 LOG_LINES = 20_000
 """How far back a node's log is read for what its ranks said at their start."""
 TAIL_LINES = 400
@@ -167,7 +168,7 @@ def _await_ready(
     causes: dict[str, str] = {}
     versions: dict[str, Mapping[str, str]] = {}
     try:
-        while set(states.values()) != {"ready"}:
+        while set(states.values()) != {READY}:
             left = deadline - time.monotonic()
             if left <= 0:
                 table = ", ".join(f"{name}: {causes.get(name, state)}" for name, state in states.items())
@@ -176,7 +177,7 @@ def _await_ready(
                 item = said.get(timeout=min(1.0, left))
             except queue.Empty:
                 continue
-            states[item.node.name] = str(item.report.get("state", ""))
+            states[item.node.name] = _standing(item.report)
             url = str(item.report.get("url") or "") if item.node.role == HEAD else url
             on_report(item)
             if isinstance(told := item.report.get("versions"), dict) and told:
@@ -198,6 +199,16 @@ def _await_ready(
     for line in differences(versions, SHOULD):
         note(f"warning: {line}")
     return url
+
+
+def _standing(report: Mapping[str, Any]) -> str:
+    """Say how far a node is: its state, and what it is about."""
+    state = str(report.get("state", ""))
+    phases = [phase for phase in report.get("phases") or () if isinstance(phase, dict) and phase.get("state") != "end"]
+    if state == READY or not phases:
+        return state
+    detail = str(phases[-1].get("detail") or "")
+    return one_line(f"{state}, {phases[-1].get('name')}" + (f": {detail}" if detail else ""))
 
 
 def _listen(

@@ -91,6 +91,10 @@ def test_up_ps_status_logs_kill_down(cluster: Cluster) -> None:
     launches = json.loads(cluster.cli("ps", "--json").stdout)
     assert [(node["name"], node["state"]) for node in launches[0]["nodes"]] == [("one", "ready"), ("two", "ready")]
     assert "10.77.0.2  ready" in cluster.cli("ps").stdout
+    examined = json.loads(cluster.cli("doctor", "tiny-oss", "--json").stdout)
+    assert {name: node["read"] for name, node in examined["nodes"].items()} == {"one": True, "two": True}
+    codes = {found["code"] for found in examined["findings"]}
+    assert not codes & {"node-unreachable", "node-ip-absent", "ifname-absent", "peer-unreachable"}, examined
     again = cluster.cli("up", "tiny-oss", "--runtime", "process")
     assert again.returncode == 5
     assert "is running on cluster pair" in again.stderr

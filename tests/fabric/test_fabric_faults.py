@@ -213,6 +213,15 @@ def test_planted_fault_is_found(
     assert [item.headline() for item in found if item.where == "spark-02"] == []
 
 
+def test_at_least_25_different_faults_are_planted() -> None:
+    planted = {code for code, *_ in FAULTS}
+    assert len(planted) >= 40
+    elsewhere = {"clock-skew", "node-unreachable", "hostname-loopback", "uma-memory", "removeipc"}
+    needs_two_hosts = {"peer-unreachable", "path-untested"}
+    of_hosts = {code for code, row in CODES.items() if row.group in ("host", "cluster")}
+    assert of_hosts - planted == elsewhere | needs_two_hosts, "a check without a planted fault"
+
+
 def test_the_installed_nccl_decides_what_is_too_new(pair: list[Tree]) -> None:
     cluster = plain_pair(env={"NCCL_CHECK_MODE": "DEBUG_LOCAL"})
     assert codes(examine(pair, cluster)) == ["too-new"]

@@ -104,6 +104,15 @@ def test_logs_hide_secrets_and_say_what_failed(hosts: Hosts) -> None:
     ]
 
 
+def test_only_what_concerns_the_fabric(hosts: Hosts) -> None:
+    done = hosts.cli("logs", "tiny-oss", "--transport", HLAUNCH_STATE_DIR=str(hosts.folder / "state"))
+    assert done.out.splitlines() == [
+        "NET/IB : No device found.",
+        "a: Too many open files",
+        "b: Too many open files",
+    ]
+
+
 def test_logs_as_json_lines(hosts: Hosts) -> None:
     done = hosts.cli("logs", "tiny-oss", "--json", "-n", "3", HLAUNCH_STATE_DIR=str(hosts.folder / "state"))
     rows = [json.loads(line) for line in done.out.splitlines()]
