@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from launcher.fabric.attest import attest
 from launcher.fabric.log_lines import LogFinding, classify
 from launcher.redaction import Redaction
 
@@ -40,14 +41,17 @@ class LogView:
         self._is_about_fabric = is_about_fabric
         self._width = width
         self._first: dict[str, tuple[LogFinding, str]] = {}
+        self._of_fabric: dict[str, list[str]] = {}
         self._counts: Counter[str] = Counter()
 
     def show(self, line: str, node: str = "") -> None:
         """Print one line; what it means comes at once while somebody follows, else at the end."""
         text = self._redaction.line(line)
         found = classify(text)
-        if self._is_about_fabric and found is None:
-            return
+        if self._is_about_fabric:
+            if found is None:
+                return
+            self._of_fabric.setdefault(node, []).append(text)
         if self._as_json:
             told = (
                 None if found is None else {name: getattr(found, name) for name in ("code", "severity", "cause", "fix")}
@@ -67,6 +71,9 @@ class LogView:
         """Tell what was found, errors first, each class once."""
         if self._is_live or self._as_json:
             return
+        for node, lines in self._of_fabric.items():
+            if told := attest(lines).describe():
+                self._console.note(f"{node}: {told}" if node else told)
         for found, node in sorted(self._first.values(), key=lambda item: item[0].severity != "error"):
             self._tell(found, node)
 

@@ -59,10 +59,10 @@ def register(app: typer.Typer) -> None:
 def _on_cluster(run: ClusterRun, environ: Mapping[str, str]) -> dict[str, Any]:
     """Ask the nodes; a restarted node's ranks may be connected otherwise by now, so their logs are read anew."""
     from launcher.commands import cluster
-    from launcher.supervise.cluster_run import transports_in_use
+    from launcher.supervise.cluster_logs import transports_in_use
 
     facts = cluster.facts(run, environ)
-    if run.transports and (pairs := transports_in_use(run, environ)):
+    if run.transports and (pairs := transports_in_use(run.placement, run.runtime, run.nodes, environ)):
         facts["transports"] = [_newer(pair, run).to_data() for pair in pairs]
     return facts
 

@@ -80,15 +80,18 @@ class Attestation:
     network: Network
     unknown: tuple[str, ...]
 
-    def violations(self, rdma: str, *, may_use_gdr: bool = True) -> tuple[str, ...]:
-        """Say which pairs do not use what the fabric promises (`required`, `preferred`, `off`); one sentence each."""
-        found = []
-        for (low, high), transport in sorted(self.pairs.items()):
-            if rdma == "required" and transport in (Transport.SOCKET, Transport.UNKNOWN):
-                found.append(f"ranks {low} and {high} use {transport}, the fabric says rdma: required")
-            if not may_use_gdr and transport is Transport.RDMA_GDR:
-                found.append(f"ranks {low} and {high} use GPUDirect RDMA, which this platform must not")
-        return tuple(found)
+    def describe(self) -> str:
+        """Put into one line what the log of a node says: the net, its HCAs, its bootstrap, the pairs of ranks."""
+        network = self.network
+        parts = [f"net {network.chosen}"] if network.chosen else []
+        if network.hcas:
+            layers = f" ({', '.join(sorted(network.link_layers))})" if network.link_layers else ""
+            parts.append(f"HCAs {', '.join(network.hcas)}{layers}")
+        if network.out_of_band:
+            parts.append(f"bootstrap on {network.out_of_band}")
+        parts += [f"ranks {low}-{high} {transport}" for (low, high), transport in self.pairs.items()]
+        parts += network.complaints
+        return "; ".join(parts)
 
 
 _SLOWNESS = (

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import queue
-import re
 import secrets
 import threading
 import time
@@ -19,13 +18,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from engine.placement import Placement
 from launcher.errors import HlaunchError, NotReady, PreflightError
 from launcher.exit_codes import ExitCode
-from launcher.fabric.log_lines import worst
-from launcher.fabric.transports import PairTransport, check, read_pairs, silence, transports_of
+from launcher.fabric.facts import NodeFacts
+from launcher.fabric.transports import PairTransport, check, read_pairs, silence
 from launcher.plan.cluster_plan import ClusterPlan
 from launcher.registry.values import BadValue
+from launcher.supervise.cluster_logs import known_failures, transports_in_use
+from launcher.supervise.cluster_traffic import check_silent_pairs, read_counters, traffic_lines, traffic_of
 from launcher.supervise.instance import InstanceFolder, instance_folders, write_private
 from launcher.supervise.node_spec import HEAD
 from launcher.supervise.node_versions import SHOULD, differences
@@ -38,11 +38,6 @@ _PERMANENT = (ExitCode.USAGE, ExitCode.REGISTRY_INVALID, ExitCode.PREFLIGHT, Exi
 """Exit codes of a node that starting it again cannot change."""
 _REATTACH_SECONDS = 0.5
 READY = "ready"
-LOG_LINES = 20_000
-"""How far back a node's log is read for what its ranks said at their start."""
-TAIL_LINES = 400
-"""How far back it is read for the cause of a failure."""
-_BEGINS = re.compile(r"=== |keeper: ended with|node: \S+ -m ray\.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,23 +124,42 @@ def start(
         for node in plan.nodes:
             for reason in runtime.stage(shells[node.name], plan, node, keys):
                 note(reason)
+        counters = read_counters(plan.cluster, environ)
         # The head first; workers wait for it by themselves, so nothing here sleeps in between.
         for handle in sorted(run.nodes, key=lambda item: item.role != HEAD):
             runtime.start(shells[handle.name], handle)
         url = _await_ready(run, runtime, shells, plan.ready_timeout_seconds, on_report, note)
-        pairs = transports_in_use(run, environ)
-        check(pairs, plan.cluster)
-        if quiet := silence(pairs, plan.cluster):
-            note(quiet)
+        pairs = _attest(run, plan, counters, environ, note)
     except HlaunchError as error:
         # Before the logs go with their nodes.
-        error.details = (*error.details, *known_failures(run, environ))
+        error.details = (*error.details, *known_failures(run.runtime, run.nodes, environ))
         with contextlib.suppress(HlaunchError):
             stop(run, folder, environ)
         raise
     ready = replace(run, url=url, transports=pairs)
     write_private(folder.path / RECORD, ready.to_json())
     return ready
+
+
+def _attest(
+    run: ClusterRun,
+    plan: ClusterPlan,
+    counters: Mapping[str, NodeFacts],
+    environ: Mapping[str, str],
+    note: Callable[[str], None],
+) -> tuple[PairTransport, ...]:
+    """Find what connects the ranks, by their logs and by what the counters moved. Raises: TransportWrong."""
+    pairs = transports_in_use(run.placement, run.runtime, run.nodes, environ)
+    if not pairs:
+        return ()
+    traffic = traffic_of(counters, read_counters(plan.cluster, environ)) if counters else {}
+    pairs = check_silent_pairs(pairs, traffic)
+    check(pairs, plan.cluster)
+    for line in traffic_lines(traffic):
+        note(f"RDMA {line}")
+    if quiet := silence(pairs, plan.cluster):
+        note(f"warning: {quiet}")
+    return pairs
 
 
 def _await_ready(
@@ -244,45 +258,6 @@ def _report(line: str) -> dict[str, Any]:
     except ValueError:
         return {}
     return loaded if isinstance(loaded, dict) else {}
-
-
-def transports_in_use(run: ClusterRun, environ: Mapping[str, str]) -> tuple[PairTransport, ...]:
-    """Read from the nodes' logs what connects the ranks; nothing where there is one rank."""
-    placement = Placement.from_json(run.placement) if run.placement else None
-    if placement is None or len(placement.ranks) < 2:
-        return ()
-
-    def read(handle: NodeHandle) -> list[str]:
-        shell = Shell(handle.name, handle.ssh, environ)
-        argv = RUNTIMES[run.runtime].logs_argv(shell, handle, LOG_LINES, follow=False)
-        try:
-            return last_run(shell.run(argv, seconds=30.0, is_checked=False).splitlines())
-        except HlaunchError:
-            return []
-
-    with ThreadPoolExecutor(max_workers=max(1, len(run.nodes))) as pool:
-        return transports_of(placement, pool.map(read, run.nodes))
-
-
-def known_failures(run: ClusterRun, environ: Mapping[str, str]) -> list[str]:
-    """Look through the nodes' logs for lines whose cause is known; one line each, with the node and the fix."""
-    found = []
-    for handle in run.nodes:
-        shell = Shell(handle.name, handle.ssh, environ)
-        argv = RUNTIMES[run.runtime].logs_argv(shell, handle, TAIL_LINES, follow=False)
-        try:
-            lines = last_run(shell.run(argv, seconds=15.0, is_checked=False).splitlines())
-        except HlaunchError:
-            continue
-        told = [item for item in worst(lines) if item.severity == "error"]
-        found += [one_line(f"{handle.name}: {item.cause} [{item.code}]; fix: {item.fix}") for item in told]
-    return found
-
-
-def last_run(lines: list[str]) -> list[str]:
-    """Return what a node has said since it was last started."""
-    begins = [index for index, line in enumerate(lines) if _BEGINS.match(line)]
-    return lines[begins[-1] :] if begins else lines
 
 
 def ask_all(run: ClusterRun, environ: Mapping[str, str]) -> dict[str, dict[str, Any]]:

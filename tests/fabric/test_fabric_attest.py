@@ -69,8 +69,9 @@ def test_rdma_without_gpudirect() -> None:
     assert found.network.hcas == ("rocep1s0f0", "roceP2p1s0f0")
     assert found.network.link_layers == {"RoCE"}
     assert found.network.out_of_band == "enP2p1s0f0np0"
-    assert found.violations("required") == ()
-    assert found.violations("required", may_use_gdr=False) == ()
+    assert found.describe() == (
+        "net IB; HCAs rocep1s0f0, roceP2p1s0f0 (RoCE); bootstrap on enP2p1s0f0np0; ranks 0-1 RDMA"
+    )
 
 
 def test_every_kind_of_edge_and_both_spellings() -> None:
@@ -78,18 +79,14 @@ def test_every_kind_of_edge_and_both_spellings() -> None:
     assert found.pairs == {(0, 1): Transport.P2P, (2, 3): Transport.SHM, (3, 8): Transport.RDMA_GDR}
     assert found.network.chosen == "IB"
     assert [edge.device for edge in found.edges] == [None, 0, 1, None]
-    assert found.violations("required") == ()
-    assert found.violations("required", may_use_gdr=False) == (
-        "ranks 3 and 8 use GPUDirect RDMA, which this platform must not",
-    )
+    assert found.describe().endswith("ranks 0-1 P2P; ranks 2-3 shared memory; ranks 3-8 RDMA with GPUDirect")
 
 
-def test_a_silent_fallback_to_tcp_is_a_violation() -> None:
+def test_a_silent_fallback_to_tcp_is_told() -> None:
     found = attest(SOCKET_228.splitlines())
     assert found.pairs == {(0, 1): Transport.SOCKET}
     assert found.network.complaints == ("NET/IB : No device found",)
-    assert found.violations("required") == ("ranks 0 and 1 use TCP, the fabric says rdma: required",)
-    assert found.violations("preferred") == ()
+    assert found.describe() == "net Socket; ranks 0-1 TCP; NET/IB : No device found"
 
 
 def test_a_recorded_log_of_two_gpus() -> None:
@@ -113,7 +110,6 @@ def test_a_way_that_nobody_knows_is_kept() -> None:
     found = attest(PLUGIN.splitlines())
     assert found.pairs == {(0, 1): Transport.UNKNOWN}
     assert found.unknown == ("NET/AWS Libfabric/0", "MNNVL/x")
-    assert found.violations("required") == ("ranks 0 and 1 use unknown, the fabric says rdma: required",)
 
 
 def test_lines_of_others_are_no_edges() -> None:

@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 from fabric_support import spark_pair
 from hosts import ROOT, Result
+from trees import healthy
 
 from engine.config import load_model_config, resolve_model_folder
 from engine.placement import Device, HostSpec, ParallelSizes, Placement, place
+from launcher.fabric.collector.main import collect
 from launcher.fabric.transports import (
     NOT_TOLD,
     PairTransport,
@@ -27,7 +29,8 @@ from launcher.fabric.transports import (
 )
 from launcher.plan.cluster_plan import make_cluster_plan
 from launcher.registry import load_registry, resolve, resolve_cluster
-from launcher.supervise.cluster_run import ClusterRun, last_run, start
+from launcher.supervise.cluster_logs import last_run
+from launcher.supervise.cluster_run import ClusterRun, start
 from launcher.supervise.instance import InstanceFolder, state_root
 from launcher.supervise.runtimes import RUNTIMES
 
@@ -174,6 +177,7 @@ class StandIns:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.notes: list[str] = []
         (folder / "model_registry.yml").write_text(REGISTRY)
         ssh = folder / "ssh"
         program = Path(__file__).with_name("stand_in_node.py")
@@ -191,7 +195,7 @@ class StandIns:
         assert plan.placement is not None
         folder = InstanceFolder(state_root(self.environ), "tiny-oss")
         folder.create()
-        return start(plan, RUNTIMES["process"], folder, self.environ, lambda _: None, lambda _: None)
+        return start(plan, RUNTIMES["process"], folder, self.environ, lambda _: None, self.notes.append)
 
     def cli(self, *args: str) -> Result:
         done = subprocess.run(
@@ -231,4 +235,54 @@ def test_a_launch_and_its_status_show_what_is_in_use(tmp_path: Path) -> None:
     for log in (tmp_path / ".local/state/hlaunch/nodes").glob("*/node.log"):
         log.write_text("later\n")
     assert stand_ins.cli("status", "tiny-oss", "--json").json["transports"] == pairs
+    assert stand_ins.cli("down", "tiny-oss").code == 0
+
+
+def with_counters(folder: Path, name: str, *moved: int) -> None:
+    """Let a node's HCAs have sent so many bytes more at each look."""
+    raw = collect(healthy(folder / f"tree-{name}", 1).root)
+    lines = []
+    for num_bytes in moved:
+        for hca in raw["hcas"]:
+            hca["ports"][0]["counters"]["port_xmit_data"] = 1000 + num_bytes // 4
+        lines.append(json.dumps(raw))
+    (folder / f"{name}.facts").write_text("\n".join(lines) + "\n")
+
+
+def test_counters_speak_where_the_logs_are_silent(tmp_path: Path) -> None:
+    stand_ins = StandIns(tmp_path)
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.log").write_text("nothing of NCCL\n")
+        with_counters(tmp_path, name, 0, 8 << 20)
+    run = stand_ins.start()
+    assert summary(run.transports) == ["one - two: RDMA (by its counters), ranks 0-1"]
+    assert stand_ins.notes == [
+        f"RDMA {name} {hca}: sent 8.0 MiB, received 0.0 MiB"
+        for name in ("one", "two")
+        for hca in ("roceP2p1s0f0", "rocep1s0f0")
+    ]
+    assert stand_ins.cli("down", "tiny-oss").code == 0
+
+
+def test_counters_that_stand_still_end_the_launch(tmp_path: Path) -> None:
+    stand_ins = StandIns(tmp_path)
+    for name, moved in (("one", 8 << 20), ("two", 512)):
+        (tmp_path / f"{name}.log").write_text("nothing of NCCL\n")
+        with_counters(tmp_path, name, 0, moved)
+    with pytest.raises(TransportWrong) as caught:
+        stand_ins.start()
+    assert "the counters of two did not move (" in caught.value.message
+    assert "rocep1s0f0 sent 512 B" in caught.value.message
+    assert (tmp_path / "stopped").read_text().split() == ["one", "two"]
+
+
+def test_without_counters_and_lines_it_is_said(tmp_path: Path) -> None:
+    stand_ins = StandIns(tmp_path)
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.log").write_text("nothing of NCCL\n")
+    assert summary(stand_ins.start().transports) == ["one - two: not told, ranks 0-1"]
+    assert stand_ins.notes == [
+        "warning: 1 pair(s) of ranks say nothing of their transport: "
+        "NCCL_DEBUG=INFO and NCCL_DEBUG_SUBSYS=INIT let NCCL say it"
+    ]
     assert stand_ins.cli("down", "tiny-oss").code == 0
