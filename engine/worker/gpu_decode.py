@@ -210,7 +210,8 @@ class DecodeGraphs:
         if not self._is_eager:
             torch.cuda.current_stream().synchronize()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):
+            # Another thread may be waiting for a step meanwhile: what it asks of CUDA is not the capture's business.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 body()
         tokens, logits = self._outputs(size, has_filters)
         self._graphs[size, has_filters] = DecodeGraph(graph or body, tokens, logits)
