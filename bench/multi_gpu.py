@@ -43,6 +43,9 @@ ENGINES: dict[str, tuple[int, dict[str, Any], list[int]]] = {
     "tp4": (4, {"tensor_parallel_size": 4}, [1, 2, 8, 64]),
     "pp2": (2, {"pipeline_parallel_size": 2}, [64]),
     "pp2, 14 + 10 layers": (2, {"pipeline_parallel_size": 2, "layers": (14, 10)}, [64]),
+    # Longer contexts than the memory holds: how many blocks there is room for.
+    "room": (1, {"max_model_len": 131_072}, []),
+    "room, pp2": (2, {"max_model_len": 131_072, "pipeline_parallel_size": 2}, []),
     "ep2": (2, {"tensor_parallel_size": 2, "enable_expert_parallel": True}, [64]),
 }
 REPLICAS = {"dp1": 1, "dp2": 2, "dp4": 4}
@@ -91,6 +94,7 @@ def run_step(name: str, options: argparse.Namespace, seconds: float) -> dict[str
     commands = {
         "host": ["nvidia-smi", "topo", "-m"],
         "checks": [sys.executable, tests],
+        "checks of sums": [sys.executable, tests, "sums", "races"],
         "tokens": [sys.executable, tests, "--only-engines"],
         "sums": [sys.executable, str(HERE / "multi_gpu_all_reduce.py"), "--json", str(sums), "--gpus",
                  *[str(size) for size in (2, 4, 8) if size <= options.gpus]],
@@ -113,7 +117,7 @@ def run_step(name: str, options: argparse.Namespace, seconds: float) -> dict[str
     if name == "sums" and sums.exists():
         result["microseconds"] = json.loads(sums.read_text())
     elif name not in commands and status == 0:
-        result |= json.loads(lines[-1])
+        result |= json.loads(next(line for line in lines[::-1] if line.startswith("{")))
     else:
         result["tail"] = lines[-25:]
     return result
@@ -145,8 +149,8 @@ def config_for(folder: str, most_requests: int, sizes: dict[str, Any]) -> Any:
         max_num_seqs=max(16, most_requests), max_num_batched_tokens=8192, enable_prefix_caching=False, max_queue=1 << 16
     )
     return EngineConfig(
-        model=folder, device="cuda:0" if not sizes else "cuda", load_format="dummy", max_model_len=16384,
-        scheduler=scheduler, cache=CacheConfig(block_size=64), **sizes,
+        model=folder, device="cuda:0", load_format="dummy", scheduler=scheduler, cache=CacheConfig(block_size=64),
+        **{"max_model_len": 16384, **sizes},
     )  # fmt: skip
 
 
@@ -156,7 +160,7 @@ def measure_engine(folder: str, sizes: dict[str, Any], counts: Sequence[int], ru
     from engine.engine_core import EngineCore
 
     begun = time.monotonic()
-    core = EngineCore.start(config_for(folder, max(counts), sizes))
+    core = EngineCore.start(config_for(folder, max(counts, default=REQUESTS), sizes))
     result: dict[str, Any] = {"ready_seconds": round(time.monotonic() - begun, 1), "facts": asdict(core.facts)}
     try:
         bench = Bench(core, seed=0)

@@ -96,7 +96,8 @@ def main() -> None:
         if status:
             print("\n".join(texts))
             sys.exit(status)
-        ranks = [json.loads(text.splitlines()[-1]) for text in texts]
+        # NCCL may have the last word.
+        ranks = [json.loads(next(line for line in text.splitlines()[::-1] if line.startswith("[{"))) for text in texts]
         lines = [{key: max(rank[i][key] for rank in ranks) for key in line} for i, line in enumerate(ranks[0])]
         report[str(size)] = lines
         for line in lines:

@@ -357,7 +357,7 @@ if __name__ == "__main__":
         sys.exit(0)
     failures = 0
     for size in () if "--only-engines" in sys.argv else (2, 4, 8):
-        for name in CHECKS if size <= NUM_GPUS else ():
+        for name in sys.argv[1:] or CHECKS if size <= NUM_GPUS else ():
             try:
                 run_check(name, size)
                 print(f"ok   {name}, {size} GPUs", flush=True)
