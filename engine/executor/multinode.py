@@ -45,6 +45,7 @@ from engine.placement import Placement
 SILENCE_SECONDS = 120.0
 PREPARE_SECONDS = 30.0
 _STATES_SECONDS = 1.0
+_SAY_SECONDS = 2.0
 
 
 class MultiNodeExecutor:
@@ -207,8 +208,7 @@ class MultiNodeExecutor:
         """Wait for all node hosts that were ordered. Raises: ExecutorError naming those that did not come."""
         wanted = {order.node: order for order in orders}
         came: dict[str, NodeArrival] = {}
-        began = time.monotonic()
-        said = ""
+        began = say_at = time.monotonic()
         try:
             while missing := [node for node in wanted if node not in came]:
                 self._check()
@@ -223,8 +223,9 @@ class MultiNodeExecutor:
                             hint=starter.advice(missing[0]),
                         )
                     )
-                if said != (line := f"waiting for {_list(missing)}; {starter.advice(missing[0])}"):
-                    self._on_nodes(said := line)
+                if time.monotonic() >= say_at:
+                    say_at = time.monotonic() + _SAY_SECONDS
+                    self._on_nodes(f"waiting for {_list(missing)}; {starter.advice(missing[0])}")
                 arrival = starter.accept(0.5)
                 if arrival is not None and self._is_wanted(arrival, wanted, came):
                     came[arrival.hello.node] = arrival
@@ -257,7 +258,7 @@ class MultiNodeExecutor:
         """The starter knows that a host is gone."""
         ranks = [rank for rank in self.ranks if rank.node == node]
         if ranks:
-            self._roster.lose_node(ranks, why)
+            self._roster.lose_node(ranks, why, is_known=True)
 
     @contextlib.contextmanager
     def _blaming(self, node: RemoteNode) -> Iterator[None]:

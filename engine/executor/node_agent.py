@@ -100,7 +100,6 @@ class NodeAgent:
         head = f"{self._nodes.head_host}:{self._nodes.head_port}"
         deadline = time.monotonic() + self._nodes.join_timeout_seconds
         self._enter("join", f"{self._name}, head {head}")
-        said = ""
         try:
             while not self.is_leaving:
                 try:
@@ -116,12 +115,9 @@ class NodeAgent:
                             f"is `hlaunch up … --node-rank 0 --head-addr {head}` running, and the port open?",
                             EXIT_NOT_READY,
                         ) from error
-                    if said != str(error):
-                        said = str(error)
-                        self._status.phase("join", "progress", None, said)
+                    self._status.phase("join", "progress", None, str(error))
                     self._pause(RETRY_SECONDS)
                     continue
-                said = ""
                 try:
                     if self._serve(link):
                         return

@@ -24,7 +24,7 @@ from engine.placement import RankSpec
 GATHER_SECONDS = 0.15
 GATHER_NODES_SECONDS = 0.4
 _ECHO_SECONDS = 1.5
-_BROKE, _ENDED, _ECHO = 0, 1, 2
+_BROKE, _ENDED, _CUT, _ECHO = range(4)
 
 
 class RankFailure(ExecutorError):
@@ -55,7 +55,7 @@ class RankFailure(ExecutorError):
 class NodeFailure(RankFailure):
     """A node is lost with all its ranks; `rank` and `device` are its first one's."""
 
-    def __init__(self, ranks: Sequence[RankSpec], phase: str, what: str, *, seconds: float, hint: str = "") -> None:
+    def __init__(self, ranks: Sequence[RankSpec], phase: str, what: str, *, seconds: float) -> None:
         first, last = ranks[0], ranks[-1]
         named = (
             f"rank {first.rank}, {first.device}"
@@ -64,7 +64,7 @@ class NodeFailure(RankFailure):
         )
         message = f"node {first.node} ({named}) is lost: {what}; phase {phase}, {seconds:.1f} s in it"
         self._settle(first, phase, seconds, message)
-        self.hint = hint
+        self.hint = ""
         self.does_not_fit = False
 
 
@@ -124,11 +124,11 @@ class Roster:
         else:
             self.reports.put(report)
 
-    def lose_node(self, ranks: Sequence[RankSpec], why: str, hint: str = "") -> None:
-        """Take in that a node is gone, with its ranks."""
+    def lose_node(self, ranks: Sequence[RankSpec], why: str, *, is_known: bool = False) -> None:
+        """Take in that a node is gone, with its ranks. `is_known`: by who started it, not only from its silence."""
         view = self.views[ranks[0].rank]
-        seconds = time.monotonic() - view.since
-        self._suspect(_ENDED, NodeFailure(ranks, view.phase, why, seconds=seconds, hint=hint))
+        failure = NodeFailure(ranks, view.phase, why, seconds=time.monotonic() - view.since)
+        self._suspect(_ENDED if is_known else _CUT, failure)
 
     def fail(self, failure: RankFailure) -> RankFailure:
         """Settle on a failure, unless one is known already; returns the one that stands."""

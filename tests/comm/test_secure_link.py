@@ -121,9 +121,9 @@ def test_a_link_goes_on_in_another_process() -> None:
 
 
 def test_heartbeats_keep_an_idle_link_and_silence_ends_one() -> None:
-    node, head = pair(silence_seconds=1.2)
+    node, head = pair(silence_seconds=0.8)
     node.start_heartbeat()
-    assert head.receive(2.5) is None  # nothing but signs of life, for twice as long as silence may last
+    assert head.receive(1.6) is None  # nothing but signs of life, for twice as long as silence may last
     began = time.monotonic()
     with pytest.raises(LinkLost, match=r"has said nothing for \d\.\d s"):
         node.receive()  # the head's end never started its own
