@@ -116,7 +116,10 @@ def facts(run: ClusterRun, environ: Mapping[str, str]) -> dict[str, Any]:
 def _of(report: Mapping[str, Any]) -> dict[str, Any]:
     if not report:
         return {"state": "no answer", "uptime_seconds": None, "events": [], "phases": [], "previous": None}
-    kept = ("state", "uptime_seconds", "ready_seconds", "url", "cause", "events", "phases", "previous")
+    kept = (
+        "state", "uptime_seconds", "ready_seconds", "url", "cause", "events", "phases", "previous", "versions",
+        "environment",
+    )  # fmt: skip
     return {name: report.get(name) for name in kept}
 
 
@@ -143,6 +146,24 @@ def status(console: Console, launch: dict[str, Any]) -> None:
         for event in node.get("events") or ():
             console.data(f"{node['name']}: {event.get('age_seconds', 0):.0f} s ago: {event.get('text', '')}")
     transports(console, launch["transports"])
+
+
+def environment(console: Console, launch: dict[str, Any]) -> None:
+    """Every variable of the fabric that a node really has; what should be equal and is not is marked."""
+    from launcher.fabric import catalogue
+
+    said = {node["name"]: node.get("environment") or {} for node in launch["nodes"]}
+    rows = []
+    for name in sorted({name for variables in said.values() for name in variables}):
+        values = {node: variables.get(name, "-") for node, variables in said.items() if variables}
+        row = catalogue.find(name)
+        may_differ = row is not None and row.scope in (catalogue.Scope.NODE, catalogue.Scope.RANK)
+        if len(set(values.values())) == 1:
+            rows.append((name, "all" if len(values) > 1 else next(iter(values)), next(iter(values.values())), ""))
+            continue
+        mark = "by node" if may_differ else "DIFFERS"
+        rows += [(name, node, value, mark) for node, value in values.items()]
+    console.table(("NAME", "NODE", "VALUE", ""), rows)
 
 
 def transports(console: Console, pairs: list[dict[str, Any]]) -> None:

@@ -26,11 +26,14 @@ def register(app: typer.Typer) -> None:
     def status(
         ctx: typer.Context,
         name: Annotated[str, typer.Argument(metavar="NAME", help="A running model.")],
+        has_environment: Annotated[
+            bool, typer.Option("--env", help="Show the fabric's variables that each node really has.")
+        ] = False,
         as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     ) -> None:
         """Show the nodes of a launch, what happened on them, and what connects its ranks."""
         from launcher.commands import cluster
-        from launcher.errors import UnknownModel
+        from launcher.errors import UnknownModel, UsageError
         from launcher.supervise.cluster_run import read_run, recorded_runs
         from launcher.supervise.instance import InstanceFolder, state_root
         from launcher.supervise.stopping import instance_folders, running_instances
@@ -42,6 +45,8 @@ def register(app: typer.Typer) -> None:
         state = folder.read() if run is None else None
         if run is not None:
             facts = _on_cluster(run, invocation.environ)
+        elif state is not None and state.is_alive and has_environment:
+            raise UsageError("--env asks the nodes of a cluster", hint=f"on this host: hlaunch env {name}")
         elif state is not None and state.is_alive:
             facts = _here(folder, state)
         else:
@@ -50,6 +55,8 @@ def register(app: typer.Typer) -> None:
             raise UnknownModel(f"'{name}' does not run", available=known, hint="hlaunch ps shows what runs")
         if as_json:
             invocation.console.json(facts)
+        elif run is not None and has_environment:
+            cluster.environment(invocation.console, facts)
         elif run is not None:
             cluster.status(invocation.console, facts)
         else:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.errors import PreflightError
+from launcher.fabric import catalogue
 from launcher.fabric.checks_host import host_findings
 from launcher.fabric.checks_rdma import rdma_findings
 from launcher.fabric.context import NodeContext
@@ -102,6 +103,11 @@ def measured_variables(cluster: Cluster, node: Node, facts: NodeFacts, environ: 
     declared = as_mapping(node_environment(cluster, node, {}))
     known = as_mapping(node_environment(cluster, node, {}, facts))
     return {name: value for name, value in known.items() if name not in declared and name not in environ}
+
+
+def shown_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables of the fabric in name order, as they may be printed."""
+    return {name: catalogue.shown(name, environ[name]) for name in sorted(environ) if catalogue.is_ours_to_judge(name)}
 
 
 def model_digest(model: str, revision: str | None, environ: Mapping[str, str]) -> str:

@@ -37,6 +37,8 @@ class NodeReport:
     exit_code: int | None = None
     facts: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)
+    """Variables of the fabric as this node's processes see them, secrets hidden."""
     nodes: list[dict[str, Any]] = field(default_factory=list)
     previous: dict[str, Any] | None = None
     processes: dict[str, ProcessIdentity] = field(default_factory=dict)
@@ -90,6 +92,7 @@ class NodeReport:
             "exit_code": self.exit_code,
             "facts": self.facts,
             "versions": self.versions,
+            "environment": self.environment,
             "nodes": self.nodes,
             "previous": self.previous,
             "phases": [

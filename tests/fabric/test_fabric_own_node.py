@@ -14,7 +14,7 @@ from trees import healthy
 
 from launcher.errors import PreflightError
 from launcher.registry.cluster import Cluster, Fabric
-from launcher.supervise.node_fabric import NodeFabric, look, model_digest
+from launcher.supervise.node_fabric import NodeFabric, look, model_digest, shown_environment
 from launcher.supervise.node_versions import SHOULD, differences
 
 ROOT_ASSETS = Path(__file__).parents[2] / "engine" / "assets" / "tiny_oss"
@@ -93,6 +93,27 @@ def test_versions_that_differ_are_named() -> None:
     assert differences({"one": {"driver": "580"}, "two": {"driver": "570"}}, SHOULD) == [
         "driver differs: one 580, two 570"
     ]
+
+
+def test_the_environment_that_nodes_really_have(tmp_path: Path) -> None:
+    stand_ins = StandIns(tmp_path)
+    common = {"NCCL_NET": "IB", "HF_TOKEN": "canary-token", "EDITOR": "vi"}
+    own = {"one": {"NCCL_IB_HCA": "=mlx5_0", "NCCL_IB_TC": "106"}, "two": {"NCCL_IB_HCA": "=mlx5_1"}}
+    for name, values in own.items():
+        (tmp_path / f"{name}.log").write_text("")
+        shown = shown_environment({**common, **values})
+        (tmp_path / f"{name}.json").write_text(json.dumps({"environment": shown}))
+    stand_ins.start()
+    lines = stand_ins.cli("status", "tiny-oss", "--env").out.splitlines()
+    assert [line.split() for line in lines[1:]] == [
+        ["HF_TOKEN", "all", "<hidden>"],
+        ["NCCL_IB_HCA", "one", "=mlx5_0", "by", "node"],
+        ["NCCL_IB_HCA", "two", "=mlx5_1", "by", "node"],
+        ["NCCL_IB_TC", "one", "106", "DIFFERS"],
+        ["NCCL_IB_TC", "two", "-", "DIFFERS"],
+        ["NCCL_NET", "all", "IB"],
+    ]
+    assert stand_ins.cli("down", "tiny-oss").code == 0
 
 
 def test_a_models_files_have_one_name(tmp_path: Path) -> None:
