@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -78,6 +80,38 @@ def test_readable_tokens(small):
 def test_lone_surrogates_are_refused(small):
     with pytest.raises(TokenizerError, match=r"U\+D800.* at character 2"):
         small.encode("ab\ud800")
+
+
+@pytest.mark.parametrize("length", [module.LONG_TEXT_CHARS - 1, module.LONG_TEXT_CHARS, 40_000])
+def test_long_text_has_the_ids_of_short_text(tokenizer, monkeypatch: pytest.MonkeyPatch, length):
+    text = ("Grüße aus 東京 <|end|>\n\x00 12 👋🏽 " * 2000)[:length]
+    ids = tokenizer.encode(text)
+    with pytest.raises(TokenizerError, match=f"at character {length}"):
+        tokenizer.encode(text + "\ud800")
+    monkeypatch.setattr(module, "LONG_TEXT_CHARS", sys.maxsize)
+    assert tokenizer.encode(text) == ids
+
+
+def test_other_threads_run_while_long_text_is_encoded(small):
+    num_beats, is_over = 0, threading.Event()
+
+    def beat() -> None:
+        nonlocal num_beats
+        while not is_over.wait(0.001):
+            num_beats += 1
+
+    thread = threading.Thread(target=beat)
+    thread.start()
+    try:
+        while not num_beats:
+            pass
+        before = num_beats
+        small.encode("wörd " * 100_000)
+        # With the GIL held there would be one or two: at the call and at its end.
+        assert num_beats - before > 5
+    finally:
+        is_over.set()
+        thread.join()
 
 
 def test_byte_level_alphabet_is_the_packages():
