@@ -16,6 +16,7 @@ from two_nodes import HEAD_IP, WORKER_IP, RunningNode, TwoNodes, wait_for, why_n
 
 from engine.config import EngineConfig, SchedulerConfig, ServerConfig
 from launcher.registry.cluster import RaySettings
+from launcher.supervise.node_fabric import NodeFabric
 from launcher.supervise.node_spec import NodeSpec, Peer
 
 REASON = why_not()
@@ -143,3 +144,26 @@ def test_a_head_that_never_comes_is_named(nodes: TwoNodes, tmp_path: Path) -> No
     assert "the head head-01 (10.77.0.1:6379) did not answer within 2 s" in run.stdout.splitlines()[-1]
     worker.stop()
     assert not worker.run_folder.exists()
+
+
+def run_with_fabric(nodes: TwoNodes, worker: RunningNode, fabric: NodeFabric) -> tuple[int, list[str]]:
+    """Run a worker whose head never comes, with this view of its fabric; return exit code and lines."""
+    spec = NodeSpec.from_json(worker.plan.read_text(), "plan")
+    worker.plan.write_text(replace(spec, fabric=fabric).to_json())
+    argv = (sys.executable, "-m", "launcher.node", "worker", "--plan", str(worker.plan))
+    run = nodes.run("worker", *argv, seconds=60)
+    return run.returncode, run.stdout.splitlines()
+
+
+def test_a_node_fills_in_its_own_fabric_and_ends_where_the_declared_is_not_there(
+    nodes: TwoNodes, tmp_path: Path
+) -> None:
+    worker = make_node(nodes, "worker", tmp_path / "w", "x" * 43, join=1.0)
+    code, lines = run_with_fabric(nodes, worker, NodeFabric("cpu"))
+    assert (code, lines[0]) == (8, f"node: GLOO_SOCKET_IFNAME=vw{nodes.tag}, as measured here")
+    code, lines = run_with_fabric(nodes, worker, NodeFabric("cpu", ifname="eth9"))
+    assert code == 5
+    assert lines[-1].startswith("error: worker worker-01: eth9: ")
+    assert f"vw{nodes.tag}" in lines[-1]
+    assert lines[-2].startswith("hint: ")
+    worker.stop()
