@@ -42,7 +42,8 @@ asyncio.run(main())
 
 def script(request: EngineRequest, num_tokens: int) -> Script:
     text = "the king and the sea, " * (num_tokens // 4)
-    ids = CHAT.render_completion(AssistantReply(final=text)) if "chat" in request.request_id else TOKENIZER.encode(text)
+    is_plain = request.request_id.startswith("cmpl-")
+    ids = TOKENIZER.encode(text) if is_plain else CHAT.render_completion(AssistantReply(final=text))
     return Script([[i] for i in ids[: num_tokens - 1]] + [[CHAT.ids.return_]])
 
 
@@ -89,6 +90,8 @@ def main() -> None:
         for path, prompt in (
             ("/v1/completions", {"prompt": "x"}),
             ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}]}),
+            ("/v1/messages", {"messages": [{"role": "user", "content": "x"}]}),
+            ("/v1/responses", {"input": "x", "max_output_tokens": num_tokens}),
         ):
             for is_streaming in (True, False):
                 body = {"model": "tiny-oss", "max_tokens": num_tokens, "stream": is_streaming} | prompt
