@@ -49,15 +49,17 @@ class RayStarter:
 
         Raises: RayRefused, ExecutorError with what is missing on which node.
         """
-        nodes = self._config.nodes
-        deadline = time.monotonic() + nodes.placement_timeout_seconds
+        nodes, began = self._config.nodes, time.monotonic()
+        deadline = began + nodes.placement_timeout_seconds
         host = nodes.head_host or self._config.node_address
         cluster = self._cluster = RayCluster(nodes.ray_address, host)
+        connected = time.monotonic()
         addresses = dict(zip(nodes.names, nodes.addresses, strict=False))
         layout = lay_out(self._placement, self._config.data_parallel_rank, addresses)
         cluster.await_resources(layout, deadline, self._tell)
         name = orders[0].order_id if orders else "head"
         cluster.place(layout, f"hlaunch-{name}", deadline)
+        placed = time.monotonic()
         self._listener = NodeListener(host, 0, self._secret)
         actors = {order.node: cluster.start_actor(NodeHostActor, layout, order.node) for order in orders}
         looks = cluster.answers({node: actor.look.remote() for node, actor in actors.items()})
@@ -69,6 +71,11 @@ class RayStarter:
             if not self._is_stopping:
                 on_lost(node, how)
 
+        now = time.monotonic()
+        self._tell(
+            f"Ray: {now - began:.1f} s (checked and connected {connected - began:.1f}, "
+            f"placed {placed - connected:.2f}, actors {now - placed:.1f})"
+        )
         calls = {order.node: actors[order.node].run.remote(self._task(order)) for order in orders}
         self._watch = cluster.watch(calls, lost)
 

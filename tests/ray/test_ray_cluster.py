@@ -7,12 +7,14 @@ import sys
 import time
 from dataclasses import replace
 
+import msgspec
 import pytest
 from ray_nodes import ADDRESSES, ONE, ROOT, TWO, RayPair, ray_pair, wait_for
 
 from engine.config import BUNDLED_MODELS, load_model_config
 from engine.executor.base import ExecutorError
 from engine.executor.ray_access import RayRefused
+from engine.executor.ray_actor import ActorFacts, NodeHostActor
 from engine.executor.ray_cluster import RayCluster
 from engine.executor.ray_layout import Layout, lay_out
 from engine.placement import Device, HostSpec, ParallelSizes, place
@@ -73,6 +75,9 @@ def test_a_placement_is_taken_where_it_says_and_given_back(ray_environ: RayPair)
         deadline = time.monotonic() + 20
         cluster.place(layout, "test", deadline)
         wait_for(lambda: free(cluster, "GPU") == {ONE: 0, TWO: 0}, 5)
+        said = cluster.answers({"two": cluster.start_actor(NodeHostActor, layout, "two").look.remote()})
+        facts = msgspec.msgpack.decode(said["two"], type=ActorFacts)
+        assert (facts.address, facts.gpus, facts.niceness) == (TWO, (0, 1), 0)
         with pytest.raises(ExecutorError, match=f"one: {ONE}: 0 of 2 GPUs are free, 2 are needed"):
             cluster.await_resources(layout, time.monotonic(), lambda _: None)
     finally:

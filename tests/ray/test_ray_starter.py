@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import signal
+import subprocess
+import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from ray_engine import ALONE, on_ray, requests, run
-from ray_nodes import TWO, RayPair, wait_for
+from ray_nodes import ROOT, TWO, RayPair, wait_for
 
 from engine.engine_core import EngineCore
 from engine.executor.base import ExecutorError
 from engine.executor.multinode import MultiNodeExecutor
 from engine.executor.roster import NodeFailure
 from engine.placement import ParallelSizes
+
+PATHS = f"{ROOT}:{Path(__file__).parent}"
+DRIVER = """\
+import json, sys, time
+from types import SimpleNamespace
+from ray_engine import on_ray, requests, run
+from engine.engine_core import EngineCore
+from engine.placement import ParallelSizes
+core = EngineCore.start(on_ray(SimpleNamespace(address=sys.argv[1]), ParallelSizes(pipeline=2)))
+print(json.dumps(run(core, requests())), flush=True)
+time.sleep(600)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +84,7 @@ def run_on(core: EngineCore) -> None:
         core.step()
 
 
-def test_a_lost_node_is_named_and_another_split_serves_the_same_tokens(
+def test_a_lost_node_is_named_and_a_dead_driver_leaves_nothing(
     ray_environ: RayPair, alone: dict[str, list[int]]
 ) -> None:
     core = EngineCore.start(on_ray(ray_environ, ParallelSizes(tensor=2)))
@@ -92,18 +107,30 @@ def test_a_lost_node_is_named_and_another_split_serves_the_same_tokens(
     finally:
         core.stop()
     wait_for(lambda: not ranks_of(ray_environ, "two"), 5)
-    again = EngineCore.start(on_ray(ray_environ, ParallelSizes(pipeline=2)))
+    # Again, as two stages, in a process of its own: which is killed.
+    driver = subprocess.Popen(
+        [sys.executable, "-c", DRIVER, ray_environ.address], cwd=ROOT, env={**os.environ, "PYTHONPATH": PATHS},
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert driver.stdout is not None
     try:
-        assert run(again, requests()) == alone
+        assert json.loads(driver.stdout.readline()) == alone
+        assert len(ranks_of(ray_environ, "two")) == 1
     finally:
-        again.stop()
+        driver.kill()
+        driver.communicate(timeout=10)
     wait_for(lambda: not ranks_of(ray_environ, "two"), 5)
+    wait_for(lambda: not any(b"NodeHostActor" in line for line in command_lines(ray_environ, "two")), 10)
+
+
+def command_lines(pair: RayPair, node: str) -> list[bytes]:
+    found = []
+    for pid in pair.pids(node):
+        with contextlib.suppress(OSError):
+            found.append(Path(f"/proc/{pid}/cmdline").read_bytes())
+    return found
 
 
 def test_what_the_cluster_lacks_is_the_error_of_the_start(ray_environ: RayPair) -> None:
     with pytest.raises(ExecutorError, match=f"two: {TWO} has 2 CPUs, 3 are needed"):
         EngineCore.start(on_ray(ray_environ, ParallelSizes(pipeline=6)))
-    config = on_ray(ray_environ, ParallelSizes(tensor=2), placement_seconds=0.5)
-    config = replace(config, nodes=replace(config.nodes, addresses=(config.nodes.addresses[0], "127.0.0.44")))
-    with pytest.raises(ExecutorError, match=r"two: 127\.0\.0\.44 is not in the Ray cluster"):
-        EngineCore.start(config)
