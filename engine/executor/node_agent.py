@@ -111,7 +111,7 @@ class NodeAgent:
                         seconds = self._nodes.join_timeout_seconds
                         raise NodeEnd(
                             "join",
-                            f"the head did not take this node in within {seconds:.0f} s: {error}",
+                            f"the head did not take this node in within {seconds:g} s: {error}",
                             f"is `hlaunch up … --node-rank 0 --head-addr {head}` running, and the port open?",
                             EXIT_NOT_READY,
                         ) from error

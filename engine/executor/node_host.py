@@ -15,7 +15,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import msgspec
 
@@ -56,7 +56,7 @@ class HostTask:
 
     host: str
     port: int
-    secret: bytes
+    secret: bytes = field(repr=False)
     node: str
     order_id: str
     model: str = ""

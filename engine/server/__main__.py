@@ -105,7 +105,9 @@ async def _serve(config: EngineConfig, status: StatusPipe) -> None:
     try:
         engine = DataParallelEngine(config, on_phase, on_fatal)
     except ConfigError as error:
-        raise _Fatal("config", "ConfigError", str(error), error.hint) from error
+        # Nodes that cannot be let in are a matter of this host's secret and addresses, to be mended before the start.
+        code = EXIT_PREFLIGHT if error.where in ("nodes", "head-addr") else EXIT_FAILED
+        raise _Fatal("config", "ConfigError", str(error), error.hint, code) from error
     try:
         await _serve_engine(config, status, engine, failed)
     finally:

@@ -1,0 +1,97 @@
+"""`hlaunch up --nnodes`: what the options mean, what is refused before anything starts, and what the plan shows."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+from e2e_support import HLAUNCH, ROOT
+
+from engine.config import EngineConfig, NodesConfig
+from launcher.errors import UsageError
+from launcher.plan.joined_nodes import DEFAULT_HEAD_PORT, parse_nodes
+
+NAMES = ("node0", "node1")
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ((1, None, None, None), None),
+        ((1, 0, None, None), None),
+        ((2, 1, "10.0.0.1", None), NodesConfig(NAMES, 1, (), "10.0.0.1", DEFAULT_HEAD_PORT)),
+        ((2, 0, "head.local:700", None), NodesConfig(NAMES, 0, (), "head.local", 700)),
+        ((2, 1, "[fd00::1]:700", None), NodesConfig(NAMES, 1, (), "fd00::1", 700)),
+        ((2, 1, "fd00::1", None), NodesConfig(NAMES, 1, (), "fd00::1", DEFAULT_HEAD_PORT)),
+        ((2, 1, "10.0.0.1", "10.0.0.2"), NodesConfig(NAMES, 1, ("", "10.0.0.2"), "10.0.0.1", DEFAULT_HEAD_PORT)),
+    ],
+)
+def test_options_become_nodes(
+    asked: tuple[int, int | None, str | None, str | None], expected: NodesConfig | None
+) -> None:
+    assert parse_nodes(*asked) == expected
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ((0, 0, "10.0.0.1", None), "--nnodes 0"),
+        ((2, None, "10.0.0.1", None), "several nodes need --nnodes, --node-rank and --head-addr"),
+        ((2, 0, None, None), "several nodes need"),
+        ((2, 2, "10.0.0.1", None), "--node-rank 2: the nodes of --nnodes 2 are 0 to 1"),
+        ((2, 0, "10.0.0.1:port", None), "is not HOST"),
+        ((2, 0, "10.0.0.1:70000", None), "is not HOST"),
+        ((2, 0, ":700", None), "is not HOST"),
+    ],
+)
+def test_options_that_make_no_nodes_are_named(
+    asked: tuple[int, int | None, str | None, str | None], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        parse_nodes(*asked)
+
+
+def up(folder: Path, *options: str, secret: str = "") -> subprocess.CompletedProcess[str]:
+    environ = {**os.environ, "HLAUNCH_STATE_DIR": str(folder), "NO_COLOR": "1"}
+    for name in ("MODEL_NAME", "HLAUNCH_NODE_SECRET", "HLAUNCH_NODE_SECRET_FILE"):
+        environ.pop(name, None)
+    if secret:
+        environ["HLAUNCH_NODE_SECRET"] = secret
+    argv = [*HLAUNCH, "up", "tiny-oss", "--nnodes", "2", "--head-addr", "127.0.0.1", "--set", "device=cpu", *options]
+    return subprocess.run(argv, cwd=ROOT, env=environ, text=True, capture_output=True, check=False)
+
+
+def test_without_a_secret_nothing_starts(tmp_path: Path) -> None:
+    done = up(tmp_path, "--node-rank", "0", "--set", "pp=2")
+    assert done.returncode == 5
+    assert done.stderr.splitlines()[0] == "error: several nodes need a secret that they share, and none is set"
+    assert "export HLAUNCH_NODE_SECRET_FILE=node.secret" in done.stderr
+    assert not (tmp_path / "instances").exists()
+
+
+def test_one_rank_is_nothing_for_two_nodes(tmp_path: Path) -> None:
+    done = up(tmp_path, "--node-rank", "0", secret="x" * 32)
+    assert done.returncode == 6
+    assert "error: tp 1 pp 1 dp 1: 1 rank for 2 nodes" in done.stderr
+    assert "hint: add --set pp=2, or --set dp=2" in done.stderr
+
+
+def test_the_dry_run_shows_both_nodes_and_hides_the_secret(tmp_path: Path) -> None:
+    secret = "canary secret of the test, long enough"
+    done = up(tmp_path, "--node-rank", "0", "--set", "tp=2", "--set", "pp=2", "--dry-run", "--json", secret=secret)
+    assert done.returncode == 0, done.stderr
+    plan = json.loads(done.stdout)
+    assert [(rank["rank"], rank["node"]) for rank in plan["placement"]] == [
+        (0, "node0"), (1, "node0"), (2, "node1"), (3, "node1"),
+    ]  # fmt: skip
+    config = EngineConfig.from_json(json.dumps(plan["engine_config"]))
+    assert config.nodes == NodesConfig(NAMES, 0, (), "127.0.0.1", DEFAULT_HEAD_PORT)
+    assert "engine.server" in plan["argv"]
+    assert secret not in done.stdout + done.stderr
+    assert "HLAUNCH_NODE_SECRET" not in done.stderr  # it is no unknown option
+    other = up(tmp_path, "--node-rank", "1", "--dry-run", "--json", secret=secret)
+    assert other.returncode == 0, other.stderr
+    assert "engine.executor.node_agent" in json.loads(other.stdout)["argv"]
