@@ -14,7 +14,8 @@ Every field of the handshake has a fixed size and all of it one deadline: before
 is ever interpreted. The node proves itself first, so the head is no oracle; both nonces are in each proof and each key,
 so nothing can be replayed, and each direction has a key of its own, so nothing can be sent back.
 
-Errors: NodeLinkError > LinkRefused (who is there is not who should be), LinkLost (closed, cut, silent, or noise).
+Errors: NodeLinkError > LinkRefused (who is there is not who should be), LinkLost (closed, cut, silent, or noise). A
+handshake that only breaks off proves nothing: the other side may be about to end, or have its hands full.
 """
 
 from __future__ import annotations
@@ -54,11 +55,11 @@ class NodeLinkError(Exception):
 
 
 class LinkRefused(NodeLinkError):
-    """The other side does not prove the secret, speaks something else, or took too long to."""
+    """The other side does not prove the secret, or speaks something else: trying again would not help."""
 
 
 class LinkLost(NodeLinkError):
-    """The connection ended: closed, cut, silent, or no longer what it was."""
+    """The connection ended, perhaps before it began: closed, cut, silent, or no longer what it was."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +74,20 @@ class LinkState:
 
 
 class SecureLink:
-    """Frames over a connected, authenticated socket. Any thread may send; one thread receives."""
+    """Frames over a connected, authenticated socket. Any thread may send; one thread receives.
+
+    Raises: LinkLost when the other side is gone already; the socket is closed then.
+    """
 
     def __init__(self, sock: socket.socket, state: LinkState, *, silence_seconds: float = SILENCE_SECONDS) -> None:
-        _tune(sock, silence_seconds)
+        try:
+            _tune(sock, silence_seconds)
+            self.address: str = sock.getsockname()[0]
+            """This side's address on the network that the link goes over."""
+            self.peer: str = sock.getpeername()[0]
+        except OSError as error:
+            sock.close()
+            raise LinkLost(f"the connection broke right after the handshake: {_reason(error)}") from error
         self._socket = sock
         self._keys = state
         self._sent, self._received = state.sent, state.received
@@ -87,9 +98,6 @@ class SecureLink:
         self._heard = time.monotonic()
         self._is_closed = threading.Event()
         self._beat: threading.Thread | None = None
-        self.address: str = sock.getsockname()[0]
-        """This side's address on the network that the link goes over."""
-        self.peer: str = sock.getpeername()[0]
 
     def allow_silence(self, seconds: float) -> None:
         """Set how long the peer may say nothing."""
@@ -223,7 +231,7 @@ def connect(
 ) -> SecureLink:
     """Reach the head and prove the secret to each other; `bind` is the own address to go out from.
 
-    Raises: LinkLost when nobody is there, LinkRefused when it is somebody else.
+    Raises: LinkLost when nobody is there, or no longer; LinkRefused when it is somebody else.
     """
     try:
         sock = socket.create_connection((host, port), timeout_seconds, (bind, 0) if bind else None)
@@ -237,7 +245,7 @@ def connect(
 
 
 def answer(sock: socket.socket, secret: bytes, *, timeout_seconds: float = HANDSHAKE_SECONDS) -> SecureLink:
-    """Take in a node on an accepted socket, which is closed unless it proves the secret. Raises: LinkRefused."""
+    """Take in a node on an accepted socket, which is closed unless it proves the secret. Raises: NodeLinkError."""
     try:
         return SecureLink(sock, _prove_as_head(sock, secret, time.monotonic() + timeout_seconds))
     except BaseException:
@@ -315,11 +323,11 @@ def _within(sock: socket.socket, deadline: float, act: Callable[[], bytes]) -> b
         sock.settimeout(left)
         done = act()
     except TimeoutError:
-        raise LinkRefused(f"{_peer(sock)} did not finish the handshake in time") from None
+        raise LinkLost(f"{_peer(sock)} did not finish the handshake in time") from None
     except OSError as error:
-        raise LinkRefused(f"the handshake with {_peer(sock)} broke: {_reason(error)}") from error
+        raise LinkLost(f"the handshake with {_peer(sock)} broke: {_reason(error)}") from error
     if not done:
-        raise LinkRefused(f"{_peer(sock)} closed the connection during the handshake")
+        raise LinkLost(f"{_peer(sock)} closed the connection during the handshake")
     return done
 
 

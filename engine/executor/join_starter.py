@@ -16,7 +16,7 @@ import msgspec
 
 from engine.comm.node_listener import NodeArrival
 from engine.comm.node_messages import Came, DeskMessage, NodeNews, Wanted
-from engine.comm.secure_link import LinkState, SecureLink
+from engine.comm.secure_link import LinkLost, LinkState, SecureLink
 from engine.config import EngineConfig
 from engine.executor.base import ExecutorError
 from engine.executor.node_starter import LostCallback, NodeOrder
@@ -88,7 +88,8 @@ class JoinStarter:
                 message = _MESSAGES.decode(body)
                 if isinstance(message, Came) and fds:
                     self._came.add(message.hello.node)
-                    self._arrivals.put(_arrival(message, fds[0]))
+                    with contextlib.suppress(LinkLost):  # it died on its way here: the desk will say so
+                        self._arrivals.put(_arrival(message, fds[0]))
                 elif isinstance(message, NodeNews):
                     self._hear(message)
                 for fd in fds[1:]:

@@ -11,7 +11,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -272,6 +272,41 @@ def test_slow_strangers_have_one_deadline_and_take_few_places(door: NodeListener
     assert arrival is not None
     arrival.link.dispose()
     link.dispose()
+
+
+def abort(sock: socket.socket) -> None:
+    """Close with a reset, as the kernel does for a process that was killed with bytes unread."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("@ii", 1, 0))
+    sock.close()
+
+
+@pytest.mark.parametrize("end", [socket.socket.close, abort], ids=["closed", "reset"])
+def test_a_handshake_that_breaks_off_is_no_refusal(end: Callable[[socket.socket], None]) -> None:
+    """A head that ends, or whose door is full, may be there again in a second: who joins must not give up."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def leave() -> None:
+            sock, _ = server.accept()
+            sock.recv(1)
+            end(sock)
+
+        thread = threading.Thread(target=leave)
+        thread.start()
+        with pytest.raises(LinkLost, match="handshake"):
+            connect("127.0.0.1", server.getsockname()[1], SECRET)
+        thread.join()
+    with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(LinkLost, match="in time"):
+        connect("127.0.0.1", silent.getsockname()[1], SECRET, timeout_seconds=0.2)
+
+
+def test_a_peer_that_is_gone_before_its_link_is_taken_up_is_lost() -> None:
+    node, head = pair()
+    fd, state = head.detach()
+    abort(node._socket)
+    with socket.socket(fileno=fd) as sock:
+        assert select.select([sock], [], [], 5)[0]
+        with pytest.raises(LinkLost, match="right after the handshake"):
+            SecureLink(sock, state)
 
 
 def test_who_proves_the_secret_and_says_nothing_is_sent_away(door: NodeListener, refusals: list[str]) -> None:
