@@ -16,8 +16,18 @@ _LEAST_KNOWN = 6
 """Shorter values are words that occur by themselves."""
 _PLAIN_NAMES = frozenset({"RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"})
 # Bounded, and begun at the beginning of a word only: a line may be long, and hostile.
-_NAME = re.compile(r"(?<![A-Za-z0-9_])(?P<name>[A-Za-z_][A-Za-z0-9_-]{0,63})[\"']?\s{0,8}[:=]\s{0,8}[\"']?", re.ASCII)
-_VALUE = re.compile(r"[^\s\"',;)}\]<]{8,}")
+_NAME = re.compile(
+    r"(?<![A-Za-z0-9_])(?P<name>[A-Za-z_][A-Za-z0-9_-]{0,63})(?:\\?[\"'])?\s{0,8}(?P<sign>[:=])\s{0,8}"
+    r"(?P<escape>\\?)(?P<quote>[\"']?)",
+    re.ASCII,
+)
+_LEAST_ASSIGNED = 8
+"""Shorter values are words, such as `key=len`, unless a variable of the environment is set to them."""
+# Where the line ends before the quotation does, all of it is the value.
+_QUOTED = {'"': re.compile(r'(?:\\.|[^"\\])+'), "'": re.compile(r"[^']+")}
+_ESCAPED = re.compile(r"[^\\]+")
+_VALUE = re.compile(r"[^\s\"',;(){}\[\]<]\S*")
+_CLOSING = ",;)}]\"'"
 _SCHEME = re.compile(r"\b(?P<scheme>Bearer|Basic)\s+[A-Za-z0-9._~+/=-]{6,}", re.ASCII | re.IGNORECASE)
 _SHAPES = re.compile(r"\b(?:hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{20,})", re.ASCII)
 _IN_URL = re.compile(r"(?<![a-z0-9+.-])(?P<scheme>[a-z][a-z0-9+.-]{0,15}://)[^\s/@:]*:[^\s/@]+@", re.ASCII)
@@ -53,11 +63,24 @@ def _assignments(text: str) -> str:
     while (found := _NAME.search(text, at)) is not None:
         parts.append(text[at : found.end()])
         at = found.end()
-        value = _VALUE.match(text, at) if _holds_secret(found["name"]) else None
-        if value is not None and not (value[0].isdigit() or value[0].startswith(("/", "./", "~/"))):
+        value = _value(text, found) if _holds_secret(found["name"]) else ""
+        is_variable = found["sign"] == "=" and found["name"].isupper()
+        if len(value) < (1 if is_variable else _LEAST_ASSIGNED):
+            continue
+        if not (value.isdigit() or value.startswith(("/", "./", "~/"))):
             parts.append(HIDDEN)
-            at = value.end()
+            at += len(value)
     return "".join([*parts, text[at:]])
+
+
+def _value(text: str, found: re.Match[str]) -> str:
+    """Return all that is assigned: to the end of the quotation, else of the word."""
+    if found["quote"]:
+        pattern = _ESCAPED if found["escape"] else _QUOTED[found["quote"]]
+        quoted = pattern.match(text, found.end())
+        return quoted[0] if quoted is not None else ""
+    word = _VALUE.match(text, found.end())
+    return word[0].rstrip(_CLOSING) if word is not None else ""
 
 
 def _holds_secret(name: str) -> bool:

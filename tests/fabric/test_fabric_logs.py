@@ -29,6 +29,12 @@ SECRET_LINES = [
     f"serve --api-key={CANARY} --port 8000",
     f"https://geo:{CANARY}@registry.example/v2",
     f"engine: NAME=HF_TOKEN={CANARY}",
+    f"export OPENAI_API_KEY='a,b;{CANARY}'",
+    f'{{"password": "a, b \\" {CANARY}", "port": 8000}}',
+    f'"{{\\"api_key\\": \\"{CANARY}\\"}}"',
+    f"PASSWORD=a;b,{CANARY})",
+    f"{{token: {CANARY};{CANARY}}}, port: 8000",
+    f'HF_TOKEN="{CANARY} without an end',
     f"plain {CANARY} in the middle, known by its variable",
 ]
 PLAIN_LINES = [
@@ -56,6 +62,14 @@ def test_what_is_no_secret_stays(line: str) -> None:
     assert Redaction({"RAY_AUTH_MODE": "token", "EMPTY_KEY": "", "SHORT_KEY": "at"}).line(line) == line
 
 
+def test_what_follows_a_secret_stays() -> None:
+    redaction = Redaction()
+    assert redaction.line('{"password": "a, b 12345", "port": 1}') == '{"password": "<hidden>", "port": 1}'
+    assert redaction.line(r'"{\"api_key\": \"12345abcde\", 1}"') == r'"{\"api_key\": \"<hidden>\", 1}"'
+    assert redaction.line("{token: abcdefgh1}, [key=abcdefgh2],") == "{token: <hidden>}, [key=<hidden>],"
+    assert redaction.line("PASSWORD=short sorted(key=len)") == "PASSWORD=<hidden> sorted(key=len)"
+
+
 def test_a_long_line_takes_no_time() -> None:
     began = time.monotonic()
     for line in (
@@ -65,6 +79,8 @@ def test_a_long_line_takes_no_time() -> None:
         "a:" + " " * 60_000,
         "://" * 20_000,
         "x" * 60_000 + "://",
+        'token: "' * 8_000,
+        'token="\\' * 8_000,
     ):
         Redaction({"SOME_KEY": CANARY}).line(line)
     assert time.monotonic() - began < 5
