@@ -168,22 +168,28 @@ class NodeDesk:
             _say(f"{link.peer} cannot join: {error}")
             return refuse(link, Refusal(str(error), "the same hlaunch, torch and model files on all nodes"))
         with self._lock:
-            if self._is_closed:
-                return link.dispose()
-            if (there := self._nodes.get(hello.node)) is not None:
-                text = f"{hello.node} has joined already, from {there.hostname} ({there.link.peer})"
-                # That one may be dead and not yet known to be.
-                return refuse(link, Refusal(text, "give each node its own --node-rank", is_final=False))
-            self._nodes[hello.node] = node
-            waiting = [(channel, order) for channel in self._channels if (order := channel.orders.get(node.name))]
+            there = self._nodes.get(hello.node)
+        if there is not None:
+            text = f"{hello.node} has joined already, from {there.hostname} ({there.link.peer})"
+            # That one may be dead and not yet known to be.
+            return refuse(link, Refusal(text, "give each node its own --node-rank", is_final=False))
         link.allow_silence(self._silence)
         link.start_heartbeat()
+        try:
+            # Before a core can find the node here: its welcome comes before any order.
+            link.send(NodeKind.WELCOME, encode(Welcome(self._engines.get(node.name, ()), self._model)))
+        except NodeLinkError:
+            return link.dispose()
+        with self._lock:
+            if self._is_closed:
+                return link.dispose()
+            self._nodes[hello.node] = node
+            waiting = [(channel, order) for channel in self._channels if (order := channel.orders.get(node.name))]
         threading.Thread(target=self._listen, args=(node,), name=f"node {node.name}", daemon=True).start()
         _say(f"{node.name} joined from {node.hostname} ({link.peer})")
-        with contextlib.suppress(NodeLinkError):
-            link.send(NodeKind.WELCOME, encode(Welcome(self._engines.get(node.name, ()), self._model)))
-            for channel, order_id in waiting:
-                self._tell(channel, NodeNews(node.name, node.hostname))
+        for channel, order_id in waiting:
+            self._tell(channel, NodeNews(node.name, node.hostname))
+            with contextlib.suppress(NodeLinkError):
                 link.send(NodeKind.ORDER, encode(Order(channel.engine, order_id)))
         return None
 

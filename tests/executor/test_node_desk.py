@@ -130,6 +130,28 @@ def test_a_node_that_comes_late_finds_its_orders(desk: NodeDesk) -> None:
     link.dispose()
 
 
+def test_no_order_comes_before_the_welcome(desk: NodeDesk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A core may ask for a node at the moment in which it joins."""
+    core = desk.open_channel(1)
+    send = SecureLink.send
+
+    def send_late(link: SecureLink, kind: int, body: bytes = b"") -> None:
+        if kind == NodeKind.WELCOME:
+            core.send(msgspec.msgpack.encode(Wanted([("node1", "7")])))
+            time.sleep(0.2)
+        send(link, kind, body)
+
+    monkeypatch.setattr(SecureLink, "send", send_late)
+    link, kind, _ = come(desk, Hello("node1", "", FACTS))
+    assert kind == NodeKind.WELCOME
+    frame = link.receive(5)
+    assert frame is not None
+    assert (frame[0], decode(frame[1], Order)) == (NodeKind.ORDER, Order(1, "7"))
+    assert link.receive(0.3) is None
+    link.dispose()
+    core.close()
+
+
 @pytest.mark.parametrize(
     ("hello", "expected"),
     [
