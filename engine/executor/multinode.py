@@ -99,7 +99,8 @@ class MultiNodeExecutor:
                 self._host.spawn(self._roster.hear)
             self._answering = self._find_answering()
         except BaseException:
-            self.stop()
+            # Nothing was served, and ranks that still import would not hear a request to end for seconds.
+            self._end(0.0)
             raise
 
     @property
@@ -161,6 +162,9 @@ class MultiNodeExecutor:
 
     def stop(self) -> None:
         """End all ranks on all nodes and give everything back. Idempotent; no process of this node is left then."""
+        self._end(STOP_SECONDS)
+
+    def _end(self, grace_seconds: float) -> None:
         if self._is_stopped:
             return
         self._is_stopped = True
@@ -169,8 +173,8 @@ class MultiNodeExecutor:
         parts: list[RankHost | RemoteNode] = [*self._remote.values()]
         if self._host is not None:
             parts.insert(0, self._host)
-        if self._roster.failure is None:
-            grace = STOP_SECONDS
+        if self._roster.failure is None and grace_seconds:
+            grace = grace_seconds
             for part in parts:
                 part.begin_stop()
         deadline = time.monotonic() + grace
