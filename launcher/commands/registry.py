@@ -155,7 +155,14 @@ def _shown(edit: Edit, value: str | None) -> str | None:
 
 
 def _difference(before: str, after: str, source: str) -> str:
+    """The changed lines and two around them, without secrets."""
     import difflib
 
+    from launcher.redaction import Redaction
+    from launcher.registry.editing import secret_values
+
+    redaction = Redaction(
+        secret_values(before) | {f"new_{name}": value for name, value in secret_values(after).items()}
+    )
     lines = difflib.unified_diff(before.splitlines(), after.splitlines(), source, source, lineterm="", n=2)
-    return "".join(f"{line}\n" for line in lines)
+    return "".join(f"{redaction.line(line)}\n" for line in lines)

@@ -352,6 +352,11 @@ def test_the_commands(here: Here) -> None:
         "-    max-num-seqs: 8",
         "+    max-num-seqs: 9",
     ]
+    # Neither what changes nor what stands around it.
+    secret = here("registry", "set", "a", "env.HF_TOKEN=canary_new", "env.B=2", "--dry-run").out
+    assert "canary" not in secret
+    assert "-      HF_TOKEN: <hidden>" in secret
+    assert "+      HF_TOKEN: <hidden>" in secret
     same = here("registry", "set", "a", "max-num-seqs=8")
     assert "nothing changed" in same.err
     assert (here.folder / "model_registry.yml").read_bytes() == before

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from launcher.registry.editing.edits import Edit, EditRefused, add_entry, begin_registry, set_value
 from launcher.registry.editing.files import read_text, write_registry
+from launcher.registry.editing.secrets import secret_values
 from launcher.registry.editing.writing import yaml_text, yaml_value
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "add_entry",
     "begin_registry",
     "read_text",
+    "secret_values",
     "set_value",
     "write_registry",
     "yaml_text",
