@@ -136,9 +136,10 @@ class Roster:
             if self.failure is not None:
                 return self.failure
             self.failure = failure
+            # Under the lock: once closed, its number may be another descriptor's.
+            if self.bell >= 0:
+                os.eventfd_write(self.bell, 1)
         self.reports.put(None)
-        with contextlib.suppress(OSError):
-            os.eventfd_write(self.bell, 1)
         for wake in self.wakers:
             wake()
         self.on_failure(failure)
@@ -156,9 +157,12 @@ class Roster:
         self._is_ending = True
 
     def close(self) -> None:
+        """Hear of nothing any more, and give the bell back. Idempotent."""
         self._is_ending = True
-        with contextlib.suppress(OSError):
-            os.close(self.bell)
+        with self._lock:
+            bell, self.bell = self.bell, -1
+        if bell >= 0:
+            os.close(bell)
 
     def _failure_of(self, view: RankView, what: str, hint: str = "", does_not_fit: bool = False) -> RankFailure:
         seconds = time.monotonic() - view.since
