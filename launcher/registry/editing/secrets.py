@@ -1,4 +1,7 @@
-"""Which values of a registry's text are secrets. Knows: the names that they stand under. Refuses to know: who shows them."""
+"""Which values of a registry's text are secrets.
+
+Knows: the names that they stand under. Refuses to know: who shows them.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from launcher.registry.values import is_secret_name
 
 
 def secret_values(text: str) -> dict[str, str]:
-    """Return the secrets that stand in a text, each by a name of its own. References to variables and files are none."""
+    """Return the secrets that stand in a text, each by a name of its own; references to variables and files are none."""
     found: dict[str, str] = {}
     _collect(_data(text), found)
     return found
