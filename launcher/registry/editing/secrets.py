@@ -12,7 +12,7 @@ from launcher.registry.values import is_secret_name
 
 
 def secret_values(text: str) -> dict[str, str]:
-    """Return the secrets that stand in a text, each by a name of its own; references to variables and files are none."""
+    """Return the secrets that stand in a text, each by its own name; references to variables and files are none."""
     found: dict[str, str] = {}
     _collect(_data(text), found)
     return found
