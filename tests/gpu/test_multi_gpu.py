@@ -6,8 +6,11 @@ Runs under pytest with marker `multi_gpu`, or as a script where pytest is missin
 from __future__ import annotations
 
 import importlib.util
+import os
 import random
+import signal
 import sys
+import time
 import traceback
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +23,11 @@ if __name__ == "__main__":
 
 from bench.multi_gpu_peers import Peer, join, run_peers
 from engine.comm.nccl import share_bytes
+from engine.core.request import TokenLogprobs
+from engine.core.sampling_params import SamplingParams
+from engine.engine_core import EngineCore
+from engine.executor.base import ExecutorError
+from engine.executor.multinode import MultiNodeExecutor
 from kernels.cuda.decode import (
     BATCH_SIZES,
     DecodeKernels,
@@ -32,6 +40,7 @@ from kernels.cuda.decode import (
 from kernels.cuda.layers import LayerCall
 from kernels.reference.all_reduce import all_reduce, all_reduce_add_norm
 from kernels.triton.reference_sampling import sample as reference_sample
+from tests.gpu.test_gpu_engine import TINY, requests_of
 
 NUM_GPUS = torch.cuda.device_count() if importlib.util.find_spec("cupy") is not None else 0
 TRUE = DecodeShape(2880, 2880, 64, 8, 64, 32, 4, 20_032, 64)  # vocabulary cut: only its tiles repeat
@@ -319,35 +328,90 @@ def splits(num_gpus: int) -> dict[str, dict[str, object]]:
     return {name: sizes for name, (needed, sizes) in every.items() if needed <= num_gpus}
 
 
-def tokens_of(sizes: dict[str, object]) -> dict[str, list[int]]:
-    """Let tiny-oss answer a mix of requests, twice: few rows, then many."""
-    from engine.core.sampling_params import SamplingParams
-    from engine.engine_core import EngineCore
-    from tests.gpu.test_gpu_engine import GREEDY, TINY, requests_of, run
+Said = dict[str, tuple[list[int], list[TokenLogprobs]]]
 
+
+def what_is_said(sizes: dict[str, object]) -> Said:
+    """Let tiny-oss answer requests, few at a time and many: their tokens, and log-probabilities of the greedy ones."""
+    greedy = SamplingParams(temperature=0.0, logprobs=2)
     mixed = [
-        GREEDY,
+        SamplingParams(temperature=0.0),
         SamplingParams(temperature=0.8, top_p=0.9),
         SamplingParams(temperature=1.0),
-        SamplingParams(temperature=0.0, frequency_penalty=0.5, logprobs=2),
+        SamplingParams(temperature=0.0, frequency_penalty=0.5),
     ]
     core = EngineCore.start(replace(TINY, **sizes))  # type: ignore[arg-type]
+    found: Said = {}
     try:
-        found = run(core, requests_of(mixed))
-        found |= {f"many {name}": ids for name, ids in run(core, requests_of(mixed * 10)).items()}
+        for name, params in (("few", [greedy] * 4), ("mixed", mixed), ("many", [*mixed, greedy, greedy] * 6)):
+            for made in requests_of(params):
+                request = replace(made, request_id=f"{name} {made.request_id}")
+                found[request.request_id] = ([], [])
+                assert core.add(request) is None
+            while core.has_work:
+                for output in core.step():
+                    assert output.error is None, output.error
+                    found[output.request_id][0].extend(output.new_token_ids)
+                    found[output.request_id][1].extend(output.new_logprobs or [])
+        assert core.stats().num_used_blocks == 0
     finally:
         core.stop()
     return found
 
 
-def test_split_models_say_what_one_gpu_says() -> None:
-    from tests.gpu.test_gpu_engine import agreement
+def gaps_at_first_difference(got: Said, wanted: Said) -> list[float]:
+    """Tell by how much one GPU preferred its token where a greedy answer first differs, in log-probability."""
+    gaps = []
+    for name, (tokens, chances) in wanted.items():
+        if chances and tokens != got[name][0]:
+            at = next(i for i, pair in enumerate(zip(tokens, got[name][0], strict=True)) if pair[0] != pair[1])
+            best, second = chances[at].top_logprobs[:2]
+            gaps.append(best - second)
+    return gaps
 
-    wanted = tokens_of({})
+
+def test_split_models_say_what_one_gpu_says() -> None:
+    wanted = what_is_said({})
     for name, sizes in splits(NUM_GPUS).items():
-        got = tokens_of(sizes)
-        print(f"{name}: {agreement(got, wanted):.3f} of the requests have equal tokens", flush=True)
-        assert agreement(got, wanted) >= 0.75, name
+        got = what_is_said(sizes)
+        share = sum(got[key][0] == wanted[key][0] for key in wanted) / len(wanted)
+        gaps = gaps_at_first_difference(got, wanted)
+        print(f"{name}: {share:.3f} of the requests have equal tokens; the others turn at near-ties of", flush=True)
+        print("   " + " ".join(f"{gap:.3f}" for gap in sorted(gaps)), flush=True)
+        # bfloat16 turns near-ties, and a batch of another size alone turns some: stages have one GPU's arithmetic.
+        assert share >= 0.6, name
+        assert max(gaps, default=0.0) < 0.25, name
+
+
+def test_a_killed_rank_is_named_at_once_and_nothing_is_left() -> None:
+    free = [torch.cuda.mem_get_info(index)[0] for index in range(2)]
+    core = EngineCore.start(replace(TINY, tensor_parallel_size=2))
+    executor = core.executor
+    assert isinstance(executor, MultiNodeExecutor)
+    pids = executor.pids
+    for request in requests_of([SamplingParams(temperature=0.0)] * 4, max_tokens=600):
+        core.add(request)
+    for _ in range(50):
+        core.step()
+    os.kill(pids[1], signal.SIGKILL)
+    begun = time.monotonic()
+    message = ""
+    while not message:
+        try:
+            core.step()
+        except ExecutorError as error:
+            message = str(error)
+    named = time.monotonic() - begun
+    core.stop()
+    gone = time.monotonic() - begun
+    print(f"named after {named:.2f} s, gone after {gone:.2f} s: {message}", flush=True)
+    assert "rank 1" in message
+    assert "cuda:1" in message
+    assert named < 5
+    assert gone < 10
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+    for index, before in enumerate(free):
+        assert torch.cuda.mem_get_info(index)[0] > before - (64 << 20), index
 
 
 if __name__ == "__main__":
@@ -365,6 +429,17 @@ if __name__ == "__main__":
                 failures += 1
                 print(f"FAIL {name}, {size} GPUs", flush=True)
                 traceback.print_exc()
-    if "--only-engines" in sys.argv:
-        test_split_models_say_what_one_gpu_says()
+    for test in (
+        test_split_models_say_what_one_gpu_says,
+        test_a_killed_rank_is_named_at_once_and_nothing_is_left,
+    ):
+        if "--only-engines" not in sys.argv:
+            break
+        try:
+            test()
+            print(f"ok   {test.__name__}", flush=True)
+        except Exception:  # noqa: BLE001 - as above
+            failures += 1
+            print(f"FAIL {test.__name__}", flush=True)
+            traceback.print_exc()
     sys.exit(1 if failures else 0)
