@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 # Up to which size of the tensor, in bytes, each way is the fastest, by the number of ranks; measured with two and four
 # H200s, see docs/performance-log.md. Other numbers of ranks take the next larger one's.
-ONE_SHOT_BYTES = {2: 8 << 20, 4: 720 << 10, 8: 256 << 10}
+ONE_SHOT_BYTES = {2: 12 << 20, 4: 720 << 10, 8: 256 << 10}
 FUSED_BYTES = {2: 4 << 20, 4: 900 << 10, 8: 256 << 10}
-CUSTOM_BYTES = 8 << 20
-INBOX_BYTES = 8 << 20
+CUSTOM_BYTES = 12 << 20
+INBOX_BYTES = 12 << 20
 
 
 class DeviceGroup(Group, Protocol):
