@@ -14,14 +14,13 @@ from engine.placement import Placement
 from launcher.errors import HlaunchError
 from launcher.fabric.log_lines import worst
 from launcher.fabric.transports import PairTransport, transports_of
+from launcher.supervise.logfile import START_LINES
 from launcher.supervise.runtimes import RUNTIMES, NodeHandle
 from launcher.supervise.shell import Shell
 from launcher.supervise.status import one_line
 
-LOG_LINES = 20_000
-"""How far back a node's log is read for what its ranks said at their start."""
 TAIL_LINES = 400
-"""How far back it is read for the cause of a failure."""
+"""How far back a log is read for the cause of a failure."""
 _SECONDS = 30.0
 _BEGINS = re.compile(r"=== |keeper: ended with|node: \S+ -m ray\.")
 
@@ -33,7 +32,7 @@ def transports_in_use(
     ranks = Placement.from_json(placement) if placement else None
     if ranks is None or len(ranks.ranks) < 2:
         return ()
-    return transports_of(ranks, _logs(runtime, nodes, LOG_LINES, environ))
+    return transports_of(ranks, _logs(runtime, nodes, START_LINES, environ))
 
 
 def known_failures(runtime: str, nodes: Sequence[NodeHandle], environ: Mapping[str, str]) -> list[str]:

@@ -9,9 +9,7 @@ from engine.config import ConfigError, EngineConfig
 from engine.placement import Placement
 from launcher.fabric.transports import PairTransport, transports_of
 from launcher.supervise.instance import InstanceFolder
-from launcher.supervise.logfile import tail_of_run
-
-LOG_LINES = 20_000
+from launcher.supervise.logfile import START_LINES, tail_of_run
 
 
 def transports_here(folder: InstanceFolder) -> tuple[PairTransport, ...]:
@@ -23,4 +21,4 @@ def transports_here(folder: InstanceFolder) -> tuple[PairTransport, ...]:
         return ()
     if placement is None or len(placement.ranks) < 2:
         return ()
-    return transports_of(placement, [tail_of_run(folder.log_file, LOG_LINES)])
+    return transports_of(placement, [tail_of_run(folder.log_file, START_LINES)])

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 MAX_LOG_BYTES = 10 << 20
+START_LINES = 20_000
+"""How far back a log is read for what was said at the start of its run."""
 _FOLLOW_SECONDS = 0.1
 _TAIL_CHUNK = 64 << 10
 _RUN_MARK = "=== "
