@@ -13,8 +13,9 @@ from typing import Any
 
 import anthropic
 import httpx
-from anthropic.types import Message
-from messages_stream import message_of
+from anthropic.types import Message, RawMessageStreamEvent
+from messages_stream import events_of, message_of
+from pydantic import TypeAdapter
 from scenarios import Target, expect, run_all
 
 STOP_REASONS = {"end_turn", "max_tokens", "stop_sequence", "tool_use", "model_context_window_exceeded"}
@@ -24,6 +25,8 @@ WEATHER: Any = {
     "input_schema": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
 }
 ADD: Any = {"name": "add", "input_schema": {"type": "object", "properties": {}}}
+# The client builds its values without checking them; this checks.
+EVENT: TypeAdapter[RawMessageStreamEvent] = TypeAdapter(RawMessageStreamEvent)
 HELLO: Any = [{"role": "user", "content": "Hello! How are you?"}]
 PARIS: Any = [{"role": "user", "content": "What is the weather in Paris?"}]
 
@@ -50,6 +53,8 @@ def message_streams_what_it_says(target: Target) -> None:
         stream = http.post("/v1/messages", json=body | {"stream": True})
         assert stream.headers["content-type"].startswith("text/event-stream")
         streamed = message_of(stream.text)
+        for event in events_of(stream.text):
+            assert event["type"] == "ping" or EVENT.validate_python(event)
     for answer in (whole, streamed):
         Message.model_validate(answer)
         del answer["id"], answer["usage"]["cache_read_input_tokens"], answer["usage"]["input_tokens"]
@@ -111,6 +116,16 @@ def tools_stream(target: Target) -> None:
     assert call.input == {"city": "Paris"}
     assert call.id.startswith("toolu_")
     assert len(pieces) == 1
+    with _raw(target) as http:
+        body = {
+            "model": target.model,
+            "max_tokens": 100,
+            "messages": PARIS,
+            "tools": [WEATHER],
+            "stream": True,
+        } | GREEDY
+        for event in events_of(http.post("/v1/messages", json=body).text):
+            assert event["type"] == "ping" or EVENT.validate_python(event)
 
 
 def tool_choices(target: Target) -> None:

@@ -12,7 +12,9 @@ from typing import Any
 
 import httpx
 import openai
-from openai.types.responses import Response
+from messages_stream import events_of
+from openai.types.responses import Response, ResponseStreamEvent
+from pydantic import TypeAdapter
 from responses_stream import response_of
 from scenarios import Target, expect, run_all
 
@@ -29,6 +31,8 @@ MIXED: Any = [WEATHER, {"type": "web_search"}, {"type": "namespace", "name": "n"
 HELLO = "Hello! How are you?"
 PARIS = "What is the weather in Paris?"
 ENDLESS: Any = {"ignore_eos": True}
+# The client builds its values without checking them; this checks.
+EVENT: TypeAdapter[ResponseStreamEvent] = TypeAdapter(ResponseStreamEvent)
 
 
 def response_answers(target: Target) -> None:
@@ -50,6 +54,8 @@ def response_streams_what_it_says(target: Target) -> None:
     assert stream.headers["content-type"].startswith("text/event-stream")
     assert "[DONE]" not in stream.text
     streamed = response_of(stream.text)
+    for event in events_of(stream.text):
+        EVENT.validate_python(event)
     for answer in (whole, streamed):
         Response.model_validate(answer)
         for key in ("id", "created_at", "completed_at"):
@@ -103,6 +109,10 @@ def tools_stream(target: Target) -> None:
         final = stream.get_final_response()
     assert [event.arguments for event in done] == ['{"city":"Paris"}']
     assert final.output[-1].type == "function_call"
+    with _raw(target) as http:
+        body = {"model": target.model, "input": PARIS, "tools": MIXED, "temperature": 0, "stream": True}
+        for event in events_of(http.post("/v1/responses", json=body).text):
+            EVENT.validate_python(event)
 
 
 def tool_choices(target: Target) -> None:

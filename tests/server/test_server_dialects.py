@@ -20,6 +20,7 @@ from test_server_streams import TOOL, random_reply, split
 
 from engine.async_engine import EngineUnavailable
 from engine.core.request import EngineRequest
+from engine.server import errors
 from engine.text import AssistantReply, ToolCall
 
 MESSAGES, RESPONSES = "/v1/messages", "/v1/responses"
@@ -274,7 +275,31 @@ def test_the_key_may_come_in_either_header(locked: RunningServer) -> None:
         assert client_openai.responses.create(model="tiny-oss", input="hi").output_text
 
 
-def test_an_unloaded_engine_is_anthropics_overload() -> None:
+@pytest.mark.parametrize(
+    ("error", "status", "kind"),
+    [
+        (errors.invalid_value("a.b", "a.b: no."), 400, "invalid_request_error"),
+        (errors.invalid_api_key(), 401, "authentication_error"),
+        (errors.forbidden("x", "No."), 403, "permission_error"),
+        (errors.unknown_route(), 404, "not_found_error"),
+        (errors.method_not_allowed(("POST",)), 405, "invalid_request_error"),
+        (errors.request_timeout("Late."), 408, "invalid_request_error"),
+        (errors.request_too_large(1), 413, "request_too_large"),
+        (errors.unsupported_media_type(), 415, "invalid_request_error"),
+        (errors.rate_limited("Slow."), 429, "rate_limit_error"),
+        (errors.internal_error(), 500, "api_error"),
+        (errors.engine_dead(), 500, "api_error"),
+        (errors.draining(), 529, "overloaded_error"),
+        (errors.loading(0.5), 529, "overloaded_error"),
+    ],
+)
+def test_errors_have_anthropics_types(error: errors.ApiError, status: int, kind: str) -> None:
+    body = json.loads(error.anthropic_body("req_1"))
+    assert (error.anthropic_status, body["error"]["type"], body["request_id"]) == (status, kind, "req_1")
+    assert error.param is None or error.param in body["error"]["message"]
+
+
+def test_a_full_engine_is_anthropics_overload() -> None:
     with running() as server, server.http() as client:
         server.engine.refusal = EngineUnavailable("overloaded", "full")
         answer = client.post(MESSAGES, json=HELLO[MESSAGES])
