@@ -296,14 +296,21 @@ class AsyncEngine:
             self.ready.set()
         elif kind is ipc.Kind.FATAL:
             self._fatal = body
+            # The core still has ranks, perhaps on other nodes, to end: nobody waits for that.
+            self._end_streams()
+
+    def _end_streams(self) -> None:
+        """End every stream with an error, and take no request any more."""
+        if self.state is not EngineState.STOPPED:
+            self.state = EngineState.FAILED
+        for stream in list(self._streams.values()):
+            stream.put(RequestOutput(stream.request_id, [], finish_reason=FinishReason.ERROR, error=ENGINE_DEAD))
+        self._streams.clear()
 
     async def _on_core_gone(self) -> None:
         if self.state is EngineState.STOPPED:
             return
-        self.state = EngineState.FAILED
-        for stream in list(self._streams.values()):
-            stream.put(RequestOutput(stream.request_id, [], finish_reason=FinishReason.ERROR, error=ENGINE_DEAD))
-        self._streams.clear()
+        self._end_streams()
         deadline = time.monotonic() + STOP_GRACE_SECONDS
         while (code := self._process.poll()) is None and time.monotonic() < deadline:
             await asyncio.sleep(0.01)
@@ -318,7 +325,7 @@ class AsyncEngine:
             limit += RANK_GRACE_SECONDS
         interval = min(PING_INTERVAL_SECONDS, limit / 4)
         number = 0
-        while self.state is not EngineState.FAILED:
+        while self._process.poll() is None:
             began = time.monotonic()
             await asyncio.sleep(interval)
             late = time.monotonic() - began - interval
@@ -330,7 +337,7 @@ class AsyncEngine:
                 self._writer.write(ipc.encode(ipc.Kind.PING, number))
             silent = time.monotonic() - self._last_heard
             if silent > limit:
-                self._fatal = ipc.FatalMessage(
+                self._fatal = self._fatal or ipc.FatalMessage(
                     self._phase,
                     "EngineHung",
                     f"the engine core (pid {self._process.pid}) gave no sign of life for {silent:.0f} s; "

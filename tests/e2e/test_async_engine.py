@@ -12,9 +12,9 @@ from contextlib import asynccontextmanager
 import pytest
 
 from engine import ipc
-from engine.async_engine import AsyncEngine, EngineState, EngineUnavailable, PhaseCallback
+from engine.async_engine import AsyncEngine, EngineState, EngineUnavailable, OutputStream, PhaseCallback
 from engine.config import CacheConfig, EngineConfig
-from engine.core.request import EngineRequest, FinishReason
+from engine.core.request import EngineRequest, FinishReason, RequestOutput
 from engine.core.sampling_params import SamplingParams
 
 STEP_TIMEOUT_SECONDS = 2.0
@@ -56,6 +56,32 @@ def test_a_core_that_stands_still_ends_its_streams_and_is_killed() -> None:
             assert engine.num_unfinished == 0
             with pytest.raises(EngineUnavailable):
                 engine.submit(request("b"))
+
+    asyncio.run(asyncio.wait_for(scenario(), 120))
+
+
+def test_streams_end_with_the_news_of_a_failure_not_with_the_process() -> None:
+    """What a core has to end when it fails, ranks on other nodes say, may take seconds."""
+
+    async def scenario() -> None:
+        fatals: asyncio.Queue[ipc.FatalMessage] = asyncio.Queue()
+        async with running(fatals) as engine:
+            await asyncio.wait_for(engine.ready.wait(), 60)
+            stream = engine.submit(request("a"))
+            assert (await anext(stream)).finish_reason is None
+            os.kill(engine.core_pid, signal.SIGSTOP)
+            engine._handle(ipc.Kind.FATAL, ipc.FatalMessage("serve", "NodeFailure", "node two is lost"))
+            outputs = await asyncio.wait_for(collect(stream), 1)
+            assert outputs[-1].finish_reason is FinishReason.ERROR
+            assert (engine.num_unfinished, fatals.empty()) == (0, True)
+            with pytest.raises(EngineUnavailable, match="not running"):
+                engine.submit(request("b"))
+            # The process goes on; who starts it again is told when it is gone.
+            os.kill(engine.core_pid, signal.SIGKILL)
+            assert (await asyncio.wait_for(fatals.get(), 10)).message == "node two is lost"
+
+    async def collect(stream: OutputStream) -> list[RequestOutput]:
+        return [output async for output in stream]
 
     asyncio.run(asyncio.wait_for(scenario(), 120))
 
