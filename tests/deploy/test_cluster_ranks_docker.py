@@ -72,6 +72,7 @@ def test_ranks_in_both_containers(deployment: RankDeployment, split: str) -> Non
     assert up.returncode == 0, up.stderr
     watch.lap(f"{split}: up")
     assert f"tiny-oss is ready at http://{HEAD_IP}:8000 on 2 nodes" in up.stdout
+    assert f"transport one - two: TCP (Gloo, {HEAD_IP}, {WORKER_IP}), ranks 0-1" in up.stdout
     assert (deployment.num_ranks(HEAD), deployment.num_ranks(WORKER)) == (1, 1)
     said = expected()
     assert deployment.completion() == said
