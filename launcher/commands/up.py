@@ -121,6 +121,7 @@ def launch(console: Console, plan: LaunchPlan, *, is_detached: bool, is_replacin
     Raises: HlaunchError; its message is the cause and the last thing to print.
     """
     from launcher.plan.drawing import base_url
+    from launcher.plan.joined_nodes import head_url
     from launcher.supervise.instance import InstanceFolder
     from launcher.supervise.ports import check_port
     from launcher.supervise.procfs import own_age_seconds
@@ -140,7 +141,7 @@ def launch(console: Console, plan: LaunchPlan, *, is_detached: bool, is_replacin
     spec = LaunchSpec(
         name=plan.name,
         model=plan.entry.model,
-        url=base_url(plan) if plan.is_head else f"node {plan.config.nodes.rank} of {plan.config.nodes.head_host}",
+        url=base_url(plan) if plan.is_head else head_url(plan.config.nodes, plan.config.server.port),
         argv=plan.argv[: plan.argv.index("--status-fd")],
         working_folder=str(plan.working_folder),
         config_text=plan.config.to_json(),

@@ -54,6 +54,12 @@ def _split(address: str) -> tuple[str, int]:
     return host, int(port) if port else DEFAULT_HEAD_PORT
 
 
+def head_url(nodes: NodesConfig, port: int) -> str:
+    """Where the head serves, as another node sees it; only if it listens there, which is the head's choice."""
+    host = nodes.head_host
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
 def hosts_of_nodes(
     nodes: NodesConfig, inventory: Inventory, gpus: Mapping[int, Gpu], world: int
 ) -> tuple[HostSpec, ...]:

@@ -203,6 +203,24 @@ def test_a_node_that_is_stopped_and_goes_on(pair: Pair, expected: str) -> None:
 
 
 @pytest.mark.slow
+def test_a_head_that_is_started_again_finds_its_node(pair: Pair, expected: str) -> None:
+    pair.start("worker")
+    head = pair.start("head", "--set", "pp=2", "--set", "max-model-len=512")
+    pair.ask()
+    assert pair.wait_until_served(0.0) == expected
+    for pid in pair.pids("head"):
+        os.kill(pid, signal.SIGKILL)
+    head.wait()
+    pair.end_client()
+    wait_for(lambda: not pair.pids("worker", "multiproc_rank"), 8)
+    pair.start("head", "--set", "pp=2", "--set", "max-model-len=512")
+    again = time.monotonic()
+    pair.ask()
+    assert pair.wait_until_served(again) == expected
+    pair.stop_head()
+
+
+@pytest.mark.slow
 def test_an_engine_on_the_other_node_dies_and_its_sibling_goes_on(pair: Pair, expected: str) -> None:
     worker = pair.start("worker")
     pair.start("head", "--set", "dp=2", "--set", "max-model-len=512")
