@@ -10,6 +10,7 @@ import ctypes
 import faulthandler
 import json
 import os
+import select
 import signal
 import sys
 import time
@@ -33,6 +34,15 @@ def die_with_parent(parent_pid: int, sig: int = signal.SIGKILL) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     libc.prctl(_PR_SET_PDEATHSIG, sig, 0, 0, 0)
     if os.getppid() != parent_pid:
+        os._exit(1)
+
+
+def follow_parent(status_fd: int) -> None:
+    """Die with whoever started us, even when it died before this line: then nobody reads the status pipe."""
+    die_with_parent(os.getppid())
+    poll = select.poll()
+    poll.register(status_fd, 0)
+    if poll.poll(0):
         os._exit(1)
 
 

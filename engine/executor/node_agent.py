@@ -41,7 +41,7 @@ from engine.config import MAX_CONFIG_BYTES, ConfigError, EngineConfig, resolve_m
 from engine.executor.multiproc_watch import describe_end
 from engine.executor.node_host import HostTask
 from engine.model_digest import digest_of
-from engine.process import StatusPipe, die_with_parent, dump_stacks_on_signal
+from engine.process import StatusPipe, dump_stacks_on_signal, follow_parent
 
 EXIT_OK = 0
 EXIT_FAILED = 1
@@ -317,7 +317,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--status-fd", type=int, default=None, help="where phases are reported, one JSON line each")
     arguments = parser.parse_args(argv)
     if arguments.status_fd is not None:
-        die_with_parent(os.getppid())
+        follow_parent(arguments.status_fd)
     dump_stacks_on_signal()
     status = StatusPipe(arguments.status_fd)
     try:

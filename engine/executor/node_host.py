@@ -39,7 +39,7 @@ from engine.executor.messages import FaultReport, Kind, PhaseReport, Report, enc
 from engine.executor.rank_host import RANK_COMMAND, STOP_SECONDS, RankHost
 from engine.model_digest import digest_of
 from engine.placement import Placement, RankSpec
-from engine.process import StatusPipe, die_with_parent, dump_stacks_on_signal
+from engine.process import StatusPipe, die_with_parent, dump_stacks_on_signal, follow_parent
 
 PREPARE_SECONDS = 900.0
 """Other nodes may take long to come, and the head says nothing to this one meanwhile but that it is there."""
@@ -249,7 +249,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="engine.executor.node_host")
     parser.add_argument("--status-fd", type=int, default=None, help="where phases are reported, one JSON line each")
     arguments = parser.parse_args(argv)
-    die_with_parent(os.getppid())
+    if arguments.status_fd is not None:
+        follow_parent(arguments.status_fd)
+    else:
+        die_with_parent(os.getppid())
     dump_stacks_on_signal()
     # Ctrl-C reaches the whole foreground group; the agent decides when this one ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -11,8 +11,6 @@ import argparse
 import asyncio
 import errno
 import logging
-import os
-import select
 import sys
 import traceback
 from dataclasses import dataclass
@@ -21,7 +19,7 @@ from pathlib import Path
 from engine import ipc
 from engine.config import MAX_CONFIG_BYTES, ConfigError, EngineConfig, load_generation_defaults
 from engine.data_parallel import DataParallelEngine
-from engine.process import StatusPipe, die_with_parent, dump_stacks_on_signal
+from engine.process import StatusPipe, dump_stacks_on_signal, follow_parent
 
 EXIT_OK = 0
 EXIT_FAILED = 1
@@ -47,7 +45,7 @@ def main() -> int:
     parser.add_argument("--status-fd", type=int, default=None, help="where phases are reported, one JSON line each")
     arguments = parser.parse_args()
     if arguments.status_fd is not None:
-        _follow_parent(arguments.status_fd)
+        follow_parent(arguments.status_fd)
     dump_stacks_on_signal()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr)
     # uvicorn tells its life under the name of an error log; ours is told by the status pipe.
@@ -64,15 +62,6 @@ def main() -> int:
         print(f"error: {fatal.message}" + (f"\nhint: {fatal.hint}" if fatal.hint else ""), file=sys.stderr)
         return fatal.exit_code
     return EXIT_OK
-
-
-def _follow_parent(status_fd: int) -> None:
-    """Die with the launcher, even when it died before this line: then nobody reads the status pipe."""
-    die_with_parent(os.getppid())
-    poll = select.poll()
-    poll.register(status_fd, 0)
-    if poll.poll(0):
-        os._exit(EXIT_FAILED)
 
 
 def _read_config(path: Path) -> EngineConfig:
