@@ -133,7 +133,7 @@ def make_plan(
     sizes = entry_sizes(entry)
     gpus = usable_gpus(inventory, environ) if choice.gpu is not None else {}
     problems += settings.refusals(entry, choice.device)
-    problems += settings.rank_refusals(entry, sizes, choice.device, len(gpus))
+    problems += settings.rank_refusals(entry, sizes)
     for error in choice.problems:
         (problems if isinstance(error, DoesNotFit) else blockers).append(error)
     config = settings.engine_config(entry, files.folder, digests, choice.device)

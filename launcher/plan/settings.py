@@ -38,18 +38,9 @@ def refusals(entry: ResolvedEntry, device: str) -> tuple[HlaunchError, ...]:
     return tuple(found)
 
 
-def rank_refusals(entry: ResolvedEntry, sizes: ParallelSizes, device: str, num_gpus: int) -> tuple[HlaunchError, ...]:
+def rank_refusals(entry: ResolvedEntry, sizes: ParallelSizes) -> tuple[HlaunchError, ...]:
     """List what the entry asks of ranks on one host and this version cannot do, each with the nearest possible."""
     found: list[HlaunchError] = []
-    if device != "cpu" and sizes.engine_ranks > 1:
-        engines = min(num_gpus, sizes.world)
-        nearest = " ".join(f"--set {name}" for name in ("tp=1", "pp=1", *((f"dp={engines}",) if engines > 1 else ())))
-        found.append(
-            DoesNotFit(
-                f"{sizes} on {device}: an engine serves on one GPU; several ranks of one engine are CPU ranks",
-                hint=f"add {nearest}, or --set device=cpu",
-            )
-        )
     backend = entry.text("distributed-executor-backend")
     if backend == "mp" and sizes.engine_ranks == 1:
         found.append(

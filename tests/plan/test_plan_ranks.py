@@ -186,30 +186,21 @@ def test_sizes_without_a_placement_name_those_that_have_one(tmp_path: Path) -> N
         plan_of(tmp_path, "tp=3", *(word for word in way.split() if word != "--set")).check()
 
 
-# GPUs: one each for an engine.
+# GPUs: one for each rank.
 
 
-@pytest.mark.parametrize(
-    ("overrides", "nearest"),
-    [
-        (("tp=2",), "add --set tp=1 --set pp=1 --set dp=2, or --set device=cpu"),
-        (("pp=2",), "add --set tp=1 --set pp=1 --set dp=2, or --set device=cpu"),
-        (("tp=2", "ep=true"), "add --set tp=1 --set pp=1 --set dp=2, or --set device=cpu"),
-    ],
-)
-def test_several_gpu_ranks_of_one_engine_are_refused(tmp_path: Path, overrides: tuple[str, ...], nearest: str) -> None:
+@pytest.mark.parametrize("overrides", [("tp=2",), ("pp=2",), ("tp=2", "ep=true")])
+def test_ranks_of_one_engine_take_a_gpu_each(tmp_path: Path, overrides: tuple[str, ...]) -> None:
     plan = plan_of(tmp_path, *overrides, inventory=GPUS, model="oss20")
-    (problem,) = plan.problems
-    assert isinstance(problem, DoesNotFit)
-    assert problem.message.endswith(
-        " on cuda:0: an engine serves on one GPU; several ranks of one engine are CPU ranks"
-    )
-    assert problem.hint == nearest
-    for way in nearest.removeprefix("add ").split(", or "):
-        again = plan_of(tmp_path, *overrides, *(w for w in way.split() if w != "--set"), inventory=GPUS, model="oss20")
-        assert again.problems == ()
-    lone = plan_of(tmp_path, *overrides, inventory=replace(GPUS, gpus=GPUS.gpus[:1]), model="oss20")
-    assert lone.problems[0].hint == "add --set tp=1 --set pp=1, or --set device=cpu"
+    assert plan.problems == ()
+    assert plan.placement is not None
+    assert plan.model is not None
+    assert [rank.device for rank in plan.placement.ranks] == ["cuda:0", "cuda:1"]
+    assert [memory.budget_bytes for memory in plan.memory] == [int(0.9 * 80 * GIB)] * 2
+    assert all(memory.weight_bytes < 0.7 * model_bytes(plan.model) for memory in plan.memory), "a share each"
+    (problem,) = plan_of(tmp_path, "tp=4", inventory=GPUS, model="oss20").problems
+    assert problem.message == "no placement: tp 4 pp 1 dp 1 needs 4 GPUs, host has 2"
+    assert "tp=2" in problem.hint
 
 
 def test_engines_take_a_gpu_each_and_no_more_than_are_seen(tmp_path: Path) -> None:
