@@ -5,7 +5,7 @@ Knows limits, what needs a grammar, and the header that forces a call. Refuses t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -64,17 +64,13 @@ def _is_deeper(value: object, limit: int) -> bool:
 def read_functions(raw: Sequence[dict[str, Any]], exchange: Exchange) -> tuple[ToolDefinition, ...]:
     """Read function tools in OpenAI's nested or flat shape; tools of other types are skipped with a warning.
 
-    Raises: ApiError 400 naming the field, also for `strict`, which needs a grammar.
+    Raises: ApiError 400 naming the field.
     """
     check_size(raw)
     warn_skipped((tool.get("type", "function") for tool in raw), ("function",), exchange)
-    for index, tool in enumerate(raw):
-        if tool.get("type", "function") == "function":
-            nested = tool.get("function")
-            if isinstance(nested, dict):
-                check_strict(nested, f"tools[{index}].function")
-            else:
-                check_strict(tool, f"tools[{index}]")
+    functions = [tool for tool in raw if tool.get("type", "function") == "function"]
+    nested = [tool["function"] if isinstance(tool.get("function"), dict) else tool for tool in functions]
+    warn_strict(nested, exchange)
     try:
         return tuple(tools_from_openai(raw))
     except ChatRequestError as error:
@@ -88,12 +84,13 @@ def warn_skipped(types: Any, known: Sequence[str], exchange: Exchange) -> None:
         exchange.warn(f"tools of type {', '.join(skipped)} are skipped")
 
 
-def check_strict(tool: dict[str, Any], path: str) -> None:
-    """Raise ApiError 400 for a tool whose arguments must follow its schema to the letter."""
-    if tool.get("strict"):
-        raise errors.unsupported_parameter(
-            f"{path}.strict", f"{path}.strict: strict function tools are not supported yet; send false."
-        )
+def warn_strict(functions: Iterable[dict[str, Any]], exchange: Exchange) -> None:
+    """Say in the answer's warning header that nothing holds arguments to a schema yet.
+
+    Not refused: OpenAI's own clients mark the tools that they make strict, and models mostly keep to a schema.
+    """
+    if any(function.get("strict") for function in functions):
+        exchange.warn("strict tools: arguments are not held to their schema")
 
 
 def choose(

@@ -137,7 +137,6 @@ def tool_choices(target: Target) -> None:
             ("required", [WEATHER, ADD], "tool_choice"),
             ({"type": "function", "name": "no"}, [WEATHER], "tool_choice.name"),
             ({"type": "web_search"}, [WEATHER], "tool_choice"),
-            ("auto", [WEATHER | {"strict": True}], "tools[0].strict"),
         ]
         for choice, tools, param in wrong:
             error = expect(openai.BadRequestError, lambda: ask(choice, tools))  # noqa: B023

@@ -14,7 +14,7 @@ from typing import Any
 from engine.server import errors
 from engine.server.http import Exchange
 from engine.server.schemas import CountTokensBody
-from engine.server.tools import Tools, check_size, check_strict, choose, warn_skipped
+from engine.server.tools import Tools, check_size, choose, warn_skipped, warn_strict
 from engine.server.turns import Turns
 from engine.text import ChatMessage, ChatRequestError, ToolDefinition, tools_from_openai
 from engine.text.errors import quoted
@@ -130,6 +130,7 @@ def read_tools(body: CountTokensBody, exchange: Exchange) -> tuple[Tools, bool]:
     raw = body.tools or []
     check_size(raw)
     warn_skipped((tool.get("type") or "custom" for tool in raw), ("custom",), exchange)
+    warn_strict((tool for tool in raw if (tool.get("type") or "custom") == "custom"), exchange)
     # What is skipped keeps its place, so that paths count as the client does.
     functions = [_function(tool, f"tools[{index}]") for index, tool in enumerate(raw)]
     try:
@@ -149,7 +150,6 @@ def _function(tool: dict[str, Any], path: str) -> dict[str, Any]:
     """Write a tool in OpenAI's flat shape, which has a reader already."""
     if (tool.get("type") or "custom") != "custom":
         return {"type": "skipped"}
-    check_strict(tool, path)
     if tool.get("input_schema") is None:
         raise errors.invalid_value(f"{path}.input_schema", f"{path}.input_schema: this field is required.")
     return {"name": tool.get("name"), "description": tool.get("description"), "parameters": tool["input_schema"]}
