@@ -29,6 +29,7 @@ def dry_run(console: Console, plan: LaunchPlan, *, as_json: bool) -> int:
 def _print(console: Console, plan: LaunchPlan) -> None:
     from launcher.commands.plan import (
         entry_rows,
+        note_registry,
         picture_of_any,
         placement_table,
         show_memory,
@@ -39,6 +40,7 @@ def _print(console: Console, plan: LaunchPlan) -> None:
 
     rows = entry_rows(plan.entry, with_defaults=True)
     console.table(("KEY", "VALUE", "ORIGIN"), rows, title=f"{plan.name}: resolved entry")
+    note_registry(console, plan.entry)
     console.data()
     console.heading("memory")
     picture = picture_of_any(plan)

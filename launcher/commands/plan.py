@@ -182,6 +182,7 @@ def _print(console: Console, plan: LaunchPlan | ClusterPlan, picture: Picture | 
 
     entry = plan.entry
     console.table(("KEY", "VALUE", "ORIGIN"), entry_rows(entry), title=f"{plan.name}: what is set")
+    note_registry(console, entry)
     console.data()
     if picture is None:
         console.data("no placement: the problem stands below")
@@ -199,10 +200,16 @@ def entry_rows(entry: ResolvedEntry, *, with_defaults: bool = False) -> list[tup
     from launcher.registry.keys import KEYS, show_value
 
     return [
-        (key, str(item.value) if key not in KEYS else show_value(KEYS[key], item.value), str(item.origin))
+        (key, str(item.value) if key not in KEYS else show_value(KEYS[key], item.value), item.origin.brief())
         for key, item in entry.values.items()
         if with_defaults or entry.is_set(key)
     ]
+
+
+def note_registry(console: Console, entry: ResolvedEntry) -> None:
+    """Say where the registry is when origins were shown without its folder."""
+    if any(item.origin.brief() != str(item.origin) for item in entry.values.values()):
+        console.note(f"registry: {entry.registry}")
 
 
 def _print_launch(console: Console, plan: LaunchPlan) -> None:

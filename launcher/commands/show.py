@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from launcher.commands import invocation_of
+from launcher.commands.plan import note_registry
 from launcher.errors import UsageError
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ def register(app: typer.Typer) -> None:
         console = invocation.console
         if explain:
             console.table(("KEY", "VALUE", "ORIGIN"), [row for item in _items(entry) for row in _explained(item)])
+            note_registry(console, entry)
             return
         console.table(("KEY", "VALUE"), [(item.key, _value(item)) for item in _items(entry) if _is_set(item)])
         console.note(f"{sum(not _is_set(item) for item in _items(entry))} more keys are built-in; see --explain")
@@ -121,6 +123,6 @@ def _explained(item: ResolvedValue) -> list[tuple[str, str, str]]:
     """One row for the value, then one for each value that it hides, nearest first."""
     hidden = [below for below in reversed(item.shadowed) if below.value is not None]
     return [
-        (item.key, _value(item), str(item.origin)),
-        *(("", f"over {_value(below)}", str(below.origin)) for below in hidden),
+        (item.key, _value(item), item.origin.brief()),
+        *(("", f"over {_value(below)}", below.origin.brief()) for below in hidden),
     ]

@@ -6,9 +6,9 @@ Knows: names, settings, where each came from. Refuses to know: how YAML is read 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from pathlib import Path
+from pathlib import Path, PurePath
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
@@ -67,6 +67,11 @@ class Origin:
             return layer
         where = self.source if self.line is None else f"{self.source}:{self.line}:{self.column}"
         return f"{layer} ({where})"
+
+    def brief(self) -> str:
+        """As `str`, but a file that lies elsewhere is named without its folder, for which a table has no room."""
+        path = PurePath(self.source or "")
+        return str(replace(self, source=path.name)) if self.line is not None and path.is_absolute() else str(self)
 
 
 BUILT_IN = Origin(Layer.BUILT_IN)

@@ -258,3 +258,16 @@ def test_validate_speaks_sarif(tmp_path: Path) -> None:
         assert place["artifactLocation"]["uri"] == "r.yml"
         assert place["region"]["startLine"] == 1
         assert place["region"]["startColumn"] > 1
+
+
+@pytest.mark.parametrize("command", [["show", "m", "--explain"], ["plan", "m"], ["up", "m", "--dry-run"]])
+def test_a_registry_in_another_folder_leaves_room_for_values(tmp_path: Path, command: list[str]) -> None:
+    folder = tmp_path / "a-folder-with-a-long-name" / "and-another-one"
+    folder.mkdir(parents=True)
+    (elsewhere := tmp_path / "elsewhere").mkdir()
+    (folder / "r.yml").write_text("models: {m: {model: tiny-oss, description: words that fit into one line}}\n")
+    done = hlaunch("--file", str(folder / "r.yml"), *command, cwd=elsewhere, HLAUNCH_STATE_DIR=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    origins = [line for line in done.stdout.splitlines() if "(r.yml:1:" in line]
+    assert any(line.startswith("description ") and "words that fit into one line" in line for line in origins)
+    assert f"registry: {folder / 'r.yml'}" in done.stderr.splitlines()
