@@ -197,9 +197,11 @@ class MultiNodeExecutor:
         arrivals = self._await_nodes(starter, orders)
         message = Prepare(self._config.to_json(), self._placement.to_json(), self._dp_rank)
         store = host.store if host is not None else None
-        for order in orders:
-            node = RemoteNode(arrivals[order.node], order.ranks, roster, self._config.nodes.silence_seconds)
-            self._remote[order.node] = node
+        for order in orders:  # all of them before the first is asked: whatever fails then, `stop` lets all go
+            self._remote[order.node] = RemoteNode(
+                arrivals[order.node], order.ranks, roster, self._config.nodes.silence_seconds
+            )
+        for node in self._remote.values():
             with self._blaming(node):
                 store = node.prepare(message, PREPARE_SECONDS).store or store
         if host is not None and not host.pids:
@@ -248,11 +250,20 @@ class MultiNodeExecutor:
                 raise LinkRefused(f"no host of {hello.node} is wanted for this run of the engine")
             if hello.node in came:
                 raise LinkRefused(f"{hello.node} is here already")
-            check_facts(self._facts, hello.node, hello.facts)
         except LinkRefused as error:
             refuse(arrival.link, Refusal(str(error)))
             self._on_nodes(str(error))
             return False
+        try:
+            check_facts(self._facts, hello.node, hello.facts)
+        except LinkRefused as error:
+            # It is the host of this very run, and no other will come.
+            refuse(arrival.link, Refusal(str(error)))
+            first = order.ranks[0]
+            seconds = time.monotonic() - self._roster.views[first.rank].since
+            what = f"has no node to run on: {error}"
+            hint = "the same hlaunch, Python, torch and model files on all nodes"
+            raise self._roster.fail(RankFailure(first, "nodes", what, seconds=seconds, hint=hint)) from None
         # Others may take long to come: it must not take that for silence.
         arrival.link.start_heartbeat()
         self._on_nodes(f"{hello.node} came from {hello.facts.hostname or arrival.link.peer}")
@@ -270,7 +281,8 @@ class MultiNodeExecutor:
         try:
             yield
         except NodeLinkError as error:
-            self._roster.lose_node(node.ranks, str(error))
+            # What the node says itself goes before how its host then ended, of which its starter tells.
+            self._roster.lose_node(node.ranks, str(error), is_said=isinstance(error, LinkRefused))
             raise self._end_of_a_rank() from error
 
     # Plans out, results and reports back.

@@ -124,11 +124,12 @@ class Roster:
         else:
             self.reports.put(report)
 
-    def lose_node(self, ranks: Sequence[RankSpec], why: str, *, is_known: bool = False) -> None:
-        """Take in that a node is gone, with its ranks. `is_known`: by who started it, not only from its silence."""
+    def lose_node(self, ranks: Sequence[RankSpec], why: str, *, is_said: bool = False, is_known: bool = False) -> None:
+        """Take in that a node is gone, with its ranks. `is_said`: by the node itself; `is_known`: by who started it,
+        not only from its silence."""
         view = self.views[ranks[0].rank]
         failure = NodeFailure(ranks, view.phase, why, seconds=time.monotonic() - view.since)
-        self._suspect(_ENDED if is_known else _CUT, failure)
+        self._suspect(_BROKE if is_said else _ENDED if is_known else _CUT, failure)
 
     def fail(self, failure: RankFailure) -> RankFailure:
         """Settle on a failure, unless one is known already; returns the one that stands."""
