@@ -56,6 +56,9 @@ class RayPair:
     cpus: int = 2
     gpus: int = 0
     has_token: bool = True
+    addresses: Mapping[str, str] = field(default_factory=lambda: ADDRESSES)
+    prefixes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """What a node's commands begin with, such as `ip netns exec NAME`."""
     specs: dict[str, NodeSpec] = field(default_factory=dict)
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
@@ -64,7 +67,7 @@ class RayPair:
         self.token.write_text(secrets.token_urlsafe(32))
         self.token.chmod(0o600)
         port = free_ports(1)[0]
-        peers = (Peer("one", ONE, "head"), Peer("two", TWO, "worker"))
+        peers = (Peer("one", self.addresses["one"], "head"), Peer("two", self.addresses["two"], "worker"))
         for number, peer in enumerate(peers):
             ports = free_ports(6)
             first = 30000 + 200 * secrets.randbelow(10) + 100 * number
@@ -97,7 +100,8 @@ class RayPair:
             chosen |= {"RAY_AUTH_MODE": "disabled", "HOME": str(self.folder)}
         with (self.folder / f"{node}.log").open("ab") as log:
             self.processes[node] = subprocess.Popen(
-                ray_argv(spec), env=chosen, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                [*self.prefixes.get(node, ()), *ray_argv(spec)],
+                env=chosen, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                 start_new_session=True,
             )  # fmt: skip
 
@@ -127,8 +131,9 @@ class RayPair:
         return next(pid for pid in self.pids(node) if b"raylet/raylet\0" in Path(f"/proc/{pid}/cmdline").read_bytes())
 
     def alive(self) -> list[str]:
+        view = [sys.executable, "-m", "engine.executor.ray_view", "--address", self.address]
         done = subprocess.run(
-            [sys.executable, "-m", "engine.executor.ray_view", "--address", self.address],
+            [*self.prefixes.get("one", ()), *view],
             env={**os.environ, **self.variables, **({} if self.has_token else {"RAY_AUTH_MODE": "disabled"})},
             cwd=ROOT, capture_output=True, text=True, timeout=30, check=False,
         )  # fmt: skip
@@ -145,7 +150,7 @@ def ray_pair(nodes: tuple[str, ...] = ("one", "two"), **options: Any) -> Iterato
     try:
         for node in nodes:
             pair.start(node)
-            wait_for(lambda node=node: ADDRESSES[node] in pair.alive(), 60)
+            wait_for(lambda node=node: pair.addresses[node] in pair.alive(), 60)
         yield pair
     finally:
         for node in reversed(nodes):
