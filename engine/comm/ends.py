@@ -88,7 +88,7 @@ class Rendezvous:
 
 def create_rendezvous(host: str, num_ranks: int) -> list[Rendezvous]:
     """Open the store's socket on a free port of `host`; the first rank will keep it."""
-    listener = socket.create_server((host, 0))
+    listener = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     port = listener.getsockname()[1]
     return [Rendezvous(host, port, listener.detach()), *(Rendezvous(host, port) for _ in range(1, num_ranks))]
 
