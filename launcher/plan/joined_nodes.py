@@ -20,11 +20,12 @@ from launcher.plan.placing import this_host
 DEFAULT_HEAD_PORT = 29540
 SECRET_VARIABLES = ("HLAUNCH_NODE_SECRET", "HLAUNCH_NODE_SECRET_FILE")
 MAX_NODES = 64
+_ANY_ADDRESS = ("0.0.0.0", "::", "*")
 
 
 def parse_nodes(nnodes: int, node_rank: int | None, head_addr: str | None, node_addr: str | None) -> NodesConfig | None:
     """Read the options of `up`; None means one node. Raises: UsageError naming the option that is wrong or missing."""
-    if nnodes == 1 and node_rank in (None, 0) and head_addr is None:
+    if nnodes == 1 and node_rank in (None, 0) and head_addr is None and node_addr is None:
         return None
     if not 2 <= nnodes <= MAX_NODES:
         raise UsageError(f"--nnodes {nnodes}: 2 to {MAX_NODES} nodes, or leave all three away for one")
@@ -36,6 +37,10 @@ def parse_nodes(nnodes: int, node_rank: int | None, head_addr: str | None, node_
     if not 0 <= node_rank < nnodes:
         raise UsageError(f"--node-rank {node_rank}: the nodes of --nnodes {nnodes} are 0 to {nnodes - 1}")
     host, port = _split(head_addr)
+    for option, address in (("--head-addr", host), ("--node-addr", node_addr)):
+        if address in _ANY_ADDRESS:
+            # Ranks would listen on every network that this host is on, and nobody can come to such an address.
+            raise UsageError(f"{option} {address} is no address of one node", hint="name the one on the nodes' network")
     names = tuple(f"node{rank}" for rank in range(nnodes))
     addresses = tuple(node_addr or "" if rank == node_rank else "" for rank in range(nnodes)) if node_addr else ()
     return NodesConfig(names=names, rank=node_rank, addresses=addresses, head_host=host, head_port=port)

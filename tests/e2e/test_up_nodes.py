@@ -45,6 +45,10 @@ def test_options_become_nodes(
         ((2, 0, "10.0.0.1:port", None), "is not HOST"),
         ((2, 0, "10.0.0.1:70000", None), "is not HOST"),
         ((2, 0, ":700", None), "is not HOST"),
+        ((2, 0, "0.0.0.0", None), "--head-addr 0.0.0.0 is no address of one node"),
+        ((2, 1, "[::]:700", None), "--head-addr :: is no address of one node"),
+        ((2, 1, "10.0.0.1", "0.0.0.0"), "--node-addr 0.0.0.0 is no address of one node"),
+        ((1, None, None, "10.0.0.2"), "--nnodes 1: 2 to 64 nodes"),
     ],
 )
 def test_options_that_make_no_nodes_are_named(
