@@ -50,6 +50,8 @@ class NodeFacts(msgspec.Struct, frozen=True, omit_defaults=True):
     hlaunch: str = ""
     python: str = ""
     torch: str = ""
+    nccl: str = ""
+    """Empty where there is none: a node of CPU ranks."""
     model_digest: str = ""
     """SHA-256 of the model's configuration and weights, as `engine.model_digest` takes it; "" is unknown."""
 
@@ -162,6 +164,7 @@ def own_facts(model_digest: str = "") -> NodeFacts:
         hlaunch=_version_of("hlaunch"),
         python=platform.python_version(),
         torch=_version_of("torch"),
+        nccl=_version_of("nvidia-nccl-cu13") or _version_of("nvidia-nccl-cu12"),
         model_digest=model_digest,
     )
 
@@ -176,6 +179,8 @@ def check_facts(ours: NodeFacts, node: str, theirs: NodeFacts) -> None:
     ):
         if one != other:
             raise LinkRefused(f"{node} ({theirs.hostname}) has {what} {other or 'none'}, the head {one or 'none'}")
+    if ours.nccl and theirs.nccl and ours.nccl != theirs.nccl:
+        raise LinkRefused(f"{node} ({theirs.hostname}) has NCCL {theirs.nccl}, the head {ours.nccl}")
     if ours.model_digest and theirs.model_digest and ours.model_digest != theirs.model_digest:
         raise LinkRefused(
             f"{node} ({theirs.hostname}) has other weights: its model's digest is {theirs.model_digest[:12]}, "

@@ -7,11 +7,14 @@ import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import msgspec
 import pytest
 from fabric_support import SPARK_HCAS, SPARK_IFNAME, spark_pair
 from test_fabric_transports import StandIns
 from trees import healthy
 
+from engine.comm.node_messages import check_facts, own_facts
+from engine.comm.secure_link import LinkRefused
 from launcher.errors import PreflightError
 from launcher.registry.cluster import Cluster, Fabric
 from launcher.supervise.node_fabric import NodeFabric, look, model_digest, shown_environment
@@ -93,6 +96,14 @@ def test_versions_that_differ_are_named() -> None:
     assert differences({"one": {"driver": "580"}, "two": {"driver": "570"}}, SHOULD) == [
         "driver differs: one 580, two 570"
     ]
+
+
+def test_a_joining_node_with_another_nccl_is_refused() -> None:
+    head = own_facts()
+    check_facts(head, "two", head)
+    check_facts(head, "two", msgspec.structs.replace(head, nccl="2.28.9"))
+    with pytest.raises(LinkRefused, match=r"two \(.*\) has NCCL 2\.30\.7, the head 2\.28\.9"):
+        check_facts(msgspec.structs.replace(head, nccl="2.28.9"), "two", msgspec.structs.replace(head, nccl="2.30.7"))
 
 
 def test_the_environment_that_nodes_really_have(tmp_path: Path) -> None:
