@@ -60,7 +60,7 @@ def test_the_example_is_valid_and_resolves_to_the_shared_type() -> None:
         fabric=Fabric("required", subnet="192.168.100.0/24", mtu=9000),
         ray=RaySettings(),
         container=Container(),
-        env={"NCCL_DEBUG": "WARN"},
+        env={"NCCL_DEBUG": "INFO", "NCCL_DEBUG_SUBSYS": "INIT"},
     )
     assert cluster.head.name == "spark-01"
     assert [node.name for node in cluster.workers] == ["spark-02"]
