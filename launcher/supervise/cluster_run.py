@@ -118,8 +118,11 @@ def start(
         tuple(handle_of(plan, node) for node in plan.nodes), round(time.time(), 1),
         placement="" if plan.placement is None else plan.placement.to_json(),
     )  # fmt: skip
-    write_private(folder.path / RECORD, run.to_json())
     shells = {node.name: Shell(node.name, node.ssh, environ) for node in run.nodes}
+    for shell in shells.values():
+        # Before the record, which `down` can only take away by the same means.
+        runtime.check(shell)
+    write_private(folder.path / RECORD, run.to_json())
     try:
         for node in plan.nodes:
             for reason in runtime.stage(shells[node.name], plan, node, keys):

@@ -41,8 +41,9 @@ def parse_host_facts(text: str) -> HostFacts:
             can_raise = bool(int(words[1], 16) >> _CAP_SYS_RESOURCE & 1)
         elif line.startswith("Max open files") and len(words) >= 5 and words[4].isdigit():
             nofile = int(words[4])
-        elif line.startswith("engine ") and words[1].split(".")[0].isdigit():
-            engine = int(words[1].split(".")[0])
+        elif words[:1] == ["engine"] and len(words) == 2 and (major := words[1].split(".")[0]).isdecimal():
+            # Without a daemon, Docker prints no version and says so by its exit status.
+            engine = int(major)
         elif line == "rdma":
             has_rdma = True
     return HostFacts(can_raise, engine, nofile, has_rdma)

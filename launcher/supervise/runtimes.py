@@ -24,7 +24,7 @@ from launcher.compose.specs import Layout, engine_config, node_environment, node
 from launcher.errors import PreflightError
 from launcher.plan.cluster_plan import ClusterPlan, NodePlan
 from launcher.supervise.docker import FACTS_SCRIPT, parse_containers, parse_host_facts
-from launcher.supervise.shell import Shell
+from launcher.supervise.shell import RemoteFailed, Shell
 
 WATCH_WAIT_SECONDS = 120
 _COMPOSE = (
@@ -65,6 +65,9 @@ class Runtime(Protocol):
 
     name: str
 
+    def check(self, shell: Shell) -> None:
+        """Raise RemoteFailed when a node cannot run in this way at all; leave nothing there."""
+
     def stage(self, shell: Shell, plan: ClusterPlan, node: NodePlan, secrets: Secrets) -> list[str]: ...
     def start(self, shell: Shell, handle: NodeHandle) -> None: ...
     def watch_argv(self, shell: Shell, handle: NodeHandle) -> list[str]: ...
@@ -95,12 +98,16 @@ class ProcessRuntime:
 
     name = "process"
 
+    def check(self, shell: Shell) -> None:
+        """Nothing is needed but what the first command needs too."""
+
     def stage(self, shell: Shell, plan: ClusterPlan, node: NodePlan, secrets: Secrets) -> list[str]:
         handle = handle_of(plan, node)
         folder = shell.folder(handle.folder)
         layout = Layout(
             run_folder=handle.run_folder,
-            ray_folder=f"{handle.run_folder}-ray",
+            # Inside what only we may enter: Ray opens its own folders to everyone on the host.
+            ray_folder=f"{handle.run_folder}/ray",
             node_file=f"{folder}/node.json",
             engine_file=f"{folder}/engine.json",
             token_file=f"{folder}/ray_token",
@@ -149,7 +156,7 @@ class ProcessRuntime:
         shell.remove(handle.folder)
 
     def leftovers(self, shell: Shell, handle: NodeHandle) -> list[str]:
-        script = 'ls -d "$1" "$1-ray" 2>/dev/null; pgrep -af -- "$1" | grep -v "pgrep\\|sh -c" ; true'
+        script = 'ls -d "$1" 2>/dev/null; pgrep -af -- "$1" | grep -v "pgrep\\|sh -c" ; true'
         found = shell.run(["sh", "-c", script, "sh", handle.run_folder], is_checked=False)
         return [line for line in found.splitlines() if line.strip() and " -c " not in line]
 
@@ -158,6 +165,19 @@ class ComposeRuntime:
     """Containers by Docker Compose, found again by label."""
 
     name = "compose"
+
+    def check(self, shell: Shell) -> None:
+        """Raise RemoteFailed unless Docker's daemon answers and Compose v2 is there."""
+        try:
+            shell.run(["docker", "version", "--format", "{{.Server.Version}}"], what="Docker")
+        except RemoteFailed as error:
+            error.hint = "install and start Docker there: sudo systemctl start docker; or without it: --runtime process"
+            raise
+        try:
+            shell.run(["sh", "-c", _COMPOSE, "sh", ".", "version"], what="Docker Compose")
+        except RemoteFailed as error:
+            error.hint = "install docker-compose-plugin there, or set HLAUNCH_COMPOSE; or without it: --runtime process"
+            raise
 
     def stage(self, shell: Shell, plan: ClusterPlan, node: NodePlan, secrets: Secrets) -> list[str]:
         handle = handle_of(plan, node)

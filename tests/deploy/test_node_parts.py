@@ -1,9 +1,13 @@
-"""The node's pure parts: causes of Ray's end, host facts, who is in the cluster, probe verdicts, quoting for ssh."""
+"""The node's parts: causes of Ray's end, host facts, who is in the cluster, probe verdicts, quoting for ssh."""
 
 from __future__ import annotations
 
+import json
 import shlex
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -16,6 +20,7 @@ from launcher.supervise.node_spec import NodeSpec, Peer
 from launcher.supervise.ray_process import ray_argv, ray_cause, ray_environment
 from launcher.supervise.shell import Shell
 
+ROOT = Path(__file__).parents[2]
 PEERS = (Peer("one", "10.0.0.1", "head"), Peer("two", "10.0.0.2", "worker", gpus=1))
 SPEC = NodeSpec(
     launch="m", cluster="c", node="two", role="worker", ip="10.0.0.2", plan="p", peers=PEERS, model="tiny-oss",
@@ -87,6 +92,48 @@ def test_host_facts_of_a_virtual_machine() -> None:
     )
     assert (facts.can_raise_limits, facts.nofile_hard, facts.engine_major, facts.has_rdma) == (False, 20000, 20, False)
     assert parse_host_facts("CapEff:\t000001ffffffffff\n").can_raise_limits
+    # What Docker's command prints while its daemon does not run.
+    assert parse_host_facts("engine \n").engine_major == 0
+    assert parse_host_facts("engine\nengine \u00b2.1\n").engine_major == 0
+
+
+DOCKER_DOWN = "echo Cannot connect to the Docker daemon >&2; exit 1"
+DOCKER_ALONE = '[ "$1" = version ] && echo 29.0.0'
+
+
+@pytest.mark.parametrize(
+    ("script", "message", "hint"),
+    [
+        (DOCKER_DOWN, "one: Docker failed: Cannot connect to the Docker daemon", "--runtime process"),
+        (DOCKER_ALONE, "one: Docker Compose failed", "docker-compose-plugin"),
+        ("", "one: docker: No such file", "--runtime process"),
+    ],
+)
+def test_up_by_compose_leaves_no_record_where_docker_is_not(
+    tmp_path: Path, script: str, message: str, hint: str
+) -> None:
+    (commands := tmp_path / "bin").mkdir()
+    (commands / "sh").symlink_to("/bin/sh")
+    if script:
+        (commands / "docker").write_text(f"#!/bin/sh\n{script}\n")
+        (commands / "docker").chmod(0o755)
+    (tmp_path / "r.yml").write_text(
+        "version: 1\n"
+        "clusters: {c: {nodes: [{name: one, role: head, ip: 10.0.0.1}]}}\n"
+        "models: {m: {model: tiny-oss, cluster: c}}\n"
+    )
+    environ = {"PATH": str(commands), "HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    up, ps = (
+        subprocess.run(
+            [sys.executable, "-m", "launcher.cli", "--file", str(tmp_path / "r.yml"), *command],
+            env=environ, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False,
+        )
+        for command in (["up", "m"], ["ps", "--json"])
+    )  # fmt: skip
+    assert up.returncode == 7, up.stderr
+    assert message in up.stderr
+    assert hint in up.stderr.splitlines()[-1]
+    assert json.loads(ps.stdout) == []
 
 
 @pytest.mark.parametrize(
