@@ -11,6 +11,7 @@ The cause of a failure is the last line of the log.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -205,10 +206,9 @@ def stop(folder: Path) -> int:
             keeper.send(signal.SIGKILL)
     left = _survivors(folder, record)
     for pid in left:
-        try:
+        # Whoever else on the host names our folder is none of ours.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
     shutil.rmtree(folder, ignore_errors=True)
     if ray_folder := str(record.get("ray", "")):
         shutil.rmtree(ray_folder, ignore_errors=True)

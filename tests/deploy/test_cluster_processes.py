@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import stat
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -114,8 +115,11 @@ def test_up_ps_status_logs_kill_down(cluster: Cluster) -> None:
     assert "two | keeper: ended with 1; restart 1 of 3" in logs
 
     record = json.loads(next((cluster.folder / ".local/state/hlaunch").glob("**/cluster.json")).read_text())
-    folders = [Path(f"{node['run_folder']}{end}") for node in record["nodes"] for end in ("", "-ray")]
-    assert all(folder.is_dir() for folder in folders)
+    for node in record["nodes"]:
+        # Ray opens its folder to everyone on the host; the one around it is ours alone.
+        assert stat.S_IMODE(Path(node["run_folder"]).stat().st_mode) == 0o700
+        assert Path(node["run_folder"], "ray", "session_latest").is_dir()
+    folders = [Path(node["run_folder"]) for node in record["nodes"]]
     down = cluster.cli("down", "tiny-oss")
     assert (down.returncode, down.stdout) == (0, "tiny-oss: stopped on 2 nodes, nothing is left\n"), down.stderr
     assert cluster.nodes.pids() == []

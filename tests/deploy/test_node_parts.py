@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from launcher.errors import PreflightError
+from launcher.node import stop
 from launcher.probe import judge
 from launcher.registry.cluster import RaySettings
 from launcher.supervise.cluster_view import parse_view
@@ -155,3 +156,21 @@ def test_ssh_gets_every_word_quoted() -> None:
     assert argv[:1] == ["ssh"]
     assert argv[-2] == "host"
     assert shlex.split(argv[-1]) == ["sh", "-c", "echo $1", "sh", "a b; rm -rf /"]
+
+
+def test_a_node_is_cleared_away_whoever_else_names_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Command lines are anybody's: a process of another user that names the folder is left, and stops nothing."""
+
+    def refuse(pid: int, number: int) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    folder = tmp_path / "run"
+    folder.mkdir()
+    other = subprocess.Popen([sys.executable, "-c", "input()", str(folder)], stdin=subprocess.PIPE)
+    monkeypatch.setattr("launcher.node.os.kill", refuse)
+    try:
+        assert stop(folder) == 0
+    finally:
+        other.communicate(b"\n")
+    assert other.returncode == 0
+    assert not folder.exists()
