@@ -349,12 +349,14 @@ class LaunchView:
         """What connects the ranks, by their own word in the log."""
         if self._plan.placement is None or len(self._plan.placement.ranks) < 2:
             return []
-        from launcher.fabric.transports import summary
+        from launcher.fabric.transports import NOT_TOLD, summary
         from launcher.supervise.instance import InstanceFolder
         from launcher.supervise.local_ranks import transports_here
 
         folder = self._plan.instance_folder
-        return summary(transports_here(InstanceFolder(folder.parent.parent, self._plan.name)))
+        pairs = transports_here(InstanceFolder(folder.parent.parent, self._plan.name))
+        # NCCL connects some ways at their first use only; `status` tells them then.
+        return summary([pair for pair in pairs if pair.transport != NOT_TOLD])
 
     def _table(self, timeline: Timeline) -> None:
         from launcher.plan.drawing import span_bar
