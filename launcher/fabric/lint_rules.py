@@ -299,7 +299,7 @@ def _is_right_everywhere(name: str, value: str, views: Sequence[NodeView]) -> bo
     if name == "NCCL_IB_HCA":
         tokens = [token.partition(":")[0] for token in value.lstrip("=").split(",")]
         return all((hca := fact.hca(token)) is not None and hca.is_active for fact in facts for token in tokens)
-    if name in ("NCCL_IB_GID_INDEX", "UCX_IB_GID_INDEX") and value.isdigit():
+    if name in ("NCCL_IB_GID_INDEX", "UCX_IB_GID_INDEX") and value.isdecimal() and len(value) <= 5:
         return all(
             any(gid.index == int(value) and gid.is_v2 and gid.ipv4 is not None for gid in port.gids)
             for fact in facts

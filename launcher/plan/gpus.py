@@ -76,7 +76,8 @@ def visible_gpus(gpus: Sequence[Gpu], environ: Mapping[str, str]) -> tuple[Gpu, 
         found = [
             gpu
             for gpu in gpus
-            if (word.isdigit() and gpu.index == int(word)) or (word.startswith("GPU-") and gpu.uuid.startswith(word))
+            if (word.isdecimal() and len(word) <= 5 and gpu.index == int(word))
+            or (word.startswith("GPU-") and gpu.uuid.startswith(word))
         ]
         if len(found) != 1 or found[0] in chosen:
             break

@@ -50,11 +50,11 @@ def _split(address: str) -> tuple[str, int]:
     """Split HOST[:PORT]; an IPv6 address with a port stands in brackets."""
     host, port = address, ""
     if address.startswith("["):
-        host, _, rest = address[1:].partition("]")
-        port = rest.removeprefix(":")
+        host, bracket, rest = address[1:].partition("]")
+        host, port = (host if bracket and rest[:1] in ("", ":") else ""), rest.removeprefix(":")
     elif address.count(":") == 1:
         host, _, port = address.partition(":")
-    if not host or (port and not (port.isdigit() and 1 <= int(port) <= 65535)):
+    if not host or (port and not (port.isdecimal() and len(port) <= 5 and 1 <= int(port) <= 65535)):
         raise UsageError(f"--head-addr {address!r} is not HOST[:PORT]", hint="for example: --head-addr 10.0.0.1:29540")
     return host, int(port) if port else DEFAULT_HEAD_PORT
 

@@ -53,7 +53,7 @@ def _of_node(node: Node, variable: str, text: str) -> Iterator[Contradiction]:
 
 def _ib_disable(fabric: Fabric, text: str) -> tuple[str, str, bool]:
     # NCCL reads words as 0: only a number other than 0 switches InfiniBand off.
-    is_off = text.isdigit() and int(text) != 0
+    is_off = text.isascii() and text.isdigit() and text.strip("0") != ""
     return "fabric.rdma", f"rdma: {fabric.rdma}", (fabric.rdma == "required") if is_off else (fabric.rdma == "off")
 
 

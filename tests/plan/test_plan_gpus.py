@@ -119,7 +119,7 @@ def test_visible_devices_are_cudas(tmp_path: Path) -> None:
     assert seen("2,0") == [2, 0]
     assert seen("GPU-33,1") == [3, 1]
     assert seen("1,9,2") == [1], "CUDA stops at the first that is none"
-    assert seen("") == seen("-1") == seen("1x") == []
+    assert seen("") == seen("-1") == seen("1x") == seen("²") == seen("9" * 5000) == []
     assert seen("1,1") == [1]
     hidden = plan_of(tmp_path, "oss20", "device=cuda", CUDA_VISIBLE_DEVICES="-1")
     assert "(CUDA_VISIBLE_DEVICES=-1 hides all)" in hidden.problems[0].message

@@ -251,7 +251,9 @@ def test_errors_from_flags_on_a_cluster_blame_the_flag() -> None:
 
 def test_words_that_nccl_reads_as_zero_switch_nothing_off() -> None:
     fabric = Fabric(rdma="required")
-    assert list(contradictions(fabric, {"NCCL_IB_DISABLE": "true"})) == []
+    for word in ("true", "0", "00", "²", ""):
+        assert list(contradictions(fabric, {"NCCL_IB_DISABLE": word})) == []
+    assert list(contradictions(fabric, {"NCCL_IB_DISABLE": "9" * 5000}))
     assert [item.field for item in contradictions(fabric, {"NCCL_IB_DISABLE": "1"})] == ["fabric.rdma"]
 
 
