@@ -92,6 +92,9 @@ def test_two_tensor_ranks_with_whole_experts(running: Running, tmp_path: Path) -
         shown = server.hlaunch("up", "tiny-oss", "--dry-run", "--json", "--set", "tp=2", "--set", "ep=true")
         blocks = json.loads(shown.stdout)["memory"][0]["num_blocks"]
         assert f"{blocks} blocks" in up.stdout
+        assert ": shared memory (SHM/group), ranks 0-1" in up.stderr
+        (pair,) = json.loads(server.hlaunch("status", "tiny-oss", "--json").stdout)["transports"]
+        assert (pair["ranks"], pair["transport"]) == ([0, 1], "shared memory")
         # Without its launcher nothing of the engine goes on.
         os.kill(record["launcher"]["pid"], signal.SIGKILL)
         wait_for(lambda: not any(is_running(pid) for pid in members), 5)
