@@ -100,8 +100,10 @@ class SecureLink:
         self._beat: threading.Thread | None = None
 
     def allow_silence(self, seconds: float) -> None:
-        """Set how long the peer may say nothing."""
+        """Set how long the peer may say nothing, or read nothing."""
         self._silence = seconds
+        with contextlib.suppress(OSError):  # a link that is closed: whoever uses it learns of that
+            _limit_sending(self._socket, seconds)
 
     def start_heartbeat(self) -> None:
         """Send a sign of life whenever nothing else was sent for a while, from a thread, until the link is closed."""
@@ -339,7 +341,11 @@ def _tune(sock: socket.socket, silence_seconds: float) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 1)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 2)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(CUT_SECONDS * 1e3))
-    seconds, fraction = divmod(silence_seconds, 1)
+    _limit_sending(sock, silence_seconds)
+
+
+def _limit_sending(sock: socket.socket, limit_seconds: float) -> None:
+    seconds, fraction = divmod(limit_seconds, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", int(seconds), int(fraction * 1e6)))
 
 
