@@ -34,7 +34,7 @@ PER_NODE = frozenset(
 _LAUNCHER_OWN = re.compile(r"HLAUNCH_(?:REGISTRY|PROFILE|CLUSTER|MODEL_DIR|STATE_DIR|UID|GID|COMPOSE|SSH)")
 _PER_RANK = re.compile(r"RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|MASTER_ADDR|MASTER_PORT|.*_VISIBLE_DEVICES")
 _SECRET = re.compile(r".*(?:TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL)(?:S|_PATH)?|.*_KEY(?:_ID|S)?", re.IGNORECASE)
-_PATH_LIKE = re.compile(r".*(?:PATH|_DIR|_FOLDER|_CACHE)")
+_PATH_LIKE = re.compile(r".*(?:PATH|_DIR|_FOLDER|_CACHE|_FILE)")
 
 
 def carried_environment(environ: Mapping[str, str]) -> dict[str, str]:

@@ -1,7 +1,8 @@
 """Who is in the Ray cluster: `python -m engine.executor.ray_view --address IP:PORT [--every SECONDS]`.
 
-The only module that imports Ray today. It runs as a child of the node supervisor, which may not import Ray, and asks
-the control store directly: no driver, no job, 0.3 s. The token comes from RAY_AUTH_TOKEN_PATH, as for Ray itself.
+It runs as a child: of the node supervisor, which may not import Ray, and of an engine that looks whether a cluster lets
+in strangers. It asks the control store directly: no driver, no job, 0.3 s. The token comes from RAY_AUTH_TOKEN_PATH, as
+for Ray itself.
 
 One JSON object a line: `{"nodes": [{"id", "ip", "is_alive", "is_head", "gpus", "cpus", "reason"}, ...]}` or
 `{"error": "refused" | "unreachable" | "failed", "message": "..."}`. Without `--every` the exit status is 1 on an error.

@@ -24,7 +24,8 @@ def test_names_of_one_node_of_one_rank_and_secrets_stay() -> None:
     stays = {
         *PER_NODE, "CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
         "HF_TOKEN", "HF_TOKEN_PATH", "HLAUNCH_API_KEY", "HLAUNCH_SECRET", "HF_HUB_CACHE", "HLAUNCH_MODEL_DIR",
-        "NCCL_LIBRARY_PATH", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ADDRESS",
+        "NCCL_LIBRARY_PATH", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ADDRESS", "HLAUNCH_NODE_SECRET_FILE",
+        "NCCL_DEBUG_FILE",
     }  # fmt: skip
     assert carried_environment(dict.fromkeys(stays, "x")) == {}
 
