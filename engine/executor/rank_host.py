@@ -35,6 +35,8 @@ from engine.process import threads_per_rank
 RANK_COMMAND = (sys.executable, "-m", "engine.executor.multiproc_rank")
 STOP_SECONDS = 5.0
 _STACKS_SECONDS = 0.3
+_SECRETS = ("HLAUNCH_NODE_SECRET", "HLAUNCH_API_KEY", "RAY_AUTH_")
+"""What proves a node, a client or a driver, or says where that lies: how the names of such variables begin."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,12 +190,11 @@ def _spawn(setup: RankSetup, spec: RankSpec, command: Sequence[str], threads: in
 
 
 def _environment(base: Mapping[str, str], spec: RankSpec, threads: int) -> dict[str, str]:
-    """Thread counts are read when torch is imported; a CPU rank must not see a GPU; no rank needs the nodes' secret."""
-    environment = {**base, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    """Thread counts are read when torch is imported; a CPU rank must not see a GPU; no rank needs a secret of ours."""
+    environment = {name: value for name, value in base.items() if not name.startswith(_SECRETS)}
+    environment |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     if spec.backend == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
-    for name in ("HLAUNCH_NODE_SECRET", "HLAUNCH_NODE_SECRET_FILE"):
-        environment.pop(name, None)
     return environment
 
 
