@@ -202,6 +202,20 @@ def test_a_failure_in_the_stream_has_the_dialects_form(path: str) -> None:
 
 
 @pytest.mark.parametrize("path", [MESSAGES, RESPONSES])
+def test_a_failure_before_the_first_token_of_a_stream_kept_alive(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.server.stream.EventStream.__init__.__defaults__", (0.2,))
+    with running(scripted([], first_delay_seconds=0.9, error="numerical_error: not finite")) as server:
+        with server.http() as client:
+            text = client.post(path, json=HELLO[path] | {"stream": True}).text
+        types = [event["type"] for event in events_of(text.replace(": ping\n\n", ""))]
+    assert "ping" in text
+    if path == MESSAGES:
+        assert types[-1] == "error"
+    else:
+        assert types == ["response.created", "response.in_progress", "response.failed"]
+
+
+@pytest.mark.parametrize("path", [MESSAGES, RESPONSES])
 @pytest.mark.parametrize("is_streaming", [False, True])
 def test_a_client_that_leaves_frees_its_blocks(path: str, is_streaming: bool) -> None:
     with running(ENDLESS) as server:

@@ -53,8 +53,10 @@ class ResponseWriter:
         self._num_events = 0
         self._finish_reason: str | None = None
 
-    def begin(self) -> bytes:
-        """Return the events that open the stream."""
+    def _head(self) -> bytes:
+        """Return the events that open the stream, once."""
+        if self._num_events:
+            return b""
         events = (self._about("response.created", "in_progress"), self._about("response.in_progress", "in_progress"))
         return b"".join([self._encode(event) for event in events])
 
@@ -64,8 +66,8 @@ class ResponseWriter:
         return self._items.feed(piece)
 
     def write(self, piece: Piece) -> bytes:
-        """Add a piece to the response; return its events for the stream."""
-        return b"".join([self._encode(event) for event in self.take(piece)])
+        """Add a piece to the response; return its events for the stream, which the first piece opens."""
+        return self._head() + b"".join([self._encode(event) for event in self.take(piece)])
 
     def end(self) -> bytes:
         """Return the event that holds the whole response."""
@@ -73,10 +75,14 @@ class ResponseWriter:
         return self._encode({"type": f"response.{response['status']}", "response": response})
 
     def fail(self, error: ApiError) -> bytes:
-        """Return the event that ends a stream which cannot end well. The code is the SDK's only one that fits."""
+        """Return the event that ends a stream which cannot end well, also one that has only been kept alive so far.
+
+        The code is the SDK's only one that fits.
+        """
+        head = self._head()
         event = self._about("response.failed", "failed")
         event["response"]["error"] = {"code": "server_error", "message": error.message}
-        return self._encode(event)
+        return head + self._encode(event)
 
     def response(self) -> dict[str, Any]:
         """Return the finished response."""
@@ -124,15 +130,10 @@ class ResponseWriter:
 
 async def _stream(exchange: Exchange, plan: ResponsesPlan, pieces: AsyncIterator[Piece]) -> None:
     writer = ResponseWriter(plan)
-    is_begun = False
+    exchange.on_failure = writer.fail
     async with EventStream(exchange, done=b"") as stream:
         async for piece in pieces:
-            head = b""
-            if not is_begun:
-                is_begun = True
-                head = writer.begin()
-                exchange.on_failure = writer.fail
-            if data := head + writer.write(piece):
+            if data := writer.write(piece):
                 await stream.send(data)
         await stream.end(writer.end())
 
