@@ -20,7 +20,6 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -31,11 +30,12 @@ from launcher.supervise import procfs
 from launcher.supervise.cluster_view import ClusterView, ViewProcess
 from launcher.supervise.control import ControlServer
 from launcher.supervise.engine_process import EngineProcess
+from launcher.supervise.node_engine import EngineStory
 from launcher.supervise.node_fabric import look, model_digest, shown_environment
 from launcher.supervise.node_report import NodeReport
 from launcher.supervise.node_spec import NodeSpec
 from launcher.supervise.ray_process import ray_argv, ray_cause, ray_environment
-from launcher.supervise.status import Fatal, LineSplitter, Phase, Ready, parse_record
+from launcher.supervise.status import LineSplitter
 from launcher.supervise.supervisor import STOP_SIGNALS, signal_wakeups
 
 TICK_SECONDS = 0.5
@@ -45,12 +45,8 @@ ENGINE_GRACE_SECONDS = 5.0
 RAY_GRACE_SECONDS = 4.0
 LOST_SECONDS = 20.0
 """How long our own node may be missing from the cluster before we call it lost."""
-LAST_WORDS_SECONDS = 5.0
 NUM_LAST_LINES = 400
 """Ray names what died first, then prints the tails of its logs."""
-PLACEMENT_PHASE = "placement"
-RESTART_PHASE = "restart"
-"""What an engine reports that starts its ranks anew, without ending."""
 
 
 class _Failure(Exception):
@@ -80,13 +76,11 @@ class NodeSupervisor:
         self._ray: EngineProcess | None = None
         self._engine: EngineProcess | None = None
         self._ray_lines: deque[str] = deque(maxlen=NUM_LAST_LINES)
-        self._engine_fatal: Fatal | None = None
-        self._fatal_deadline: float | None = None
+        self._story = EngineStory(self.report, self._tell)
         self._splitters: dict[int, LineSplitter] = {}
         self._num_signals = 0
         self._seen: dict[str, frozenset[str]] = {}
         self._lost_since: float | None = None
-        self._is_restarting = False
         self._ghosts: frozenset[str] = frozenset()
         self._stage = self._await_head if spec.ray is not None and not spec.is_head else self._start_ray
         self._deadline = time.monotonic() + spec.join_timeout_seconds
@@ -263,7 +257,7 @@ class NodeSupervisor:
             return
         if spec.is_head:
             missing = view.missing(spec.peers)
-            self.report.state = "degraded" if missing or self._is_restarting else "ready"
+            self.report.state = "degraded" if missing or self._story.is_restarting else "ready"
         if view.is_alive(spec.ip):
             self._lost_since = None
         elif self._lost_since is None:
@@ -346,7 +340,9 @@ class NodeSupervisor:
 
     def _on_line(self, fd: int, line: bytes) -> None:
         if self._engine is not None and fd == self._engine.status_fd:
-            self._on_record(line)
+            self._story.take(line)
+            if self._story.is_ready and self._stage == self._await_engine:
+                self._serve()
             return
         text = line.decode("utf-8", errors="replace")
         if self._ray is not None and fd == self._ray.output_fd:
@@ -355,32 +351,16 @@ class NodeSupervisor:
         else:
             self._say(f"engine: {text}")
 
-    def _on_record(self, line: bytes) -> None:
-        record = parse_record(line, time.monotonic())
-        if isinstance(record, Fatal):
-            self._engine_fatal = self._engine_fatal or record
-            self._fatal_deadline = time.monotonic() + LAST_WORDS_SECONDS
-        elif isinstance(record, Ready):
-            self.report.url, self.report.model, self.report.facts = record.url, record.model, record.facts
-            if self._stage == self._await_engine:
-                self._serve()
-        elif isinstance(record, Phase):
-            # The engine waits for its ranks' nodes in a phase of the name that is taken here by Ray's nodes.
-            own = replace(record, name=PLACEMENT_PHASE) if record.name == "nodes" else record
-            self.report.phase(own)
-            if record.name == RESTART_PHASE and record.state in ("begin", "end"):
-                self._is_restarting = record.state == "begin"
-                self._tell(f"engine: {record.detail}")
-
     def _check_children(self) -> None:
         """A child that is gone ends the node, with the child's own words where it left some."""
         if self._engine is not None and (status := self._engine.poll()) is not None:
             self._drain(self._engine)
-            fatal = self._engine_fatal
+            fatal = self._story.fatal
             if fatal is not None:
                 raise _Failure(f"engine failed: {fatal.message}", fatal.hint, fatal.exit_code)
             raise _Failure(f"the engine {self._engine.describe_exit(status)}")
-        if self._fatal_deadline is not None and time.monotonic() > self._fatal_deadline and self._engine is not None:
+        deadline = self._story.fatal_deadline
+        if deadline is not None and time.monotonic() > deadline and self._engine is not None:
             self._engine.send_all(signal.SIGKILL)
         if self._ray is not None and (status := self._ray.poll()) is not None:
             self._drain(self._ray)
