@@ -114,14 +114,16 @@ def picture_of_cluster(plan: ClusterPlan) -> Picture | None:
 
 
 def picture_of_launch(plan: LaunchPlan) -> Picture | None:
-    """Gather the picture of a launch on one host; None without a placement."""
+    """Gather the picture of a launch on one host, or on nodes that join and are taken to be like it."""
     if plan.placement is None or plan.model is None:
         return None
+    nodes = plan.config.nodes.names or (plan.inventory.node,)
+    where = plan.inventory.node if len(nodes) == 1 else f"{len(nodes)} nodes"
     return picture_of(
-        f"{plan.name} on {plan.inventory.node}",
+        f"{plan.name} on {where}",
         plan.placement,
         plan.model,
-        {plan.inventory.node: plan.inventory},
+        dict.fromkeys(nodes, plan.inventory),
         memory=plan.memory,
     )
 
