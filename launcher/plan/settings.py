@@ -52,8 +52,8 @@ def rank_refusals(entry: ResolvedEntry, sizes: ParallelSizes) -> tuple[HlaunchEr
     elif backend in ("ray", "ray-cgraph"):
         found.append(
             DoesNotFit(
-                f"distributed-executor-backend {backend}: this version runs ranks as processes of one host",
-                hint="add --set distributed-executor-backend=auto",
+                f"distributed-executor-backend {backend}: Ray starts ranks on the nodes of a cluster",
+                hint="add --cluster NAME, or --set distributed-executor-backend=auto",
             )
         )
     return tuple(found)

@@ -47,7 +47,7 @@ RANKS: tuple[KeySpec, ...] = (
     KeySpec(
         "distributed-executor-backend",
         Kind.CHOICE,
-        "Who runs the ranks: uni in-process, mp processes of this node, ray several nodes",
+        "Who runs the ranks: uni in-process, mp processes of this node, ray several nodes, ray-cgraph a compiled graph",
         default="auto",
         choices=("auto", "uni", "mp", "ray", "ray-cgraph"),
     ),
