@@ -113,10 +113,16 @@ class Doors:
                 raise RayRefused(f"Ray at {self._address} refused this node's token", hint)
             if "error" in ours:
                 raise ExecutorError(f"Ray at {self._address} cannot be reached: {ours.get('message', '')}")
-            if "nodes" in self._strangers.answer():
+            stranger = self._strangers.answer()
+            if "nodes" in stranger:
                 raise RayRefused(
                     f"Ray at {self._address} lets in anyone: it was started without token authentication",
                     "stop it, then: RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=FILE ray start ... on every node",
+                )
+            if stranger.get("error") != "refused":
+                # Only a refusal shows that there is a door.
+                raise ExecutorError(
+                    f"whether Ray at {self._address} lets in anyone cannot be told: {stranger.get('message', '')}"
                 )
             alive = [str(node.get("ip")) for node in ours["nodes"] if node.get("is_alive")]
             if own_address not in alive:
