@@ -217,7 +217,7 @@ def _conclude(console: Console, view: LaunchView, outcome: Outcome) -> int:
         console.note(f"{found.severity}[{found.code}]: {found.cause}; fix: {found.fix or 'hlaunch doctor'}")
     if outcome.hint:
         console.note(f"hint: {outcome.hint}")
-    raise EngineFailed(outcome.cause, exit_code=int(outcome.exit_code))
+    raise EngineFailed(redaction.line(outcome.cause), exit_code=int(outcome.exit_code))
 
 
 class LaunchView:
@@ -281,8 +281,11 @@ class LaunchView:
         if self.is_detached:
             self._console.note(f"stop with: hlaunch down {self._plan.name}   log: hlaunch logs {self._plan.name}")
         else:
+            from launcher.redaction import Redaction
+
             self._console.note("Ctrl-C stops")
-            self._echo = Echo(self._console.note)
+            redaction = Redaction(os.environ)
+            self._echo = Echo(lambda line: self._console.note(redaction.line(line)))
 
     def stopping(self, drain_timeout_seconds: float) -> None:
         if drain_timeout_seconds:

@@ -6,13 +6,13 @@ import json
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from hosts import Hosts
 from test_fabric_transports import StandIns
 
-from launcher.commands.up import _conclude
+from launcher.commands.up import LaunchView, _conclude
 from launcher.console import Console
 from launcher.errors import EngineFailed, HlaunchError
 from launcher.redaction import Redaction
@@ -170,9 +170,17 @@ def test_logs_of_a_cluster_name_the_node(tmp_path: Path) -> None:
 def test_a_failed_engine_ends_with_what_its_last_lines_mean(capsys: pytest.CaptureFixture[str]) -> None:
     tail = ("import", "OSError: [Errno 98] Address already in use", f"HF_TOKEN={CANARY}")
     view: Any = SimpleNamespace(fail=lambda: None, is_detached=False)
-    with pytest.raises(EngineFailed, match="it died"):
-        _conclude(Console(is_plain=True), view, Outcome(1, "it died", log_tail=tail))
+    with pytest.raises(EngineFailed, match="it died: HF_TOKEN=<hidden>"):
+        _conclude(Console(is_plain=True), view, Outcome(1, f"it died: HF_TOKEN={CANARY}", log_tail=tail))
     told = capsys.readouterr().err
     assert "error[port-taken]: a port that is needed is in use; fix: hlaunch doctor names who has it\n" in told
     assert "  | HF_TOKEN=<hidden>\n" in told
     assert CANARY not in told
+
+
+def test_the_lines_of_a_serving_engine_hide_secrets(capsys: pytest.CaptureFixture[str]) -> None:
+    view = LaunchView(Console(is_plain=True), cast(Any, None), is_detached=False)
+    view._await_end()
+    view.output(f"loaded\nHF_TOKEN={CANARY}\n".encode())
+    assert view.close()
+    assert capsys.readouterr().err.splitlines() == ["Ctrl-C stops", "loaded", "HF_TOKEN=<hidden>"]
