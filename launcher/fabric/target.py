@@ -171,9 +171,11 @@ def unresolved(target: Target) -> list[str]:
     found = []
     nameless = [node.name for node in target.nodes if node.ifname is None]
     if nameless:
-        found.append(f"{', '.join(nameless)}: the interface is the one that carries the node's ip: hlaunch doctor")
+        found.append(
+            f"{', '.join(nameless)}: the interface is the one that carries the node's ip, filled in there at each start"
+        )
     needs_hcas = cluster.fabric.rdma != "off" and not cluster.fabric.hcas
     auto = [node.name for node in target.nodes if needs_hcas and not node.hcas and platform_of(cluster, node) != "cpu"]
     if auto:
-        found.append(f"{', '.join(auto)}: the HCAs are the ACTIVE ones of the subnet: hlaunch doctor")
+        found.append(f"{', '.join(auto)}: the HCAs are the ACTIVE ones of the subnet, filled in there at each start")
     return found
