@@ -241,6 +241,7 @@ def test_kills_under_load_leave_nothing_on_any_node() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_many_kills_under_load_leave_nothing_on_any_node() -> None:
     kill_storm(100, seed=5)
 
@@ -275,3 +276,33 @@ def test_ranks_on_two_nodes_say_what_one_rank_says(sizes: ParallelSizes) -> None
     finally:
         core.stop()
         starter.end()
+
+
+@pytest.mark.slow
+def test_a_rank_that_stands_still_is_told_from_one_on_another_node_that_waits_for_it(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Tensor ranks over nodes: the head's rank hangs in a sum over TCP, whose other part does not come."""
+    base = replace(BASE, step_timeout_seconds=3.0, cache=replace(BASE.cache, num_blocks=128))
+    placement = nodes_placement(base, ParallelSizes(1, 1, 2))
+    starter = HostStarter(RANK_COMMAND)
+    core = EngineCore.start(nodes_config(base, placement), starter=starter)
+    (still,) = ranks_below(starter.hosts["node1"].pid)
+    assert core.add(replace(requests(3)[0], max_tokens=200)) is None
+    for _ in range(10):
+        core.step()
+    os.kill(still, signal.SIGSTOP)
+
+    def step_on() -> None:
+        while core.has_work:
+            core.step()
+
+    expected = r"rank 1 \(node node1, cpu:0\) did not finish step \d+ within 3 s: .*, stopped by a signal; ranks 0 wait"
+    began = time.monotonic()
+    with pytest.raises(RankFailure, match=expected):
+        step_on()
+    assert time.monotonic() - began < 8
+    core.stop()
+    starter.end()
+    assert not is_running(still)
+    assert "stacks of rank 0" in capfd.readouterr().err
