@@ -22,6 +22,7 @@ import msgspec
 from engine.comm.board import PHASES
 from engine.comm.node_messages import (
     Hello,
+    NodeFacts,
     NodeKind,
     Prepare,
     Prepared,
@@ -71,12 +72,14 @@ def run_node_host(task: HostTask, on_report: Callable[[Report], None] = lambda _
 
     `on_report` hears all that the ranks report, too, from another thread.
     """
+    # First what takes a while, on a network's disk say: the head's door waits seconds for who is in it.
+    facts = own_facts(digest_of(task.model, task.load_format) if task.model else "")
     try:
         link = connect(task.host, task.port, task.secret, bind=task.address)
     except NodeLinkError as error:
         _say(task, str(error))
         return EXIT_LOST
-    host = _NodeHost(task, link, on_report)
+    host = _NodeHost(task, facts, link, on_report)
     try:
         host.run()
     except LinkRefused as error:
@@ -91,8 +94,9 @@ def run_node_host(task: HostTask, on_report: Callable[[Report], None] = lambda _
 
 
 class _NodeHost:
-    def __init__(self, task: HostTask, link: SecureLink, on_report: Callable[[Report], None]) -> None:
+    def __init__(self, task: HostTask, facts: NodeFacts, link: SecureLink, on_report: Callable[[Report], None]) -> None:
         self._task = task
+        self._facts = facts
         self._on_report = on_report
         self._link = link
         self._host: RankHost | None = None
@@ -105,8 +109,7 @@ class _NodeHost:
         """Raises: NodeLinkError when the head is lost or refuses."""
         task, link = self._task, self._link
         link.start_heartbeat()
-        facts = own_facts(digest_of(task.model, task.load_format) if task.model else "")
-        link.send(NodeKind.HELLO, encode(Hello(task.node, task.order_id, facts)))
+        link.send(NodeKind.HELLO, encode(Hello(task.node, task.order_id, self._facts)))
         prepare = decode(self._expect(NodeKind.PREPARE, PREPARE_SECONDS), Prepare)
         try:
             host, ranks = self._prepare(prepare)
