@@ -26,7 +26,7 @@ def up(invocation: Invocation, plan: ClusterPlan, runtime: str, *, is_replacing:
     """Start a launch on its cluster and return when it is ready; the nodes go on by themselves."""
     from launcher.exit_codes import ExitCode
     from launcher.fabric.transports import summary
-    from launcher.supervise.cluster_run import read_run, start, stop
+    from launcher.supervise.cluster_run import read_run, start
     from launcher.supervise.instance import InstanceFolder, state_root
     from launcher.supervise.runtimes import RUNTIMES
 
@@ -41,7 +41,8 @@ def up(invocation: Invocation, plan: ClusterPlan, runtime: str, *, is_replacing:
                 f"{plan.name} is running on cluster {running.cluster}",
                 hint=f"run: hlaunch down {plan.name}, or add --replace",
             )
-        stop(running, folder, invocation.environ)
+        # What is left would be in the way of what starts.
+        down(invocation.console, folder, running, invocation.environ)
     console, began = invocation.console, time.monotonic()
     for node in plan.nodes:
         ranks = f"{len(node.ranks)} rank(s)" if node.ranks else "no rank"
@@ -54,7 +55,7 @@ def up(invocation: Invocation, plan: ClusterPlan, runtime: str, *, is_replacing:
     except KeyboardInterrupt:
         console.note(f"detached; the nodes go on. stop with: hlaunch down {plan.name}")
         return ExitCode.INTERRUPTED
-    console.data(f"{plan.name} is ready at {run.url} on {len(run.nodes)} nodes after {time.monotonic() - began:.1f} s")
+    console.data(f"{plan.name} is ready at {run.url} on {_count(run)} after {time.monotonic() - began:.1f} s")
     for line in summary(run.transports):
         console.data(f"transport {line}")
     console.note(
@@ -96,7 +97,11 @@ def down(console: Console, folder: InstanceFolder, run: ClusterRun, environ: Map
     left = stop(run, folder, environ)
     if left:
         raise EngineFailed(f"{run.name}: not everything is gone", details=left, hint=f"again: hlaunch down {run.name}")
-    console.data(f"{run.name}: stopped on {len(run.nodes)} nodes, nothing is left")
+    console.data(f"{run.name}: stopped on {_count(run)}, nothing is left")
+
+
+def _count(run: ClusterRun) -> str:
+    return f"{len(run.nodes)} node{'s' * (len(run.nodes) != 1)}"
 
 
 def facts(run: ClusterRun, environ: Mapping[str, str]) -> dict[str, Any]:

@@ -15,10 +15,12 @@ from launcher.errors import PreflightError
 from launcher.node import stop
 from launcher.probe import judge
 from launcher.registry.cluster import RaySettings
+from launcher.supervise.cluster_run import RECORD, ClusterRun
 from launcher.supervise.cluster_view import parse_view
 from launcher.supervise.docker import parse_host_facts
 from launcher.supervise.node_spec import NodeSpec, Peer
 from launcher.supervise.ray_process import ray_argv, ray_cause, ray_environment
+from launcher.supervise.runtimes import NodeHandle
 from launcher.supervise.shell import Shell
 
 ROOT = Path(__file__).parents[2]
@@ -113,28 +115,43 @@ DOCKER_ALONE = '[ "$1" = version ] && echo 29.0.0'
 def test_up_by_compose_leaves_no_record_where_docker_is_not(
     tmp_path: Path, script: str, message: str, hint: str
 ) -> None:
-    (commands := tmp_path / "bin").mkdir()
-    (commands / "sh").symlink_to("/bin/sh")
-    if script:
-        (commands / "docker").write_text(f"#!/bin/sh\n{script}\n")
+    up = _hlaunch(tmp_path, script, "up", "m")
+    assert up.returncode == 7, up.stderr
+    assert message in up.stderr
+    assert hint in up.stderr.splitlines()[-1]
+    assert json.loads(_hlaunch(tmp_path, script, "ps", "--json").stdout) == []
+
+
+def test_replacing_begins_when_nothing_of_the_old_is_left(tmp_path: Path) -> None:
+    node = NodeHandle("gone", "head", "10.0.0.9", None, ".local/state/x", "/tmp/hl-x", "hl-m", "host", 1.0)
+    folder = tmp_path / ".local/state/hlaunch/instances/m"
+    folder.mkdir(parents=True)
+    record = ClusterRun("m", "tiny-oss", "old", "compose", "p", (node,), 1.0).to_json()
+    (folder / RECORD).write_text(record)
+    up = _hlaunch(tmp_path, DOCKER_DOWN, "up", "m", "--replace")
+    assert up.returncode == 1, up.stderr
+    assert "error: m: not everything is gone\n  gone: " in up.stderr
+    assert (folder / RECORD).read_text() == record
+
+
+def _hlaunch(home: Path, docker: str, *command: str) -> subprocess.CompletedProcess[str]:
+    """Run a command with a cluster of one node and no programs but a shell and what `docker` is scripted to do."""
+    (commands := home / "bin").mkdir(exist_ok=True)
+    if not (commands / "sh").exists():
+        (commands / "sh").symlink_to("/bin/sh")
+    if docker:
+        (commands / "docker").write_text(f"#!/bin/sh\n{docker}\n")
         (commands / "docker").chmod(0o755)
-    (tmp_path / "r.yml").write_text(
+    (home / "r.yml").write_text(
         "version: 1\n"
         "clusters: {c: {nodes: [{name: one, role: head, ip: 10.0.0.1}]}}\n"
         "models: {m: {model: tiny-oss, cluster: c}}\n"
     )
-    environ = {"PATH": str(commands), "HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    up, ps = (
-        subprocess.run(
-            [sys.executable, "-m", "launcher.cli", "--file", str(tmp_path / "r.yml"), *command],
-            env=environ, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False,
-        )
-        for command in (["up", "m"], ["ps", "--json"])
+    return subprocess.run(
+        [sys.executable, "-m", "launcher.cli", "--file", str(home / "r.yml"), *command],
+        env={"PATH": str(commands), "HOME": str(home), "PYTHONPATH": str(ROOT)}, cwd=home, capture_output=True,
+        text=True, timeout=60, check=False,
     )  # fmt: skip
-    assert up.returncode == 7, up.stderr
-    assert message in up.stderr
-    assert hint in up.stderr.splitlines()[-1]
-    assert json.loads(ps.stdout) == []
 
 
 @pytest.mark.parametrize(
