@@ -22,7 +22,7 @@ MODEL_FOLDER_VARIABLE = "HLAUNCH_MODEL_FOLDER"
 
 class HostOrder(msgspec.Struct, frozen=True):
     """What an actor is told to run. `secret` proves itself to the head's door; `carried` is the driver's environment
-    as far as it travels."""
+    as far as it travels; `load_format` says how weights are read, for the digest that must be the head's."""
 
     node: str
     order_id: str
@@ -30,6 +30,7 @@ class HostOrder(msgspec.Struct, frozen=True):
     port: int
     secret: bytes
     carried: dict[str, str]
+    load_format: str = "auto"
 
 
 class ActorFacts(msgspec.Struct, frozen=True):
@@ -63,6 +64,7 @@ class NodeHostActor:
             order_id=told.order_id,
             model=os.environ.get(MODEL_FOLDER_VARIABLE, ""),
             address=address,
+            load_format=told.load_format,
         )
         return int(run_node_host(task))
 

@@ -108,7 +108,10 @@ class RayStarter:
         assert self._listener is not None
         carried = carried_environment(os.environ)
         host, port = self._listener.host, self._listener.port
-        return msgspec.msgpack.encode(HostOrder(order.node, order.order_id, host, port, self._secret, carried))
+        load_format = self._config.load_format
+        return msgspec.msgpack.encode(
+            HostOrder(order.node, order.order_id, host, port, self._secret, carried, load_format)
+        )
 
     def _check(self, node: str, facts: ActorFacts, layout: Layout) -> None:
         """Hold an actor against the placement. Raises: ExecutorError."""
