@@ -88,7 +88,7 @@ class NodeDesk:
             where = f"{nodes.head_host}:{nodes.head_port}"
             raise ConfigError(
                 "head-addr",
-                f"cannot listen on {where} for other nodes: {error.strerror}",
+                f"cannot listen on {where} for other nodes: {str(error.strerror).partition(' (while')[0]}",
                 "it must be an address of this node, with a free port",
             ) from error
         threading.Thread(target=self._receive, name="node desk", daemon=True).start()
