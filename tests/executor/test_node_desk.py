@@ -39,7 +39,7 @@ from engine.node_desk import NodeDesk
 from engine.placement import ParallelSizes
 
 SECRET = "a secret of the test, long enough"
-FACTS = NodeFacts("here", "1", "3.11.0", "2", "ab" * 32)
+FACTS = NodeFacts("here", "1", "3.11.0", "2", model_digest="ab" * 32)
 
 
 @pytest.fixture
@@ -158,7 +158,10 @@ def test_no_order_comes_before_the_welcome(desk: NodeDesk, monkeypatch: pytest.M
         (Hello("node2", "", FACTS), "no node is called node2; expected: node1"),
         (Hello("node0", "", FACTS), "no node is called node0"),
         (Hello("node1", "", NodeFacts("there", "0.9", "3.11.0", "2")), "node1 (there) has hlaunch 0.9, the head 1"),
-        (Hello("node1", "", NodeFacts("there", "1", "3.11.0", "2", "cd" * 32)), "node1 (there) has other weights"),
+        (
+            Hello("node1", "", NodeFacts("there", "1", "3.11.0", "2", model_digest="cd" * 32)),
+            "node1 (there) has other weights",
+        ),
         (Hello("node1", "9", FACTS), "no host of node1 is wanted for this run"),
     ],
 )
