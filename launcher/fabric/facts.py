@@ -192,8 +192,13 @@ class NodeFacts:
         return next((netdev for netdev in self.netdevs if netdev.name == name), None)
 
     def netdev_with(self, ip: str) -> Netdev | None:
-        """Return the interface that carries an address."""
-        return next((netdev for netdev in self.netdevs if ip in netdev.ips), None)
+        """Return the interface that carries an address, however it is written; all of 127/8 is loopback's."""
+        try:
+            address = ipaddress.ip_address(ip)
+        except ValueError:
+            return None
+        known = "127.0.0.1" if address.version == 4 and address.is_loopback else address.compressed
+        return next((netdev for netdev in self.netdevs if known in netdev.ips), None)
 
     def hca(self, name: str) -> Hca | None:
         return next((hca for hca in self.hcas if hca.name == name), None)

@@ -74,10 +74,28 @@ def test_a_fabric_that_is_not_here_ends_the_start(tmp_path: Path) -> None:
         look(own_cluster(spark_pair(fabric={"rdma": "off"}), 1), {}, root=tree)
 
 
+def test_addresses_of_both_families_and_every_spelling(tmp_path: Path) -> None:
+    tree = healthy(tmp_path / "host", 1)
+    rows = (
+        ("fd00" + "0" * 27 + "7", "40", "00", SPARK_IFNAME),
+        ("fe80" + "0" * 27 + "1", "40", "20", SPARK_IFNAME),
+        ("spoilt", "xx", "00", "lo"),
+    )
+    tree.set("proc/net/if_inet6", "".join(f"{ip} 02 {prefix} {scope} 80 {name}\n" for ip, prefix, scope, name in rows))
+    for ip in ("fd00::7", "fd00:0:0:0::0007", "192.168.100.1"):
+        one = NodeFabric("cpu").cluster("c", "n", "head", ip, 0)
+        assert look(one, {}, root=tree.root).environment == {"GLOO_SOCKET_IFNAME": SPARK_IFNAME}
+    for ip in ("fd00::8", "fe80::1"):
+        with pytest.raises(PreflightError, match="no interface of this host carries"):
+            look(NodeFabric("cpu").cluster("c", "n", "head", ip, 0), {}, root=tree.root)
+
+
 def test_this_host_without_a_fabric() -> None:
     loopback = NodeFabric("cpu", Fabric()).cluster("one", "here", "head", "127.0.0.1", 0)
     found = look(loopback, {})
     assert found.environment == {"GLOO_SOCKET_IFNAME": "lo"}
+    second = NodeFabric("cpu", Fabric()).cluster("one", "here", "head", "127.0.0.2", 0)
+    assert look(second, {}).environment == found.environment
     assert {"hlaunch", "torch", "python"} <= set(found.versions)
 
 

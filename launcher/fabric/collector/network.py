@@ -24,6 +24,8 @@ _IP_UNICAST_HEADER = 28
 def netdevs(root: Path) -> list[dict[str, Any]]:
     """Read every interface: size of packets, state, speed, addresses with prefix, PCI function."""
     addresses = _live_addresses() if str(root) == "/" else _file_addresses(root)
+    for name, more in _v6_addresses(root).items():
+        addresses.setdefault(name, []).extend(more)
     found = []
     for name in entries(root / "sys/class/net"):
         folder = root / "sys/class/net" / name
@@ -85,6 +87,21 @@ def _file_addresses(root: Path) -> dict[str, list[str]]:
                 found.setdefault(fields[0], []).append("%s/%d" % (ip, bin(mask).count("1")))  # noqa: UP031
     if "127.0.0.1" in local:
         found.setdefault("lo", []).append("127.0.0.1/8")
+    return found
+
+
+def _v6_addresses(root: Path) -> dict[str, list[str]]:
+    """Find each interface's IPv6 addresses with their prefixes; every interface has a link-local one, left out."""
+    found: dict[str, list[str]] = {}
+    for line in read_text(root / "proc/net/if_inet6").splitlines():
+        fields = line.split()
+        if len(fields) < 6 or len(fields[0]) != 32 or fields[3] == "20":
+            continue
+        try:
+            ip, prefix = socket.inet_ntop(socket.AF_INET6, bytes.fromhex(fields[0])), int(fields[2], 16)
+        except ValueError:
+            continue
+        found.setdefault(fields[5], []).append("%s/%d" % (ip, prefix))  # noqa: UP031
     return found
 
 
