@@ -18,12 +18,12 @@ from kernels.cuda.decode import (
     DecodeShape,
     DecodeState,
     LayerWeights,
-    TokenExchange,
     prebuild,
 )
 from kernels.cuda.exchange import Exchange, mail_bytes
 from kernels.cuda.layers import LayerCall, LayerPlan
 from kernels.cuda.peers import PeerMemory, can_reach
+from kernels.cuda.tokens import TokenExchange
 from kernels.triton.attention_decode import DecodeWorkspace, paged_decode_attention
 from kernels.triton.attention_prefill import paged_prefill_attention
 from kernels.triton.moe import run_experts

@@ -21,7 +21,7 @@ from torch import Tensor
 from engine.comm.edges import ask_nccl
 from engine.comm.ends import GroupError
 from engine.comm.group import Group
-from engine.comm.link import LinkError, Receiver, Sender
+from engine.comm.link import Receiver, Sender
 
 ID_BYTES = 128
 _SUM = 0
@@ -198,7 +198,6 @@ def _stream() -> int:
 
 
 __all__ = [
-    "LinkError",
     "NcclCommunicator",
     "NcclError",
     "NcclGroup",

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from kernels import build
 from kernels.contract import KernelError
-from kernels.cuda.exchange import TURN_ROWS, Exchange
+from kernels.cuda.exchange import Exchange
 from kernels.cuda.launch import Argument, Kernel, read_int
 from kernels.cuda.layers import FASTEST_ROWS, GROUPS, LayerCall, LayerPlan, layers_unfit, step_type
 
@@ -191,7 +191,7 @@ class DecodeKernels:
         tuned = {**TUNING, **(tuning or {})}
         self.splits = max(8, 32 // rows)
         ranks = exchange.num_ranks if exchange else 1
-        jobs = _jobs(shape, rows, device, tuned, layer_rows, ranks)
+        jobs = jobs_for(shape, rows, device, tuned, layer_rows=layer_rows, ranks=ranks)
         # One argument more for every kernel that sums or counts.
         self._exchange: tuple[Argument, ...] = (exchange.arguments,) if exchange else ()
         self._first_token: tuple[Argument, ...] = (exchange.first_token,) if exchange else ()
@@ -459,42 +459,6 @@ class DecodeKernels:
         )
 
 
-class TokenExchange:
-    """`sample_advance` alone, for any number of rows up to `most_rows`: the ranks' logits of their own tokens compared.
-
-    `shape` is this rank's share. Fills `tokens` int32 [most_rows]. Raises: KernelBuildError.
-    """
-
-    def __init__(
-        self, shape: DecodeShape, most_rows: int, exchange: Exchange, device: torch.device | str = "cuda"
-    ) -> None:
-        if most_rows > TURN_ROWS:
-            raise KernelError(f"token exchange: {most_rows} rows, at most {TURN_ROWS}")
-        ((source, defines),) = sampler_jobs(shape, exchange.num_ranks, device)
-        self._sample = Kernel(build.load(source, defines), "sample_advance", 512)
-        self._exchange = exchange
-        self.tokens = torch.zeros(most_rows, dtype=torch.int32, device=device)
-        self._tickets = torch.zeros(most_rows, dtype=torch.int32, device=device)
-        self._best = torch.zeros(most_rows * SAMPLE_BLOCKS, dtype=torch.int64, device=device)
-
-    def sample_advance(self, state: DecodeState, logits: Tensor) -> None:
-        """Sample a token for each row of logits float32 [B, V of this rank], and move the state on by one."""
-        self._sample(
-            (SAMPLE_BLOCKS, logits.shape[0], 1),
-            logits,
-            state.temperatures,
-            state.seeds,
-            self._best,
-            self._tickets,
-            self.tokens,
-            state.input_ids,
-            state.positions,
-            state.seq_lens,
-            self._exchange.arguments,
-            self._exchange.first_token,
-        )
-
-
 MODULES = ("embed", "qkv", "attention", "out_proj", "router", "experts", "logits", "sample", "layers")
 
 
@@ -510,20 +474,22 @@ def prebuild(
 
     A compiled kernel stays on disk: the next call looks files up. Raises: KernelBuildError.
     """
-    jobs = [job for size in rows for job in _jobs(shape, size, device, TUNING, layer_rows, ranks)]
-    if ranks > 1:
-        jobs += sampler_jobs(shape, ranks, device)
+    jobs = [job for size in rows for job in jobs_for(shape, size, device, layer_rows=layer_rows, ranks=ranks)]
+    if ranks > 1:  # `TokenExchange`, whatever the batch sizes
+        jobs += [job for job in jobs_for(shape, BATCH_SIZES[-1], device, ranks=ranks) if job[0] == "sample.cu"]
     return build.build_all(jobs, build.device_arch(device))
 
 
-def sampler_jobs(shape: DecodeShape, ranks: int, device: torch.device | str) -> list[tuple[str, dict[str, int]]]:
-    """Name what `TokenExchange` loads: the number of rows means nothing to it."""
-    return [job for job in _jobs(shape, BATCH_SIZES[-1], device, TUNING, 0, ranks) if job[0] == "sample.cu"]
-
-
-def _jobs(
-    shape: DecodeShape, rows: int, device: torch.device | str, tuning: Mapping[str, int], layer_rows: int, ranks: int
+def jobs_for(
+    shape: DecodeShape,
+    rows: int,
+    device: torch.device | str,
+    tuning: Mapping[str, int] = TUNING,
+    *,
+    layer_rows: int = 0,
+    ranks: int = 1,
 ) -> list[tuple[str, dict[str, int]]]:
+    """Name the sources and macros that a batch size takes on a device."""
     properties = torch.cuda.get_device_properties(device)
     number = properties.multi_processor_count
     has_layers = properties.major >= 9 and rows <= layer_rows

@@ -34,10 +34,10 @@ from kernels.cuda.decode import (
     DecodeShape,
     DecodeState,
     LayerWeights,
-    TokenExchange,
     prebuild,
 )
 from kernels.cuda.layers import LayerCall
+from kernels.cuda.tokens import TokenExchange
 from kernels.reference.all_reduce import all_reduce, all_reduce_add_norm
 from kernels.triton.reference_sampling import sample as reference_sample
 from tests.gpu.test_gpu_engine import TINY, requests_of

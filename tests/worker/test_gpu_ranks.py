@@ -30,7 +30,7 @@ from engine.engine_core import place as place_engine
 from engine.executor.base import ExecutorError
 from engine.executor.multinode import MultiNodeExecutor
 from engine.executor.multiproc_fit import fit_ranks
-from engine.memory import fit
+from engine.memory import fit_engine
 from engine.models.checkpoint import Checkpoint
 from engine.placement import Device, HostSpec, ParallelSizes, Placement, RankSpec, place
 from engine.worker.worker import groups_of_stage
@@ -139,12 +139,8 @@ def ranks_core(
                 num_rows=scheduler.max_num_seqs, block_size=BLOCK_SIZE, max_model_len=256, is_eager=True,
             )  # fmt: skip
 
-    memory = fit(
-        model, budget_bytes=1 << 40, weight_bytes=0, kv_dtype="bfloat16", block_size=BLOCK_SIZE, max_model_len=256,
-        max_num_seqs=scheduler.max_num_seqs, max_num_batched_tokens=scheduler.max_num_batched_tokens,
-        num_blocks=num_blocks, is_gpu=True,
-    )  # fmt: skip
-    config = replace(TINY, scheduler=scheduler, cache=CacheConfig(num_blocks=num_blocks))
+    config = replace(TINY, scheduler=scheduler, cache=CacheConfig(num_blocks=num_blocks, block_size=BLOCK_SIZE))
+    memory = fit_engine(config, model, 256, budget_bytes=1 << 40, weight_bytes=0, kv_dtype="bfloat16", is_gpu=True)
     executor = ThreadRanks(placement, make_runner)
     facts: Any = None
     return EngineCore(config, model, executor, memory, 256, facts, sizes.pipeline)
