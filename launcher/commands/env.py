@@ -43,8 +43,11 @@ def register(app: typer.Typer) -> None:
         as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     ) -> None:
         """Show the fabric's variables of each node, where each comes from, and what is wrong with them."""
+        from launcher.errors import UsageError
         from launcher.fabric.target import find_target
 
+        if is_dry and not settings:
+            raise UsageError("--dry-run goes with --set", hint="add --set NAME=VALUE")
         invocation = invocation_of(ctx)
         target = find_target(invocation, model, cluster, node)
         if settings:

@@ -29,11 +29,13 @@ def set_variables(
     from launcher.fabric.printing import print_findings
 
     path, source, text = own_file(invocation)
-    if text is None or target.registry is None:
+    if text is None:
         raise UsageError(
-            "there is no registry of your own to write into" if text is None else "--set needs a MODEL or --cluster",
+            "there is no registry of your own to write into",
             hint="run: hlaunch registry add NAME --model ..., or name one with --file",
         )
+    if target.registry is None:
+        raise _placeless()
     edits: list[Edit] = []
     for name, value in map(_pair, settings):
         edits.append(_edit(edits[-1].text if edits else text, source, target, node, name, value))
@@ -60,8 +62,12 @@ def _edit(text: str, source: str, target: Target, node: str | None, name: str, v
     if target.declared is not None:
         return set_variable(text, source, target.cluster.name, node, name, value)
     if target.entry is None:
-        raise UsageError("--set needs a MODEL or --cluster", hint="hlaunch env MODEL --set NAME=VALUE")
+        raise _placeless()
     return set_value(text, source, target.entry.name, f"env.{name}", value)
+
+
+def _placeless() -> UsageError:
+    return UsageError("--set needs a MODEL or --cluster", hint="hlaunch env MODEL --set NAME=VALUE")
 
 
 def _new_findings(target: Target, before: str, after: str, source: str, invocation: Invocation) -> list[Finding]:

@@ -97,6 +97,7 @@ def test_what_contradicts_the_registry_is_not_written(hosts: Hosts) -> None:
     done = hosts.cli("env", "big", "--set", "NCCL_IB_DISABLE=1")
     assert done.code == 3, done.out + done.err
     assert "contradicts rdma: required" in done.err
+    assert "nothing was written" in done.err
     assert changed(hosts) == []
 
 
@@ -112,7 +113,9 @@ def test_a_rehearsal_and_what_cannot_be_meant(hosts: Hosts) -> None:
     assert rehearsed.code == 0
     assert "+      NCCL_DEBUG: INFO   # quiet" in rehearsed.out
     assert changed(hosts) == []
-    assert hosts.cli("env", "--set", "NCCL_DEBUG=INFO").code == 2
+    nowhere = hosts.cli("env", "--set", "NCCL_DEBUG=INFO")
+    assert (nowhere.code, nowhere.err.splitlines()[-1]) == (2, "hint: hlaunch env MODEL --set NAME=VALUE")
+    assert "--dry-run goes with --set" in hosts.cli("env", "big", "--dry-run").err
     assert hosts.cli("env", "big", "--set", "NCCL_DEBUG").code == 2
     assert hosts.cli("env", "big", "--set", "9 lives=x").code == 2
     assert hosts.cli("env", "big", "--node", "three", "--set", "NCCL_DEBUG=INFO").code == 4

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from launcher.errors import HlaunchError, Issue, OverrideError
+from launcher.errors import HlaunchError, Issue, OverrideError, RegistryInvalid
 from launcher.exit_codes import ExitCode
 from launcher.registry.document import Mapping, Scalar, read_tree
 from launcher.registry.editing.spans import Span, read_spans
@@ -315,7 +315,12 @@ def _leaf_text(data: Any, name: str, path: tuple[str, ...]) -> str | None:
 
 def _prove(edited: str, source: str, expected: Any) -> None:
     """Raises: RegistryInvalid for a result that is no registry; EditRefused for one that changed elsewhere too."""
-    parse_registry(edited, source)
+    try:
+        parse_registry(edited, source)
+    except RegistryInvalid as error:
+        # Without positions: they are those of a text that nobody will see.
+        issues = [replace(item, line=None, column=None) for item in error.issues if item.severity == "error"]
+        raise RegistryInvalid(f"nothing was written: {source} would not be valid any more", issues=issues) from error
     if _data(edited, source) != expected:
         raise EditRefused(
             "the change would reach other settings too: this text is shared by an anchor",
