@@ -172,20 +172,23 @@ class NodeAgent:
             try:
                 frame = link.receive(_TICK_SECONDS)
                 self._look_after(link)
+                if frame is not None and self._obey(*frame):
+                    return True
             except NodeLinkError as error:
                 _say(f"lost the head: {error}; this node's ranks end")
                 return False
-            if frame is None:
-                continue
-            kind, body = frame
-            if kind == NodeKind.ORDER:
-                self._start_host(decode(body, Order))
-            elif kind == NodeKind.CANCEL:
-                self._cancel(decode(body, Order))
-            elif kind == NodeKind.GOODBYE:
-                _say("the head has ended")
-                self._status.leaving()
-                return True
+
+    def _obey(self, kind: int, body: bytes) -> bool:
+        """Do what the head says; whether it is over for good. Raises: LinkRefused when it is nothing that one says."""
+        if kind == NodeKind.ORDER:
+            self._start_host(decode(body, Order))
+        elif kind == NodeKind.CANCEL:
+            self._cancel(decode(body, Order))
+        elif kind == NodeKind.GOODBYE:
+            _say("the head has ended")
+            self._status.leaving()
+            return True
+        return False
 
     # Hosts.
 

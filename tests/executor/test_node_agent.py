@@ -1,0 +1,95 @@
+"""A node's own process at a head that the test plays: it joins, runs what is ordered, comes again, and ends with it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from executor_support import CONFIG, HERE, wait_until
+from nodes_support import nodes_config, nodes_placement, ranks_below
+
+from engine.comm.node_listener import NodeArrival, NodeListener
+from engine.comm.node_messages import Ended, NodeKind, Order, Welcome, decode, encode
+from engine.placement import ParallelSizes
+
+SECRET = "a secret of the test, long enough"
+
+
+@pytest.fixture
+def head() -> Iterator[NodeListener]:
+    listener = NodeListener("127.0.0.1", 0, SECRET.encode())
+    yield listener
+    listener.close()
+
+
+@pytest.fixture
+def node(head: NodeListener, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    config = nodes_config(CONFIG, nodes_placement(CONFIG, ParallelSizes(2, 1, 1)), silence_seconds=10.0)
+    path = tmp_path / "engine.json"
+    path.write_text(replace(config, nodes=replace(config.nodes, rank=1, head_port=head.port)).to_json())
+    process = subprocess.Popen(
+        [sys.executable, "-m", "engine.executor.node_agent", "--config", str(path)],
+        cwd=HERE.parents[1],
+        env={"PATH": os.environ["PATH"], "HLAUNCH_NODE_SECRET": SECRET},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def welcome(head: NodeListener) -> NodeArrival:
+    arrival = head.accept(20)
+    assert arrival is not None
+    assert (arrival.hello.node, arrival.hello.order_id) == ("node1", "")
+    arrival.link.start_heartbeat()
+    arrival.link.send(NodeKind.WELCOME, encode(Welcome((1,), "tiny-oss")))
+    return arrival
+
+
+def test_a_node_runs_hosts_tells_of_their_end_and_leaves_with_the_head(
+    head: NodeListener, node: subprocess.Popen[str]
+) -> None:
+    joined = welcome(head).link
+    joined.send(NodeKind.ORDER, encode(Order(1, "7")))
+    host = head.accept(20)
+    assert host is not None
+    assert (host.hello.node, host.hello.order_id) == ("node1", "7")
+    assert host.hello.facts.model_digest
+    host.link.start_heartbeat()
+    (pid,) = ranks_below(node.pid)
+    assert SECRET not in Path(f"/proc/{pid}/cmdline").read_text()
+    os.kill(pid, signal.SIGKILL)
+    frame = joined.receive(5)
+    assert frame is not None
+    assert (frame[0], decode(frame[1], Ended)) == (
+        NodeKind.ENDED,
+        Ended("7", "its node host was killed by SIGKILL (out of memory?)"),
+    )
+    joined.send(NodeKind.ORDER, encode(Order(1, "8")))
+    again = head.accept(20)
+    assert again is not None
+    assert again.hello.order_id == "8"
+    joined.send(NodeKind.GOODBYE)
+    assert node.wait(10) == 0
+    assert wait_until(lambda: not Path(f"/proc/{pid}").exists(), 2)
+    for link in (host.link, again.link, joined):
+        link.dispose()
+
+
+def test_a_head_that_talks_nonsense_is_lost_and_joined_again(head: NodeListener, node: subprocess.Popen[str]) -> None:
+    first = welcome(head).link
+    first.send(NodeKind.ORDER, b"nonsense")
+    second = welcome(head).link
+    second.send(NodeKind.GOODBYE)
+    _, words = node.communicate(timeout=10)
+    assert (node.returncode, "lost the head: not a Order" in words, "Traceback" in words) == (0, True, False), words
+    first.dispose()
+    second.dispose()
