@@ -263,3 +263,14 @@ def test_a_node_that_lacks_something_says_what(
     config = replace(config, nodes=replace(config.nodes, rank=1), **changes)  # type: ignore[arg-type]
     found, words, _ = agent(tmp_path, config, environ)
     assert (found, expected in words) == (code, True), words
+
+
+def test_a_node_with_another_secret_says_so_and_ends(desk: NodeDesk, tmp_path: Path) -> None:
+    config = config_of(ParallelSizes(2, 1, 1))
+    config = replace(config, nodes=replace(config.nodes, rank=1, head_port=desk.port))
+    code, words, records = agent(tmp_path, config, {"HLAUNCH_NODE_SECRET": "quite another secret of the test"})
+    assert code == 5
+    assert "error: 127.0.0.1 refuses this node's secret" in words
+    assert "hint: the same HLAUNCH_NODE_SECRET_FILE (its content) on all nodes" in words
+    assert (records[-1]["kind"], records[-1]["phase"]) == ("fatal", "join")
+    assert desk.joined == ()
