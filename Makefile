@@ -19,8 +19,8 @@ demo: $(VENV)/.engine ## Serve tiny-oss on this machine, no GPU needed
 test: $(VENV)/.dev ## Lint, types, architecture and tier A; ends with one line of passed and failed
 	@$(BIN)/python tools/check.py
 
-gpu-test: ## On a machine with a Hopper GPU and torch for CUDA: kernels and engine against their references
-	@$(PYTHON) -m pytest -q -m gpu tests/gpu
+gpu-test: ## On a machine with Hopper GPUs and torch for CUDA: kernels and engine against their references
+	@$(PYTHON) -m pytest -q -m "gpu or multi_gpu" tests/gpu
 
 lint: $(VENV)/.dev ## Only lint and architecture
 	@$(BIN)/python tools/check.py lint format imports
