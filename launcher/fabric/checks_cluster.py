@@ -41,7 +41,7 @@ def _paths(contexts: Sequence[NodeContext]) -> Iterator[Finding]:
                 fix = f"ip -br link; ip route get {probe.peer}; is {context.interface_name} up on both nodes?"
                 yield finding("peer-unreachable", subject=subject, where=context.name, evidence=evidence, fix=fix)
             elif probe.verdict in ("lost", "unreachable", "too-long"):
-                mtu = probe.size_bytes + 28
+                mtu = probe.size_bytes + (48 if ":" in probe.peer else 28)
                 evidence = f"ping -M do -s {probe.size_bytes} {probe.peer}: {probe.verdict}{detail}; small ones arrive"
                 fix = f"sudo ip link set {context.interface_name} mtu {mtu} on both nodes, and {mtu} on the switch"
                 yield finding("mtu-mismatch", subject=subject, where=context.name, evidence=evidence, fix=fix)

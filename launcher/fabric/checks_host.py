@@ -46,7 +46,7 @@ def _address(context: NodeContext) -> Iterator[Finding]:
     declared = context.interface_name
     if holder is None:
         there = ", ".join(f"{item.name} {' '.join(item.addresses)}" for item in facts.netdevs if item.addresses)
-        prefix = (context.cluster.fabric.subnet or "/24").rpartition("/")[2]
+        prefix = (context.cluster.fabric.subnet or ("/64" if ":" in node.ip else "/24")).rpartition("/")[2]
         fix = f"sudo ip addr add {node.ip}/{prefix} dev {declared}, or correct 'ip' of {node.name} in the registry"
         yield finding("node-ip-absent", subject=node.ip, where=node.name, evidence=there or "no address", fix=fix)
     if node.ifname is not None and interface is None:

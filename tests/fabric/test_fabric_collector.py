@@ -14,6 +14,7 @@ import pytest
 from trees import healthy
 
 from launcher.fabric.collector.main import collect
+from launcher.fabric.collector.network import paths, probe_path
 from launcher.fabric.facts import BadFacts, NodeFacts, node_facts, parse_facts
 from launcher.fabric.remote import Reach, collector_source, program, read_tree
 from launcher.registry.cluster import Node
@@ -134,6 +135,16 @@ def test_settings_reach_the_far_side_without_a_shell() -> None:
     text = program("def run(settings): print(settings['root'])", hostile)
     done = subprocess.run([sys.executable, "-"], input=text, capture_output=True, check=True, timeout=20)
     assert done.stdout.decode() == hostile["root"] + "\n"
+
+
+@pytest.mark.parametrize("peer", ["127.0.0.1", "::1"])
+def test_packets_of_both_families_and_of_two_sizes(peer: str) -> None:
+    small, large = paths(Path("/"), [peer], 9000)
+    if small["verdict"] == "unknown":
+        pytest.skip(f"no pings from here: {small['detail']}")
+    assert (small["verdict"], small["bytes"]) == ("ok", 56)
+    assert (large["verdict"], large["bytes"]) == ("ok", 8952 if ":" in peer else 8972)
+    assert probe_path(Path("/"), peer, 70_000)["verdict"] == "too-long"
 
 
 def test_a_destination_is_never_an_option() -> None:

@@ -16,9 +16,10 @@ from launcher.fabric.collector.files import bdf_of, command_output, entries, rea
 
 _SIOCGIFCONF = 0x8912
 _SIOCGIFNETMASK = 0x891B
-_IP_MTU_DISCOVER, _PMTUDISC_PROBE = 10, 3
-_IP_UNICAST_HEADER = 28
-"""Bytes of IPv4 and ICMP headers in front of a ping's payload."""
+_IP_MTU_DISCOVER, _IPV6_MTU_DISCOVER, _PMTUDISC_PROBE = 10, 23, 3
+_ECHO_REQUEST, _ECHO_REQUEST_V6 = 8, 128
+_HEADERS, _HEADERS_V6 = 28, 48
+"""Bytes of IP and ICMP headers in front of a ping's payload."""
 
 
 def netdevs(root: Path) -> list[dict[str, Any]]:
@@ -177,7 +178,10 @@ def probe_path(root: Path, peer: str, payload_bytes: int, seconds: float = 1.0) 
         return result
     for kind in (socket.SOCK_RAW, socket.SOCK_DGRAM):
         try:
-            pinger = socket.socket(socket.AF_INET, kind, socket.IPPROTO_ICMP)
+            if _is_v6(peer):
+                pinger = socket.socket(socket.AF_INET6, kind, socket.IPPROTO_ICMPV6)
+            else:
+                pinger = socket.socket(socket.AF_INET, kind, socket.IPPROTO_ICMP)
         except OSError as error:
             result["detail"] = str(error)
             continue
@@ -187,13 +191,22 @@ def probe_path(root: Path, peer: str, payload_bytes: int, seconds: float = 1.0) 
     return _ping_program(root, result, seconds)
 
 
+def _is_v6(peer: str) -> bool:
+    return ":" in peer
+
+
 def _ping(pinger: socket.socket, peer: str, payload_bytes: int, seconds: float) -> tuple[str, str]:
     token = os.urandom(8)
     number = int.from_bytes(token[:2], "big")
     payload = token + b"\0" * max(0, payload_bytes - len(token))
-    packet = struct.pack("!BBHHH", 8, 0, 0, number, 1) + payload
-    packet = struct.pack("!BBHHH", 8, 0, _checksum(packet), number, 1) + payload
-    pinger.setsockopt(socket.IPPROTO_IP, _IP_MTU_DISCOVER, _PMTUDISC_PROBE)
+    if _is_v6(peer):
+        # The kernel fills in the checksum, which covers addresses that it alone knows.
+        packet = struct.pack("!BBHHH", _ECHO_REQUEST_V6, 0, 0, number, 1) + payload
+        pinger.setsockopt(socket.IPPROTO_IPV6, _IPV6_MTU_DISCOVER, _PMTUDISC_PROBE)
+    else:
+        packet = struct.pack("!BBHHH", _ECHO_REQUEST, 0, 0, number, 1) + payload
+        packet = struct.pack("!BBHHH", _ECHO_REQUEST, 0, _checksum(packet), number, 1) + payload
+        pinger.setsockopt(socket.IPPROTO_IP, _IP_MTU_DISCOVER, _PMTUDISC_PROBE)
     deadline = time.monotonic() + seconds
     try:
         pinger.sendto(packet, (peer, 0))
@@ -237,5 +250,5 @@ def paths(root: Path, peers: list[str], mtu: int) -> list[dict[str, Any]]:
         small = probe_path(root, peer, 56)
         found.append(small)
         if small["verdict"] == "ok" and mtu > 84:
-            found.append(probe_path(root, peer, mtu - _IP_UNICAST_HEADER))
+            found.append(probe_path(root, peer, mtu - (_HEADERS_V6 if _is_v6(peer) else _HEADERS)))
     return found
