@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -34,7 +35,7 @@ from engine.comm.node_messages import (
     own_facts,
 )
 from engine.comm.ring import RingClosed, RingError, RingReader, RingTimeout
-from engine.comm.secure_link import LinkRefused, NodeLinkError, SecureLink, connect
+from engine.comm.secure_link import LinkLost, LinkRefused, NodeLinkError, SecureLink, connect
 from engine.config import EngineConfig
 from engine.executor.messages import FaultReport, Kind, PhaseReport, Report, encode_report
 from engine.executor.rank_host import RANK_COMMAND, STOP_SECONDS, RankHost
@@ -44,9 +45,12 @@ from engine.process import StatusPipe, die_with_parent, dump_stacks_on_signal, f
 
 PREPARE_SECONDS = 900.0
 """Other nodes may take long to come, and the head says nothing to this one meanwhile but that it is there."""
+REACH_SECONDS = 10.0
+"""The head wanted this host a moment ago, so its door is there."""
 EXIT_LOST = 1
 EXIT_REFUSED = 2
 _RESULT_SECONDS = 1.0
+_AGAIN_SECONDS = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +79,7 @@ def run_node_host(task: HostTask, on_report: Callable[[Report], None] = lambda _
     # First what takes a while, on a network's disk say: the head's door waits seconds for who is in it.
     facts = own_facts(digest_of(task.model, task.load_format) if task.model else "")
     try:
-        link = connect(task.host, task.port, task.secret, bind=task.address)
+        link = _reach(task)
     except NodeLinkError as error:
         _say(task, str(error))
         return EXIT_LOST
@@ -91,6 +95,18 @@ def run_node_host(task: HostTask, on_report: Callable[[Report], None] = lambda _
     finally:
         host.stop()
     return 0
+
+
+def _reach(task: HostTask) -> SecureLink:
+    """Come to the head's door, which turns some away for a moment when many come at once. Raises: NodeLinkError."""
+    deadline = time.monotonic() + REACH_SECONDS
+    while True:
+        try:
+            return connect(task.host, task.port, task.secret, bind=task.address)
+        except LinkLost:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(_AGAIN_SECONDS)
 
 
 class _NodeHost:
