@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+from ray_engine import ALONE, requests, run
 from ray_nodes import RayPair, ray_pair
+
+from engine.engine_core import EngineCore
 
 
 @pytest.fixture(scope="session")
@@ -22,3 +25,13 @@ def ray_environ(pair: RayPair, monkeypatch: pytest.MonkeyPatch) -> RayPair:
     for name, value in pair.variables.items():
         monkeypatch.setenv(name, value)
     return pair
+
+
+@pytest.fixture(scope="session")
+def alone() -> dict[str, list[int]]:
+    """What one rank says to `requests()`."""
+    core = EngineCore.start(ALONE)
+    try:
+        return run(core, requests())
+    finally:
+        core.stop()

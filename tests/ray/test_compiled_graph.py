@@ -7,7 +7,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from ray_engine import ALONE, on_ray, requests, run
+from ray_engine import on_ray, requests, run
 from ray_nodes import RayPair, ray_pair
 
 from engine.engine_core import EngineCore
@@ -21,14 +21,6 @@ def drive(core: EngineCore) -> None:
         core.step()
 
 
-def expected_tokens() -> dict[str, list[int]]:
-    alone = EngineCore.start(ALONE)
-    try:
-        return run(alone, requests())
-    finally:
-        alone.stop()
-
-
 @pytest.mark.parametrize(
     "sizes",
     [
@@ -36,12 +28,13 @@ def expected_tokens() -> dict[str, list[int]]:
         pytest.param(ParallelSizes(pipeline=2, tensor=2), id="tp2 pp2", marks=pytest.mark.slow),
     ],
 )
-def test_the_graph_says_what_one_rank_says(ray_environ: RayPair, sizes: ParallelSizes) -> None:
-    expected = expected_tokens()
+def test_the_graph_says_what_one_rank_says(
+    ray_environ: RayPair, alone: dict[str, list[int]], sizes: ParallelSizes
+) -> None:
     core = EngineCore.start(on_ray(ray_environ, sizes, executor="ray-cgraph"))
     try:
         assert isinstance(core.executor, CompiledGraphExecutor)
-        assert run(core, requests()) == expected
+        assert run(core, requests()) == alone
     finally:
         core.stop()
 

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from ray_engine import ALONE, on_ray, requests, run
+from ray_engine import on_ray, requests, run
 from ray_nodes import ROOT, TWO, RayPair, wait_for
 
 from engine.engine_core import EngineCore
@@ -32,15 +32,6 @@ core = EngineCore.start(on_ray(SimpleNamespace(address=sys.argv[1]), ParallelSiz
 print(json.dumps(run(core, requests())), flush=True)
 time.sleep(600)
 """
-
-
-@pytest.fixture(scope="module")
-def alone() -> dict[str, list[int]]:
-    core = EngineCore.start(ALONE)
-    try:
-        return run(core, requests())
-    finally:
-        core.stop()
 
 
 def own_descendants() -> set[int]:
