@@ -27,7 +27,9 @@ from engine.comm.node_messages import (
     own_facts,
 )
 from engine.comm.secure_link import (
+    BEAT_SECONDS,
     MAX_FRAME_BYTES,
+    PING,
     WIRE_VERSION,
     LinkLost,
     LinkRefused,
@@ -129,6 +131,24 @@ def test_heartbeats_keep_an_idle_link_and_silence_ends_one() -> None:
         node.receive()  # the head's end never started its own
     assert time.monotonic() - began < 3
     node.dispose()
+    head.dispose()
+
+
+def test_a_beat_is_not_left_out_for_a_frame_that_was_sent_before_it() -> None:
+    """The last frame before a silence may be half a second old when the next beat is due: then that one must come."""
+    node, head = pair()
+    raw_bytes = bytearray()
+    node.start_heartbeat()
+    deadline = time.monotonic() + 2 * BEAT_SECONDS + 0.3
+    while time.monotonic() < deadline:
+        node.send(1)
+        time.sleep(0.05)
+    node.dispose()
+    while piece := head._socket.recv(1 << 16):
+        raw_bytes += piece
+    size = 12 + 16 + 1  # header, tag, and the kind
+    kinds = [raw_bytes[at + size - 1] for at in range(0, len(raw_bytes), size)]
+    assert kinds.count(PING) >= 2
     head.dispose()
 
 
