@@ -31,7 +31,7 @@ def _span(first: int, last: int, separator: str) -> str:
 
 
 def _iptables(cluster: Cluster, node: Node, peers: list[str]) -> list[str]:
-    program = "ip6tables" if ":" in node.ip else "iptables"
+    program, ping = ("ip6tables", "ipv6-icmp") if ":" in node.ip else ("iptables", "icmp")
     ranges = open_ranges(cluster, node)
     lines = [
         f"sudo {program} -N {CHAIN} 2>/dev/null || sudo {program} -F {CHAIN}",
@@ -44,7 +44,7 @@ def _iptables(cluster: Cluster, node: Node, peers: list[str]) -> list[str]:
             lines.append(
                 f"sudo {program} -A {CHAIN} -s {peer} -p tcp --dport {_span(first, last, ':')} -j ACCEPT  # {use}"
             )
-        lines.append(f"sudo {program} -A {CHAIN} -s {peer} -p icmp -j ACCEPT  # packet size, hlaunch doctor")
+        lines.append(f"sudo {program} -A {CHAIN} -s {peer} -p {ping} -j ACCEPT  # packet size, hlaunch doctor")
     for first, last in closed_ranges(cluster, node):
         lines.append(f"sudo {program} -A {CHAIN} -p tcp --dport {_span(first, last, ':')} -j DROP")
     return lines
