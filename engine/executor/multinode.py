@@ -17,8 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import msgspec
 
 from engine.comm.board import PHASES, suspects
-from engine.comm.node_listener import NodeArrival, refuse
-from engine.comm.node_messages import NodeFacts, Prepare, Refusal, check_facts, own_facts
+from engine.comm.node_messages import NodeFacts, Prepare, own_facts
 from engine.comm.ring import RingClosed, RingError, RingTimeout
 from engine.comm.secure_link import LinkRefused, NodeLinkError
 from engine.config import EngineConfig
@@ -36,6 +35,7 @@ from engine.executor.messages import (
     pack_ints,
 )
 from engine.executor.node_starter import NodeOrder, NodeStarter, orders_for
+from engine.executor.nodes_awaited import NodesAwaited
 from engine.executor.rank_host import RANK_COMMAND, STOP_SECONDS, RankHost, RankLine
 from engine.executor.remote_node import RemoteNode
 from engine.executor.roster import RankFailure, RankView, Roster
@@ -45,7 +45,6 @@ from engine.placement import Placement
 SILENCE_SECONDS = 120.0
 PREPARE_SECONDS = 30.0
 _STATES_SECONDS = 1.0
-_SAY_SECONDS = 2.0
 
 
 class MultiNodeExecutor:
@@ -194,7 +193,8 @@ class MultiNodeExecutor:
         if host is not None and (host.store is not None or not host.needs_store):
             host.spawn(roster.hear)
         starter.start(orders, self._on_lost)
-        arrivals = self._await_nodes(starter, orders)
+        awaiting = NodesAwaited(orders, roster, self._facts, self._on_nodes)
+        arrivals = awaiting.collect(starter, self._config.nodes.join_timeout_seconds)
         message = Prepare(self._config.to_json(), self._placement.to_json(), self._dp_rank)
         store = host.store if host is not None else None
         for order in orders:  # all of them before the first is asked: whatever fails then, `stop` lets all go
@@ -209,65 +209,6 @@ class MultiNodeExecutor:
         for node in self._remote.values():
             with self._blaming(node):
                 node.spawn(store)
-
-    def _await_nodes(self, starter: NodeStarter, orders: Sequence[NodeOrder]) -> dict[str, NodeArrival]:
-        """Wait for all node hosts that were ordered. Raises: ExecutorError naming those that did not come."""
-        wanted = {order.node: order for order in orders}
-        came: dict[str, NodeArrival] = {}
-        began = say_at = time.monotonic()
-        try:
-            while missing := [node for node in wanted if node not in came]:
-                self._check()
-                waited = time.monotonic() - began
-                if waited > self._config.nodes.join_timeout_seconds:
-                    raise self._roster.fail(
-                        RankFailure(
-                            wanted[missing[0]].ranks[0],
-                            "nodes",
-                            f"has no node to run on: {_list(missing)} did not come within {waited:.0f} s",
-                            seconds=waited,
-                            hint=starter.advice(missing[0]),
-                        )
-                    )
-                if time.monotonic() >= say_at:
-                    say_at = time.monotonic() + _SAY_SECONDS
-                    self._on_nodes(f"waiting for {_list(missing)}; {starter.advice(missing[0])}")
-                arrival = starter.accept(0.5)
-                if arrival is not None and self._is_wanted(arrival, wanted, came):
-                    came[arrival.hello.node] = arrival
-        except BaseException:
-            for arrival in came.values():
-                arrival.link.dispose()
-            raise
-        return came
-
-    def _is_wanted(self, arrival: NodeArrival, wanted: dict[str, NodeOrder], came: dict[str, NodeArrival]) -> bool:
-        """Take a host in, or send it away with the reason."""
-        hello = arrival.hello
-        order = wanted.get(hello.node)
-        try:
-            if order is None or hello.order_id != order.order_id:
-                raise LinkRefused(f"no host of {hello.node} is wanted for this run of the engine")
-            if hello.node in came:
-                raise LinkRefused(f"{hello.node} is here already")
-        except LinkRefused as error:
-            refuse(arrival.link, Refusal(str(error)))
-            self._on_nodes(str(error))
-            return False
-        try:
-            check_facts(self._facts, hello.node, hello.facts)
-        except LinkRefused as error:
-            # It is the host of this very run, and no other will come.
-            refuse(arrival.link, Refusal(str(error)))
-            first = order.ranks[0]
-            seconds = time.monotonic() - self._roster.views[first.rank].since
-            what = f"has no node to run on: {error}"
-            hint = "the same hlaunch, Python, torch and model files on all nodes"
-            raise self._roster.fail(RankFailure(first, "nodes", what, seconds=seconds, hint=hint)) from None
-        # Others may take long to come: it must not take that for silence.
-        arrival.link.start_heartbeat()
-        self._on_nodes(f"{hello.node} came from {hello.facts.hostname or arrival.link.peer}")
-        return True
 
     def _on_lost(self, node: str, why: str) -> None:
         """The starter knows that a host is gone."""
@@ -413,7 +354,3 @@ def _blame(lines: Sequence[RankLine], step_id: int) -> list[RankLine]:
         return stopped
     guilty = suspects([line.state for line in lines], step_id)
     return [line for line in lines if any(line.state is state for state in guilty)] or list(lines)
-
-
-def _list(nodes: Sequence[str]) -> str:
-    return f"node {nodes[0]}" if len(nodes) == 1 else f"nodes {', '.join(nodes)}"
