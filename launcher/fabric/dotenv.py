@@ -44,7 +44,8 @@ def parse_dotenv(text: str) -> DotEnv:
 def read_dotenv(path: Path) -> DotEnv:
     """Read a file. Raises: UsageError when it cannot be read or is not a text of at most 1 MiB."""
     try:
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise UsageError(
             f"cannot read {path}: {error.strerror}", hint="name an existing file: --env-file PATH"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from launcher.errors import UsageError
 from launcher.plan.inventory import Inventory, read_inventory
+from launcher.plan.inventory.values import MAX_JSON_BYTES
 from launcher.registry import resolve_cluster
 from launcher.registry.types import ResolvedEntry
 
@@ -39,7 +40,8 @@ def saved_inventories(paths: Sequence[Path]) -> dict[str, Inventory]:
     found: dict[str, Inventory] = {}
     for path in paths:
         try:
-            text = path.read_text(encoding="utf-8", errors="replace")
+            with path.open("rb") as file:
+                text = file.read(MAX_JSON_BYTES + 1).decode(errors="replace")
         except OSError as error:
             raise UsageError(f"cannot read {path}: {error.strerror}") from error
         inventory = Inventory.from_json(text, str(path))

@@ -271,3 +271,31 @@ def test_a_registry_in_another_folder_leaves_room_for_values(tmp_path: Path, com
     origins = [line for line in done.stdout.splitlines() if "(r.yml:1:" in line]
     assert any(line.startswith("description ") and "words that fit into one line" in line for line in origins)
     assert f"registry: {folder / 'r.yml'}" in done.stderr.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (["plan", "tiny-oss", "--inventory"], "larger than an inventory can be"),
+        (["env", "tiny-oss", "--env-file"], "larger than 1 MiB"),
+        (["validate"], "larger than 1 MiB"),
+        (["import", "vllm-config"], "larger than 1 MiB"),
+    ],
+)
+def test_a_file_without_end_is_refused_before_it_is_read(tmp_path: Path, command: list[str], said: str) -> None:
+    endless = tmp_path / "endless"
+    endless.touch()
+    os.truncate(endless, 1 << 40)
+    shell = ["sh", "-c", 'ulimit -v 4000000; exec "$@"', "sh", sys.executable, "-m", "launcher.cli"]
+    environ = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*shell, *command, str(endless)],
+        cwd=tmp_path,
+        env=environ,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode in (2, 3, 5), done.stderr
+    assert said in done.stderr
