@@ -37,6 +37,16 @@ _LOOK_SECONDS = 60.0
 """An actor's first answer includes the start of its process, perhaps on a cold disk."""
 
 
+class NoRoom(ExecutorError):
+    """The cluster lacks what the ranks need. `does_not_fit`: waiting and starting again would not help."""
+
+    def __init__(self, words: str, *, can_come: bool) -> None:
+        self.message = f"the Ray cluster cannot hold the ranks: {words}"
+        super().__init__(self.message)
+        self.does_not_fit = not can_come
+        self.hint = "" if can_come else "give Ray there what the node has (cpus, gpus), or place fewer ranks on it"
+
+
 class RayCluster:
     """One connection of this process, which can have only one at a time. `close` gives everything back."""
 
@@ -92,7 +102,7 @@ class RayCluster:
                 tell(f"waiting for {words}")
             if time.monotonic() > deadline or not all(item.can_come for item in missing):
                 print(needed_and_there(layout, nodes), file=sys.stderr, flush=True)
-                raise ExecutorError(f"the Ray cluster cannot hold the ranks: {words}")
+                raise NoRoom(words, can_come=all(item.can_come for item in missing))
             time.sleep(_POLL_SECONDS)
 
     def place(self, layout: Layout, name: str, deadline: float) -> None:

@@ -15,7 +15,7 @@ from engine.config import BUNDLED_MODELS, load_model_config
 from engine.executor.base import ExecutorError
 from engine.executor.ray_access import RayRefused
 from engine.executor.ray_actor import ActorFacts, NodeHostActor
-from engine.executor.ray_cluster import RayCluster
+from engine.executor.ray_cluster import NoRoom, RayCluster
 from engine.executor.ray_layout import Layout, lay_out
 from engine.placement import Device, HostSpec, ParallelSizes, place
 
@@ -52,12 +52,13 @@ def test_what_is_missing_is_told_within_a_second(ray_environ: RayPair) -> None:
         began = time.monotonic()
         cluster.await_resources(layout, began + 30, lambda _: pytest.fail("everything is there"))
         greedy = replace(layout, bundles=(layout.bundles[0], replace(layout.bundles[1], num_cpus=64, num_gpus=3)))
-        with pytest.raises(ExecutorError) as caught:
+        with pytest.raises(NoRoom) as caught:
             cluster.await_resources(greedy, began + 30, lambda _: None)
         assert str(caught.value) == (
             f"the Ray cluster cannot hold the ranks: two: {TWO} has 2 CPUs, 64 are needed; "
             f"two: {TWO} has 2 GPUs, 3 are needed"
         )
+        assert caught.value.does_not_fit, "it ends with the exit code of a launch that does not fit"
         elsewhere = two_nodes(addresses={"one": ONE, "two": "127.0.0.77"})
         told: list[str] = []
         with pytest.raises(ExecutorError, match=r"two: 127\.0\.0\.77 is not in the Ray cluster \(there: "):
