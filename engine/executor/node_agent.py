@@ -118,12 +118,15 @@ class NodeAgent:
                     self._status.phase("join", "progress", None, str(error))
                     self._pause(RETRY_SECONDS)
                     continue
+                joined = time.monotonic()
                 try:
                     if self._serve(link):
                         return
                 finally:
                     self._end_hosts()
                     link.dispose()
+                if time.monotonic() - joined < RETRY_SECONDS:
+                    self._pause(RETRY_SECONDS)  # whatever ends it at once would do so again
                 deadline = time.monotonic() + self._nodes.join_timeout_seconds
                 self._enter("join", f"{self._name}, head {head}, again")
         finally:
@@ -172,16 +175,16 @@ class NodeAgent:
             try:
                 frame = link.receive(_TICK_SECONDS)
                 self._look_after(link)
-                if frame is not None and self._obey(*frame):
+                if frame is not None and self._obey(link, *frame):
                     return True
             except NodeLinkError as error:
                 _say(f"lost the head: {error}; this node's ranks end")
                 return False
 
-    def _obey(self, kind: int, body: bytes) -> bool:
-        """Do what the head says; whether it is over for good. Raises: LinkRefused when it is nothing that one says."""
+    def _obey(self, link: SecureLink, kind: int, body: bytes) -> bool:
+        """Do what the head says; whether it is over for good. Raises: NodeLinkError, also for what no head says."""
         if kind == NodeKind.ORDER:
-            self._start_host(decode(body, Order))
+            self._start_host(link, decode(body, Order))
         elif kind == NodeKind.CANCEL:
             self._cancel(decode(body, Order))
         elif kind == NodeKind.GOODBYE:
@@ -192,7 +195,7 @@ class NodeAgent:
 
     # Hosts.
 
-    def _start_host(self, order: Order) -> None:
+    def _start_host(self, link: SecureLink, order: Order) -> None:
         if (old := self._hosts.pop(order.engine, None)) is not None:
             # It may be stopped or hang, and its memory is needed.
             _end(old)
@@ -209,16 +212,24 @@ class NodeAgent:
             cpu_threads=self._config.cpu_threads,
             load_format=self._config.load_format,
         )
-        process = subprocess.Popen(
-            [*HOST_COMMAND, "--status-fd", str(write_end)], stdin=subprocess.PIPE, pass_fds=(write_end,)
-        )
-        os.close(write_end)
+        try:
+            process = subprocess.Popen(
+                [*HOST_COMMAND, "--status-fd", str(write_end)], stdin=subprocess.PIPE, pass_fds=(write_end,)
+            )
+        except OSError as error:  # no process, no memory: the head's engine waits for this host
+            os.close(read_end)
+            how = f"its node host cannot be started: {error.strerror}"
+            _say(f"engine {order.engine}: {how}")
+            return link.send(NodeKind.ENDED, encode(Ended(order.order_id, how)))
+        finally:
+            os.close(write_end)
         with contextlib.suppress(BrokenPipeError):
             assert process.stdin is not None
             process.stdin.write(msgspec.json.encode(task))
             process.stdin.close()
         self._hosts[order.engine] = _Host(order, process, read_end)
         _say(f"engine {order.engine} starts its ranks here")
+        return None
 
     def _cancel(self, order: Order) -> None:
         host = self._hosts.get(order.engine)

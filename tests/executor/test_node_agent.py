@@ -6,6 +6,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +17,11 @@ from executor_support import CONFIG, HERE, wait_until
 from nodes_support import nodes_config, nodes_placement, ranks_below
 
 from engine.comm.node_listener import NodeArrival, NodeListener
-from engine.comm.node_messages import Ended, NodeKind, Order, Welcome, decode, encode
+from engine.comm.node_messages import Ended, NodeKind, Order, Welcome, decode, encode, own_facts
+from engine.executor import node_agent
+from engine.executor.node_agent import NodeAgent
 from engine.placement import ParallelSizes
+from engine.process import StatusPipe
 
 SECRET = "a secret of the test, long enough"
 
@@ -93,3 +98,39 @@ def test_a_head_that_talks_nonsense_is_lost_and_joined_again(head: NodeListener,
     assert (node.returncode, "lost the head: not a Order" in words, "Traceback" in words) == (0, True, False), words
     first.dispose()
     second.dispose()
+
+
+def test_a_head_that_lets_a_node_go_at_once_is_not_asked_in_a_tight_loop(
+    head: NodeListener, node: subprocess.Popen[str]
+) -> None:
+    welcome(head).link.dispose()
+    began, count = time.monotonic(), 0
+    while time.monotonic() - began < 2.5:
+        arrival = head.accept(0.1)
+        if arrival is not None:
+            arrival.link.send(NodeKind.WELCOME, encode(Welcome((1,), "tiny-oss")))
+            arrival.link.dispose()
+            count += 1
+    assert 1 <= count <= 4
+    assert node.poll() is None
+
+
+def test_a_host_that_cannot_be_started_is_told_to_the_head(head: NodeListener, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = nodes_config(CONFIG, nodes_placement(CONFIG, ParallelSizes(2, 1, 1)))
+    config = replace(config, nodes=replace(config.nodes, rank=1, head_port=head.port))
+    monkeypatch.setattr(node_agent, "HOST_COMMAND", ("/nowhere/python",))
+    before = len(os.listdir("/proc/self/fd"))
+    agent = NodeAgent(config, SECRET.encode(), StatusPipe(None), own_facts())
+    thread = threading.Thread(target=agent.run)
+    thread.start()
+    joined = welcome(head).link
+    joined.send(NodeKind.ORDER, encode(Order(1, "7")))
+    frame = joined.receive(5)
+    assert frame is not None
+    ended = Ended("7", "its node host cannot be started: No such file or directory")
+    assert (frame[0], decode(frame[1], Ended)) == (NodeKind.ENDED, ended)
+    joined.send(NodeKind.GOODBYE)
+    thread.join(10)
+    joined.dispose()
+    assert not thread.is_alive()
+    assert len(os.listdir("/proc/self/fd")) == before
