@@ -38,6 +38,7 @@ class RayStarter:
         self._tell = tell or _say
         self._secret = secrets.token_bytes(32)
         self._listener: NodeListener | None = None
+        self._awaited: dict[str, str] = {}
         self._cluster: RayCluster | None = None
         self._watch: ActorWatch | None = None
         self._advice: dict[str, str] = {}
@@ -61,6 +62,7 @@ class RayStarter:
         cluster.place(layout, f"hlaunch-{name}", deadline)
         placed = time.monotonic()
         self._listener = NodeListener(host, 0, self._secret)
+        self._awaited = {order.node: order.order_id for order in orders}
         actors = {order.node: cluster.start_actor(NodeHostActor, layout, order.node) for order in orders}
         looks = cluster.answers({node: actor.look.remote() for node, actor in actors.items()})
         for node, said in looks.items():
@@ -85,7 +87,13 @@ class RayStarter:
             raise ExecutorError("no node hosts were ordered")
         for node, how in self._ends.items():
             raise ExecutorError(f"node {node}: {how}")
-        return self._listener.accept(timeout_seconds)
+        arrival = self._listener.accept(timeout_seconds)
+        if arrival is not None and self._awaited.get(arrival.hello.node) == arrival.hello.order_id:
+            del self._awaited[arrival.hello.node]
+            if not self._awaited:
+                # All are here: nobody else has any business at the door.
+                self._listener.close()
+        return arrival
 
     def advice(self, node: str) -> str:
         """See `NodeStarter.advice`."""
