@@ -26,10 +26,6 @@ class Guard:
         self._digests = [bytes.fromhex(digest) for digest in config.api_key_sha256]
         self._own_names = {config.host.lower(), socket.gethostname().lower()}
 
-    @property
-    def has_keys(self) -> bool:
-        return bool(self._digests)
-
     def check(self, exchange: Exchange) -> None:
         """Raise ApiError 400, 401 or 403 unless the exchange may go on."""
         host = exchange.headers.get(b"host", b"")

@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 
 from launcher.fabric import catalogue, selection
 from launcher.fabric.facts import NodeFacts
-from launcher.fabric.spec import Scope
 from launcher.registry.cluster import Cluster, Node
 
 BUILT_IN = "built-in"
@@ -147,8 +146,3 @@ def _rdma(cluster: Cluster, node: Node, facts: NodeFacts | None) -> list[tuple[s
     )
     found += [(name, str(value), field) for name, value, default, field in numbers if value not in (None, default)]
     return found
-
-
-def node_scoped(variables: Iterable[Variable]) -> tuple[Variable, ...]:
-    """Return those that are facts of the node, for a report of what differs by right."""
-    return tuple(item for item in variables if (row := catalogue.find(item.name)) and row.scope is Scope.NODE)

@@ -148,15 +148,6 @@ def gpu_packages_missing(torch_cuda: str | None, packages: Mapping[str, str] = G
     return None
 
 
-def too_few_gpus(ranks: int, inventory: Inventory, environ: Mapping[str, str]) -> HlaunchError | None:
-    """Refuse more ranks than there are GPUs, saying how many there are."""
-    gpus = visible_gpus(inventory.gpus, environ)
-    if ranks <= len(gpus):
-        return None
-    seen = f"{len(gpus)} GPU{'s' if len(gpus) != 1 else ''}"
-    return DoesNotFit(f"{ranks} ranks need {ranks} GPUs, {inventory.node} has {seen}", hint="lower tp, pp or dp")
-
-
 def holders(processes: Sequence[GpuProcess]) -> str:
     """Name the processes that hold a GPU's memory, largest first."""
     shown = [

@@ -48,9 +48,6 @@ TCP = Link(
 )
 
 
-_SWITCHED = ("H100 80GB", "H200", "B200", "A100-SXM")
-
-
 def inside_link(inventory: Inventory, *, is_gpu: bool) -> Link:
     """Choose what joins the ranks of one host: NVLink where NVML or the kind of GPU says so."""
     if not is_gpu:

@@ -9,9 +9,6 @@ from typing import Literal
 from launcher.errors import PreflightError
 from launcher.registry.cluster import Cluster, Node, RaySettings
 
-EPHEMERAL = (32768, 60999)
-"""Linux's default range of ports for outgoing connections; a listener inside it may find its port taken."""
-
 
 @dataclass(frozen=True, slots=True)
 class Port:

@@ -17,7 +17,6 @@ import urllib.parse
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
 
 from launcher.errors import PreflightError
 from launcher.supervise.procfs import ProcessIdentity
@@ -174,8 +173,3 @@ def instance_folders(root: Path) -> Iterator[InstanceFolder]:
         return
     for quoted in names:
         yield InstanceFolder(root, urllib.parse.unquote(quoted))
-
-
-def as_data(state: InstanceState) -> dict[str, Any]:
-    """The state as plain values, for `--json`."""
-    return asdict(state)
