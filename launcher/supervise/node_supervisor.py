@@ -5,7 +5,7 @@ before Ray goes. Refuses to know: compose, ssh, terminals, Ray's and the engine'
 
 Single-threaded: pipes, signals, child exits and the control socket arrive at one `select`. When a child ends that was
 not asked to, the node ends with that cause and a non-zero status, so that whoever restarts nodes sees it. Ranks on
-several nodes will be the engine's own children (through its executor); this loop only has to keep Ray under them.
+other nodes are the business of the engine's executor; this loop only keeps Ray under them.
 """
 
 from __future__ import annotations
