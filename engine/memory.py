@@ -1,7 +1,8 @@
 """One arithmetic of memory for the launcher's fit preview and for the engine's own sizing.
 
 Knows: bytes of weights (from safetensors headers, or from the shape when no file is at hand), bytes of KV per block and
-group, the activation arena. Refuses to know: torch, the device; budgets come in as numbers.
+group, the activation arena of a GPU; a CPU's is in `engine.cpu_memory`. Refuses to know: torch, the device; budgets
+come in as numbers.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.config import MXFP4_BLOCK, ConfigError, EngineConfig, ModelConfig
+from engine.config import MXFP4_BLOCK, ConfigError, EngineConfig, ModelConfig, resolve_model_folder
+from engine.cpu_memory import MANY_THREADS, CpuLimits, CpuMemory, HalfExact, cpu_memory
+from engine.exactness import half_exact_of
 
 MAX_HEADER_BYTES = 64 << 20
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
-# Interpreter, torch and allocator slack of one CPU rank; measured at 0.35 GiB with tiny-oss.
-CPU_RUNTIME_BYTES = 512 << 20
+# Interpreter, torch, its libraries and the allocator's slack of one CPU rank: `bench/memory_estimate.py` measures it.
+CPU_RUNTIME_BYTES = 280 << 20
 CPU_KV_CAP_BYTES = 4 << 30
 # CUDA context, compiled kernels, library workspaces, captured graphs and the allocator's slack of one GPU rank;
 # measured on an H100 at 2.2 GiB with gpt-oss-20b, steps of 16,384 tokens and 128 rows.
@@ -35,7 +38,11 @@ class KVCacheGroup:
 
 @dataclass(frozen=True, slots=True)
 class MemoryFit:
-    """Bytes of one rank. `budget_bytes` is what the device may give; the pool gets what is left of it."""
+    """Bytes of one rank. `budget_bytes` is what the device may give; the pool gets what is left of it.
+
+    `held_bytes` stay beside the weights: second layouts and tables of a CPU rank. `load_bytes` are needed beyond the
+    weights while those are read, before anything else is there.
+    """
 
     budget_bytes: int
     weight_bytes: int
@@ -45,14 +52,22 @@ class MemoryFit:
     num_blocks: int
     block_size: int
     blocks_per_full_request: int
+    held_bytes: int = 0
+    load_bytes: int = 0
 
     @property
     def kv_bytes(self) -> int:
         return self.num_blocks * self.kv_block_bytes
 
     @property
+    def fixed_bytes(self) -> int:
+        """Everything but the KV pool."""
+        return self.weight_bytes + self.held_bytes + self.activation_bytes + self.runtime_bytes
+
+    @property
     def required_bytes(self) -> int:
-        return self.weight_bytes + self.activation_bytes + self.runtime_bytes + self.kv_bytes
+        """The most that the rank takes: while it serves, or while it loads."""
+        return max(self.fixed_bytes + self.kv_bytes, self.weight_bytes + self.load_bytes + self.runtime_bytes)
 
     @property
     def max_full_requests(self) -> float:
@@ -174,13 +189,6 @@ def should_expand_experts(model: ModelConfig, dtype: str, budget_bytes: int) -> 
     return _expert_weights(model) * DTYPE_BYTES[dtype] <= budget_bytes // 4
 
 
-def activation_bytes(model: ModelConfig, max_num_batched_tokens: int, max_num_seqs: int) -> int:
-    """Arena of one step in float32: the widest layer for every token, and logits for every row."""
-    width = 4 * model.hidden_size + 2 * model.num_attention_heads * model.head_dim
-    width += model.num_experts_per_token * (3 * model.intermediate_size + model.hidden_size)
-    return 4 * (max_num_batched_tokens * width + 3 * max_num_seqs * model.vocab_size)
-
-
 def gpu_weight_bytes(model: ModelConfig, num_positions: int) -> int:
     """Bytes of the weights on a GPU: MXFP4 experts packed with a second copy of their scales, the rest bf16.
 
@@ -227,7 +235,7 @@ def fit(
     max_num_batched_tokens: int,
     kv_cache_bytes: int = 0,
     num_blocks: int = 0,
-    is_gpu: bool = False,
+    cpu: CpuMemory | None = None,
     block_bytes: int | None = None,
     share: ModelConfig | None = None,
 ) -> MemoryFit:
@@ -235,14 +243,17 @@ def fit(
 
     `num_blocks` or `kv_cache_bytes` fix the pool; otherwise it gets what the budget leaves, at most what
     `max_num_seqs` requests of full length can use and, on a CPU, at most 4 GiB. Block 0 is the null block.
-    On a rank that holds a share of the model, `share` is its shape and `block_bytes` what a block takes there, 0 where
-    it holds no KV.
+    `cpu` is what a CPU rank takes beside weights and pool; without it the rank is a GPU's. On a rank that holds a share
+    of the model, `share` is its shape and `block_bytes` what a block takes there, 0 where it holds no KV.
     """
     if block_bytes is None:
         block_bytes = kv_block_bytes(model, block_size, kv_dtype)
-    arena = gpu_activation_bytes if is_gpu else activation_bytes
-    activations = arena(share or model, max_num_batched_tokens, max_num_seqs)
-    runtime_bytes = GPU_RUNTIME_BYTES if is_gpu else CPU_RUNTIME_BYTES
+    if cpu is None:
+        activations = gpu_activation_bytes(share or model, max_num_batched_tokens, max_num_seqs)
+        runtime_bytes = GPU_RUNTIME_BYTES
+    else:
+        activations, runtime_bytes = cpu.activation_bytes, CPU_RUNTIME_BYTES
+    held_bytes = cpu.held_bytes if cpu is not None else 0
     per_request = blocks_per_request(model, max_model_len, block_size, max_num_batched_tokens)
     if not num_blocks:
         if not block_bytes:
@@ -250,8 +261,8 @@ def fit(
         elif kv_cache_bytes:
             num_blocks = kv_cache_bytes // block_bytes
         else:
-            left = max(0, budget_bytes - weight_bytes - activations - runtime_bytes)
-            cap = left if is_gpu else min(left, CPU_KV_CAP_BYTES)
+            left = max(0, budget_bytes - weight_bytes - held_bytes - activations - runtime_bytes)
+            cap = left if cpu is None else min(left, CPU_KV_CAP_BYTES)
             num_blocks = min(cap // block_bytes, max_num_seqs * per_request + 1)
     return MemoryFit(
         budget_bytes=budget_bytes,
@@ -262,6 +273,8 @@ def fit(
         num_blocks=num_blocks,
         block_size=block_size,
         blocks_per_full_request=per_request,
+        held_bytes=held_bytes,
+        load_bytes=cpu.load_bytes if cpu is not None else 0,
     )
 
 
@@ -276,9 +289,21 @@ def fit_engine(
     is_gpu: bool = False,
     block_bytes: int | None = None,
     share: ModelConfig | None = None,
+    is_expanded: bool | None = None,
 ) -> MemoryFit:
-    """Size the block pool of one rank under a configuration's limits; the rest as in `fit`."""
+    """Size the block pool of one rank under a configuration's limits; the rest as in `fit`.
+
+    Of a CPU rank that does not tell, the budget says whether its experts are expanded.
+    """
     cache, scheduler = config.cache, config.scheduler
+    cpu = None
+    if not is_gpu:
+        own = share or model
+        dtype = cpu_dtype(config.dtype)
+        if is_expanded is None:
+            is_expanded = should_expand_experts(own, dtype, budget_bytes)
+        half_exact = half_exact_of(config, model, resolve_model_folder(config.model))
+        cpu = cpu_memory(own, cpu_limits(config, max_model_len, kv_dtype, is_expanded, half_exact))
     return fit(
         model,
         budget_bytes=budget_bytes,
@@ -290,9 +315,34 @@ def fit_engine(
         max_num_batched_tokens=scheduler.max_num_batched_tokens,
         kv_cache_bytes=cache.kv_cache_bytes,
         num_blocks=cache.num_blocks,
-        is_gpu=is_gpu,
+        cpu=cpu,
         block_bytes=block_bytes,
         share=share,
+    )
+
+
+def cpu_dtype(dtype: str) -> str:
+    """The type that a CPU rank computes in, and keeps its KV in, when the configuration says `auto`.
+
+    float32: bfloat16 products of CPUs without matrix units are slower and no smaller in cache.
+    """
+    return "float32" if dtype == "auto" else dtype
+
+
+def cpu_limits(
+    config: EngineConfig, max_model_len: int, kv_dtype: str, is_expanded: bool, half_exact: HalfExact
+) -> CpuLimits:
+    """Read what decides a CPU rank's memory out of a configuration."""
+    return CpuLimits(
+        dtype=cpu_dtype(config.dtype),
+        kv_dtype=kv_dtype,
+        is_expanded=is_expanded,
+        block_size=config.cache.block_size,
+        max_model_len=max_model_len,
+        max_num_seqs=config.scheduler.max_num_seqs,
+        max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
+        threads=config.cpu_threads or MANY_THREADS,
+        half_exact=half_exact,
     )
 
 

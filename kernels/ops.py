@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from kernels.cpu.packing import half_is_exact
 from kernels.cpu.register import register as _register_cpu
 from kernels.experts import ExpertWeights, gates_first
 from kernels.paging import PagedBatch, Prefill
@@ -41,7 +40,6 @@ __all__ = [
     "explain",
     "gates_first",
     "gelu_tanh",
-    "half_is_exact",
     "inverse_frequencies",
     "kv_write",
     "linear",

@@ -322,13 +322,21 @@ class _Loader:
         gate_up_blocks, gate_up_scales = self._packed(at + "gate_up_proj", experts, rows)
         down_blocks, down_scales = self._packed(at + "down_proj", experts, slice(None), blocks)
         if self._options.expand_experts:
-            gate_up = mxfp4_expand(gate_up_blocks, gate_up_scales, self._options.dtype)
-            weights.gate_up = gates_first(gate_up.transpose(0, 1)).transpose(0, 1).contiguous()
-            weights.down = mxfp4_expand(down_blocks, down_scales, self._options.dtype)
+            weights.gate_up = self._expanded(gate_up_blocks, gate_up_scales, gates_first)
+            weights.down = self._expanded(down_blocks, down_scales, lambda weight: weight)
         else:
             weights.gate_up_blocks, weights.gate_up_scales = gate_up_blocks.clone(), gate_up_scales.clone()
             weights.down_blocks, weights.down_scales = down_blocks.clone(), down_scales.clone()
         return weights
+
+    def _expanded(self, blocks: Tensor, scales: Tensor, arrange: Callable[[Tensor], Tensor]) -> Tensor:
+        """Expand MXFP4 expert by expert: on the way a value takes 9 bytes more, too many for a whole layer at once."""
+        experts, rows, columns = blocks.shape[0], blocks.shape[1], blocks.shape[2] * MXFP4_BLOCK
+        out = torch.empty(experts, rows, columns, dtype=self._options.dtype)
+        for index in range(experts):
+            one = slice(index, index + 1)
+            out[index] = arrange(mxfp4_expand(blocks[one], scales[one], self._options.dtype)[0])
+        return out
 
     def _packed(self, base: str, *parts: slice) -> tuple[Tensor, Tensor]:
         scales = self._source.get(base + "_scales")[parts].contiguous()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 from pathlib import Path
 
 import psutil
@@ -34,3 +36,12 @@ def available_memory() -> int:
     except (OSError, ValueError):
         pass  # no cgroup v2: the machine's own figure stands
     return available
+
+
+def give_back_freed() -> None:
+    """Have the allocator return what was freed: after loading that is a tenth of a small model, in holes.
+
+    Takes milliseconds; does nothing where the C library cannot.
+    """
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)

@@ -14,7 +14,7 @@ from engine.comm.ranks import RankLinks
 from engine.config import ConfigError, EngineConfig, ModelConfig, resolve_model_folder
 from engine.core.plan import AdmittedRow, ExecutionPlan, StepResult
 from engine.core.sampling_params import SamplingParams
-from engine.memory import KVCacheGroup, MemoryFit, fit_engine, kv_cache_groups, should_expand_experts
+from engine.memory import KVCacheGroup, MemoryFit, cpu_dtype, fit_engine, kv_cache_groups, should_expand_experts
 from engine.models.checkpoint import Checkpoint, CheckpointError, TensorSource
 from engine.models.dummy import DummySource
 from engine.models.gpt_oss import GptOss
@@ -45,11 +45,11 @@ class Worker:
         # The shape of what this rank holds.
         self._share = model if links is None else shard(model, rank)
         self.device_name = "cpu"
-        # The CPU computes in float32 unless told otherwise: its bfloat16 products are slower and no smaller in cache.
-        self.dtype_name = "float32" if config.dtype == "auto" else config.dtype
+        self.dtype_name = cpu_dtype(config.dtype)
         self.kv_dtype_name = self.dtype_name if config.cache.dtype == "auto" else config.cache.dtype
         self.num_threads = cpu.use_threads(config.cpu_threads)
         self.weight_bytes = 0
+        self._is_expanded = False
         self._model: GptOss | None = None
         self._runner: ModelRunner | None = None
 
@@ -64,15 +64,22 @@ class Worker:
             if folder is None:
                 raise CheckpointError(self._config.model, "", "a checkpoint folder", "none")
             source = open_source(Checkpoint.open(folder), model)
-        expand = should_expand_experts(self._share, self.dtype_name, self.available_memory())
+        self._is_expanded = should_expand_experts(self._share, self.dtype_name, self.available_memory())
         options = LoadOptions(
             dtype=_DTYPES[self.dtype_name],
-            expand_experts=expand,
+            expand_experts=self._is_expanded,
             num_positions=self._config.max_model_len or model.max_position_embeddings,
             where=str(folder or Path(self._config.model)),
         )
-        self._model = load_gpt_oss(source, model, options, progress, self._links, self._rank)
+
+        def report(fraction: float, detail: str) -> None:
+            # A layer's load leaves holes behind that the next one's tensors do not fit into.
+            cpu.give_back_freed()
+            progress(fraction, detail)
+
+        self._model = load_gpt_oss(source, model, options, report, self._links, self._rank)
         self.weight_bytes = self._model.num_bytes
+        cpu.give_back_freed()
 
     def available_memory(self) -> int:
         """Bytes that this rank may still take."""
@@ -87,6 +94,7 @@ class Worker:
             budget_bytes=self.available_memory() + self.weight_bytes,
             weight_bytes=self.weight_bytes,
             kv_dtype=self.kv_dtype_name,
+            is_expanded=self._is_expanded,
         )
 
     def allocate_kv(self, num_blocks: int) -> None:
@@ -123,6 +131,7 @@ class Worker:
         self.execute(ExecutionPlan(-3, [0], [count - 1], [True], admits=[row]))
         self.execute(ExecutionPlan(-2, [0], [1], [True]))
         self.execute(ExecutionPlan(-1, [], [], [], released=[0]))
+        cpu.give_back_freed()
 
     def append_tokens(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Take (row, token) pairs that the last stage sampled; of use to the stages before it."""
@@ -133,7 +142,15 @@ class Worker:
         """Run one plan. Plans must come in the order in which they were made."""
         if self._runner is None:
             raise RuntimeError("allocate_kv() comes before execute()")
-        return self._runner.execute(plan)
+        result = self._runner.execute(plan)
+        if self._unpacks:
+            # Experts unpacked for a step leave holes of many megabytes, and the next step does not fit into them.
+            cpu.give_back_freed()
+        return result
+
+    @property
+    def _unpacks(self) -> bool:
+        return self._model_config.quantization == "mxfp4" and not self._is_expanded
 
 
 def groups_of_stage(model: ModelConfig, rank: RankSpec) -> tuple[KVCacheGroup, ...]:

@@ -30,6 +30,7 @@ SERIAL_WORK = 4 << 20
 PACK_ROWS = 16
 # Largest error of a float16 weight, as a share of the matrix's largest: float32 sums err by more than that.
 HALF_TOLERANCE = 2.0**-22
+_PIECE = 1 << 18
 
 Product = Callable[[Tensor], Tensor]
 
@@ -83,8 +84,14 @@ def pack(weight: Tensor, bias: Tensor | None) -> PackedLinear:
 
 def half_is_exact(weight: Tensor) -> bool:
     """Whether float16 holds a weight as well as float32 sums can tell, and torch can multiply by it."""
-    error = (weight.half().float() - weight).abs().max()
-    return bool(error <= HALF_TOLERANCE * weight.abs().max()) and fbgemm_half_works()
+    if not fbgemm_half_works():
+        return False
+    low, high = weight.aminmax()
+    bound = HALF_TOLERANCE * max(-float(low), float(high))
+    # A piece at a time, in the order of memory: nothing of the weight's own size is made on the way.
+    rows = weight if weight.is_contiguous() else weight.t()
+    pieces = torch.split(rows, max(1, _PIECE // rows.shape[1]))
+    return all(float((piece.half().float() - piece).abs_().max()) <= bound for piece in pieces)
 
 
 def _plain(weight: Tensor, bias: Tensor | None) -> Product:

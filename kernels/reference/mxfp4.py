@@ -17,7 +17,9 @@ def mxfp4_expand(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """
     lut = torch.tensor(E2M1, dtype=torch.float32)
     nibbles = torch.stack((blocks & 0x0F, blocks >> 4), dim=-1).flatten(-2)
-    values = torch.ldexp(lut[nibbles.int()], (scales.int() - 127).unsqueeze(-1))
+    # Indexing would widen the indices to 8 bytes first; this takes 4 as they are.
+    values = lut.index_select(0, nibbles.flatten().int()).view(nibbles.shape)
+    values = torch.ldexp(values, (scales.int() - 127).unsqueeze(-1))
     return values.flatten(-2).to(dtype)
 
 

@@ -30,7 +30,7 @@ def memory_bar(report: FitReport, width: int = BAR_WIDTH) -> str:
     """Draw the budget of one rank: `W` weights, `A` activations, `R` runtime, `K` KV cache, `.` free, `!` too much."""
     memory = report.memory
     parts = (
-        ("W", memory.weight_bytes),
+        ("W", memory.weight_bytes + memory.held_bytes),
         ("A", memory.activation_bytes),
         ("R", memory.runtime_bytes),
         ("K", memory.kv_bytes),
@@ -58,6 +58,8 @@ def fit_lines(report: FitReport) -> Iterator[str]:
     origin = "from the files" if report.is_from_files else "from the shape, no files here"
     yield f"W weights      {size(memory.weight_bytes):>10}  {report.dtype}, experts {form}"
     yield f"  checkpoint   {size(report.checkpoint_bytes):>10}  {origin}"
+    if report.cpu is not None:
+        yield f"  held beside  {size(memory.held_bytes):>10}  second layouts {size(report.cpu.packed_bytes)}, tables"
     yield f"A activations  {size(memory.activation_bytes):>10}  {report.limits.max_num_batched_tokens} tokens a step"
     yield f"R runtime      {size(memory.runtime_bytes):>10}"
     tokens = report.limits.max_model_len
@@ -150,7 +152,8 @@ def _fit_data(report: FitReport) -> dict[str, Any]:
         "checkpoint_bytes": report.checkpoint_bytes,
         "activation_bytes": memory.activation_bytes,
         "runtime_bytes": memory.runtime_bytes,
-        "held_bytes": report.held.total,
+        "held_bytes": memory.held_bytes,
+        "load_bytes": memory.load_bytes,
         "kv_bytes": memory.kv_bytes,
         "kv_blocks": memory.num_blocks,
         "full_request_bytes": report.full_request_bytes,

@@ -11,10 +11,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from engine.config import EngineConfig, ModelConfig
+from engine.cpu_memory import CpuMemory, HalfExact, cpu_memory
+from engine.exactness import half_exact_of
 from engine.memory import (
     DTYPE_BYTES,
     MemoryFit,
     checkpoint_bytes,
+    cpu_dtype,
+    cpu_limits,
     fit,
     gpu_weight_bytes,
     loaded_weight_bytes,
@@ -23,11 +27,8 @@ from engine.memory import (
     should_expand_experts,
 )
 from engine.placement import RankSpec, embedding_rows, shard
-from launcher.plan.held import Held, cpu_held
 
 GIB = 1 << 30
-MANY_THREADS = 2
-"""Stands for "more than one": what a rank holds depends on no more than that."""
 MAX_SHARE = 0.97
 """Largest gpu-memory-utilization to suggest: drivers keep a little for themselves."""
 
@@ -67,7 +68,7 @@ class FitReport:
     is_expanded: bool
     suggestions: tuple[Suggestion, ...]
     is_gpu: bool = False
-    held: Held = Held()
+    cpu: CpuMemory | None = None
 
     @property
     def fits(self) -> bool:
@@ -80,13 +81,19 @@ class FitReport:
     @property
     def minimum_bytes(self) -> int:
         """What the budget must hold to serve one request of full length."""
-        fixed = self.memory.weight_bytes + self.memory.activation_bytes + self.memory.runtime_bytes
-        return fixed + self.full_request_bytes + self.memory.kv_block_bytes
+        serving = self.memory.fixed_bytes + self.full_request_bytes + self.memory.kv_block_bytes
+        return max(serving, self.memory.weight_bytes + self.memory.load_bytes + self.memory.runtime_bytes)
 
     def cause(self) -> str:
         """Say in one line why it does not fit."""
         memory = self.memory
-        fixed = memory.weight_bytes + memory.activation_bytes + memory.runtime_bytes
+        fixed = memory.fixed_bytes
+        loading = memory.weight_bytes + memory.load_bytes + memory.runtime_bytes
+        if loading > max(fixed, memory.budget_bytes):
+            return (
+                f"reading the weights takes {loading / GIB:.1f} GiB for a moment, "
+                f"{memory.budget_bytes / GIB:.1f} GiB are available"
+            )
         if fixed > memory.budget_bytes:
             return (
                 f"weights, activations and runtime need {fixed / GIB:.1f} GiB, "
@@ -144,6 +151,15 @@ def report_fit(
         model, rank, is_gpu=is_gpu, dtype=dtype, is_expanded=is_expanded, num_positions=limits.max_model_len
     )
 
+    half_exact = HalfExact() if is_gpu else half_exact_of(config, model, folder)
+
+    def cpu_of(tried: Limits) -> CpuMemory | None:
+        if is_gpu:
+            return None
+        wanted = cpu_limits(config, tried.max_model_len, kv_dtype, is_expanded, half_exact)
+        seqs, tokens = tried.max_num_seqs, tried.max_num_batched_tokens
+        return cpu_memory(own, replace(wanted, max_num_seqs=seqs, max_num_batched_tokens=tokens))
+
     def try_fit(tried: Limits) -> MemoryFit:
         return fit(
             model,
@@ -156,7 +172,7 @@ def report_fit(
             max_num_batched_tokens=tried.max_num_batched_tokens,
             kv_cache_bytes=tried.kv_cache_bytes,
             num_blocks=tried.num_blocks,
-            is_gpu=is_gpu,
+            cpu=cpu_of(tried),
             block_bytes=block_bytes,
             share=own,
         )
@@ -172,17 +188,7 @@ def report_fit(
         is_expanded=is_expanded,
         is_gpu=is_gpu,
         suggestions=(),
-        held=Held()
-        if is_gpu
-        else cpu_held(
-            own,
-            dtype=dtype,
-            is_expanded=is_expanded,
-            threads=config.cpu_threads or MANY_THREADS,
-            block_size=limits.block_size,
-            max_model_len=limits.max_model_len,
-            max_num_seqs=limits.max_num_seqs,
-        ),
+        cpu=cpu_of(limits),
     )
     if memory.fits:
         return report
@@ -220,11 +226,6 @@ def _larger_share(report: FitReport, config: EngineConfig, total_bytes: int) -> 
     if not asked < share <= MAX_SHARE or report.memory.budget_bytes < int(asked * total_bytes):
         return ()
     return (Suggestion((("gpu-memory-utilization", f"{share:g}"),)),)
-
-
-def cpu_dtype(dtype: str) -> str:
-    """The type that a CPU rank computes and keeps its KV in when the entry says `auto`."""
-    return "float32" if dtype == "auto" else dtype
 
 
 def suggest(

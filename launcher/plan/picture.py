@@ -185,7 +185,7 @@ def alike(memory: Mapping[int, RankMemory], ranks: Sequence[int]) -> list[tuple[
     for rank in ranks:
         if rank in memory:
             item = memory[rank]
-            key = (item.budget_bytes, item.weight_bytes, item.activation_bytes, item.runtime_bytes, item.kv_bytes)
+            key = (item.budget_bytes, item.stored_bytes, item.activation_bytes, item.runtime_bytes, item.kv_bytes)
             groups.setdefault(key, []).append(rank)
     return [(members, memory[members[0]]) for members in groups.values()]
 

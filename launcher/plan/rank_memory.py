@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from engine.config import EngineConfig, ModelConfig
-from engine.memory import CPU_RUNTIME_BYTES, GPU_RUNTIME_BYTES, activation_bytes, gpu_activation_bytes
+from engine.cpu_memory import HalfExact, cpu_memory
+from engine.memory import CPU_RUNTIME_BYTES, GPU_RUNTIME_BYTES, cpu_dtype, cpu_limits, gpu_activation_bytes
 from engine.placement import (
     HostSpec,
     Placement,
@@ -23,13 +24,16 @@ from engine.placement import (
     shard,
 )
 from launcher.errors import DoesNotFit
-from launcher.plan.fit import GIB, FitReport, Suggestion, cpu_dtype, limits_of, rank_weight_bytes, report_fit
+from launcher.plan.fit import GIB, FitReport, Suggestion, limits_of, rank_weight_bytes, report_fit
 from launcher.plan.inventory import Inventory
 
 
 @dataclass(frozen=True, slots=True)
 class RankMemory:
-    """Expected bytes of one rank. `kv_tokens` of one request at most; `max_full_requests` of full length at once."""
+    """Expected bytes of one rank. `kv_tokens` of one request at most; `max_full_requests` of full length at once.
+
+    `held_bytes` are second layouts of weights, and tables, on a CPU; `load_bytes` are needed only while weights load.
+    """
 
     rank: int
     device: str
@@ -42,10 +46,18 @@ class RankMemory:
     kv_tokens: int
     max_full_requests: float
     problem: str = ""
+    held_bytes: int = 0
+    load_bytes: int = 0
+
+    @property
+    def stored_bytes(self) -> int:
+        """Weights in all their layouts."""
+        return self.weight_bytes + self.held_bytes
 
     @property
     def required_bytes(self) -> int:
-        return self.weight_bytes + self.activation_bytes + self.runtime_bytes + self.kv_bytes
+        serving = self.stored_bytes + self.activation_bytes + self.runtime_bytes + self.kv_bytes
+        return max(serving, self.weight_bytes + self.load_bytes + self.runtime_bytes)
 
     @property
     def fits(self) -> bool:
@@ -160,6 +172,8 @@ def memory_of(report: FitReport, rank: int, device: str) -> RankMemory:
         kv_tokens=max(0, tokens),
         max_full_requests=max(0.0, memory.max_full_requests),
         problem="" if report.fits else report.cause(),
+        held_bytes=memory.held_bytes,
+        load_bytes=memory.load_bytes,
     )
 
 
@@ -168,20 +182,34 @@ def _without_cache(rank: RankSpec, sizing: Sizing, budget: int) -> RankMemory:
     model, config = sizing.model, sizing.config
     is_gpu = rank.backend == "cuda"
     limits = limits_of(config, model)
-    arena = gpu_activation_bytes if is_gpu else activation_bytes
+    dtype = "bfloat16" if is_gpu else cpu_dtype(config.dtype)
     weights = rank_weight_bytes(
-        model,
-        rank,
-        is_gpu=is_gpu,
-        dtype="bfloat16" if is_gpu else cpu_dtype(config.dtype),
-        is_expanded=False,
-        num_positions=limits.max_model_len,
+        model, rank, is_gpu=is_gpu, dtype=dtype, is_expanded=False, num_positions=limits.max_model_len
     )
-    activations = arena(shard(model, rank), limits.max_num_batched_tokens, limits.max_num_seqs)
-    runtime = GPU_RUNTIME_BYTES if is_gpu else CPU_RUNTIME_BYTES
-    needed = weights + activations + runtime
+    own = shard(model, rank)
+    held = load = 0
+    if is_gpu:
+        activations = gpu_activation_bytes(own, limits.max_num_batched_tokens, limits.max_num_seqs)
+    else:
+        cpu = cpu_memory(own, cpu_limits(config, limits.max_model_len, dtype, False, HalfExact()))
+        activations, held, load = cpu.activation_bytes, cpu.held_bytes, cpu.load_bytes
+    memory = RankMemory(
+        rank=rank.rank,
+        device=rank.device,
+        budget_bytes=budget,
+        weight_bytes=weights,
+        activation_bytes=activations,
+        runtime_bytes=GPU_RUNTIME_BYTES if is_gpu else CPU_RUNTIME_BYTES,
+        kv_bytes=0,
+        num_blocks=0,
+        kv_tokens=0,
+        max_full_requests=0.0,
+        held_bytes=held,
+        load_bytes=load,
+    )
+    needed = memory.required_bytes
     problem = "" if needed <= budget else f"needs {needed / GIB:.1f} GiB, {budget / GIB:.1f} GiB are available"
-    return RankMemory(rank.rank, rank.device, budget, weights, activations, runtime, 0, 0, 0, 0.0, problem)
+    return replace(memory, problem=problem)
 
 
 def ranks_do_not_fit(report: MemoryReport, suggestions: Sequence[Suggestion]) -> DoesNotFit:

@@ -26,7 +26,7 @@ ROW_GAP = 34
 PANEL_HEAD = 46
 PANEL_GAP = 64
 HUES = (212, 150, 28, 280, 340, 90, 190, 50)
-BAR = (("weight_bytes", "w"), ("activation_bytes", "a"), ("runtime_bytes", "r"), ("kv_bytes", "k"))
+BAR = (("stored_bytes", "w"), ("activation_bytes", "a"), ("runtime_bytes", "r"), ("kv_bytes", "k"))
 
 _STYLE = """
 svg{--bg:#fbfcfe;--panel:#fff;--line:#cfd8e3;--text:#18222f;--soft:#5b6b7f;--tile:#fff;--warn:#a15c00;--tint:93%;--edge:46%;--free:#e8edf3;

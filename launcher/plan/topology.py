@@ -13,7 +13,7 @@ from launcher.plan.rank_memory import RankMemory
 WIDTH = 80
 GIB = 1 << 30
 _ASCII = str.maketrans("─│╭╮╰╯═║▼┊█▓▒░↓→·…", "-|++++=|v:#%+.v>._")
-BAR_PARTS = (("█", "weight_bytes"), ("▓", "activation_bytes"), ("▒", "runtime_bytes"), ("░", "kv_bytes"))
+BAR_PARTS = (("█", "stored_bytes"), ("▓", "activation_bytes"), ("▒", "runtime_bytes"), ("░", "kv_bytes"))
 LEGEND = "█ weights  ▓ activations  ▒ runtime  ░ KV cache  · free  ! too much"
 
 
@@ -147,6 +147,7 @@ def _rank_bar(members: list[int], memory: RankMemory, width: int) -> Iterator[st
     yield label + "[" + bar(memory, max(20, width - len(label) - len(tail) - 2)) + "]" + tail
     parts = (
         ("weights", memory.weight_bytes),
+        *((("second layouts", memory.held_bytes),) if memory.held_bytes else ()),
         ("activations", memory.activation_bytes),
         ("runtime", memory.runtime_bytes),
     )

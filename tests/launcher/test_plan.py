@@ -10,7 +10,7 @@ import pytest
 from launcher_support import REGISTRY
 
 from engine.config import EngineConfig
-from engine.memory import loaded_weight_bytes, model_bytes
+from engine.memory import CPU_RUNTIME_BYTES, loaded_weight_bytes, model_bytes
 from launcher.errors import DoesNotFit, PreflightError
 from launcher.plan import Inventory, LaunchPlan, make_plan, read_inventory
 from launcher.plan.drawing import BAR_WIDTH, curl_line, memory_bar, plan_data
@@ -81,7 +81,7 @@ def test_a_machine_that_is_barely_large_enough_gets_all_settings_together(tmp_pa
     model = known_model("openai/gpt-oss-20b")
     assert model is not None
     weights = loaded_weight_bytes(model, "float32", expand_experts=False)
-    tight = replace(BIG, memory_available_bytes=weights + (512 << 20) + (160 << 20))
+    tight = replace(BIG, memory_available_bytes=weights + CPU_RUNTIME_BYTES + (2950 << 20))
     plan = plan_of(tmp_path, "gpt-oss-20b", inventory=tight)
     assert plan.fit is not None
     (suggestion,) = plan.fit.suggestions
@@ -193,7 +193,7 @@ def test_gpus_are_listed_by_the_drivers_files(tmp_path: Path) -> None:
         ("dtype=float16", "dtype float16"),
         ("kv-cache-dtype=fp8", "kv-cache-dtype fp8"),
         ("distributed-executor-backend=mp", "distributed-executor-backend mp: the one rank of an engine"),
-        ("distributed-executor-backend=ray", "distributed-executor-backend ray: this version runs ranks as processes"),
+        ("distributed-executor-backend=ray", "distributed-executor-backend ray: Ray starts ranks on the nodes of a cluster"),
         ("max-model-len=4096", "max-model-len 4096 is above the model's 2048 positions"),
     ],
 )

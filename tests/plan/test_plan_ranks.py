@@ -11,7 +11,7 @@ from engine.config import EngineConfig
 from engine.engine_core import place
 from engine.executor.messages import LoadedReport
 from engine.executor.multiproc_fit import fit_ranks
-from engine.memory import model_bytes
+from engine.memory import CPU_RUNTIME_BYTES, model_bytes
 from engine.placement import Placement
 from launcher.errors import DoesNotFit
 from launcher.plan import LaunchPlan, make_plan
@@ -138,7 +138,7 @@ def test_engines_that_share_memory_get_a_pool_of_fixed_size(tmp_path: Path) -> N
 
 
 def test_ranks_that_do_not_fit_say_which_and_what_would(tmp_path: Path) -> None:
-    short = replace(CPU, memory_available_bytes=2 * ((512 << 20) + (50 << 20)))
+    short = replace(CPU, memory_available_bytes=2 * (CPU_RUNTIME_BYTES + (100 << 20)))
     plan = plan_of(tmp_path, "tp=2", inventory=short)
     (problem,) = plan.problems
     assert isinstance(problem, DoesNotFit)

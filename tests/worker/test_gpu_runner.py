@@ -83,7 +83,6 @@ def gpu_core(scheduler: SchedulerConfig, num_blocks: int = 256) -> EngineCore:
         max_num_seqs=scheduler.max_num_seqs,
         max_num_batched_tokens=scheduler.max_num_batched_tokens,
         num_blocks=num_blocks,
-        is_gpu=True,
     )
     facts: Any = None
     return EngineCore(config, model, InlineGpuExecutor(runner), memory, 256, facts)  # type: ignore[arg-type]
