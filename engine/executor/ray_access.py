@@ -69,7 +69,7 @@ class _View:
 
     def __init__(self, address: str, environ: Mapping[str, str]) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "engine.executor.ray_view", "--address", address],
+            [sys.executable, "-m", "engine.executor.ray_view", "--address", address, "--parent", str(os.getpid())],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -86,9 +86,11 @@ class _View:
         return found
 
     def close(self) -> None:
-        """End the child, whether it has answered or not."""
+        """End the child, whether it has answered or not. Idempotent."""
         self._process.kill()
-        self._process.communicate()
+        self._process.wait()
+        if self._process.stdout is not None:
+            self._process.stdout.close()
 
 
 class Doors:
@@ -100,6 +102,11 @@ class Doors:
         self._address = address
         self._ours = _View(address, environ)
         self._strangers = _View(address, stranger | {"RAY_AUTH_MODE": "disabled", "HOME": "/nonexistent"})
+
+    def close(self) -> None:
+        """End both looks. Idempotent."""
+        self._ours.close()
+        self._strangers.close()
 
     def check(self, own_address: str) -> None:
         """See that the cluster lets us in and no stranger, and that a node of it runs at `own_address`.
@@ -131,5 +138,4 @@ class Doors:
                     f"(there: {', '.join(sorted(alive)) or 'none'})"
                 )
         finally:
-            self._ours.close()
-            self._strangers.close()
+            self.close()

@@ -63,7 +63,11 @@ class RayCluster:
         doors = Doors(address, os.environ)
         # What an actor prints comes with names and numbers of ranks: lines that differ only there must all be seen.
         os.environ.setdefault("RAY_DEDUP_LOGS", "0")
-        self._ray = importlib.import_module("ray")
+        try:
+            self._ray = importlib.import_module("ray")
+        except BaseException:
+            doors.close()
+            raise
         self._group: Any = None
         self._actors: list[Any] = []
         doors.check(own_address)

@@ -18,6 +18,8 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from engine.process import die_with_parent
+
 TIMEOUT_SECONDS = 5.0
 _DEAD = 1
 """`GcsNodeInfo.state` of a node that was lost; the entry stays."""
@@ -27,7 +29,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="engine.executor.ray_view", description=__doc__)
     parser.add_argument("--address", required=True, help="ip:port of the head's control store")
     parser.add_argument("--every", type=float, default=None, metavar="SECONDS", help="go on until stdin closes")
+    parser.add_argument("--parent", type=int, default=None, metavar="PID", help="end when this process does")
     arguments = parser.parse_args()
+    if arguments.parent is not None:
+        die_with_parent(arguments.parent)
     view = RayView(arguments.address)
     while True:
         line = view.look()
