@@ -1,4 +1,4 @@
-"""`hlaunch registry add | set`: change the registry file without touching the rest of it.
+"""`hlaunch registry init | add | set`: begin a registry file, and change it without touching the rest of it.
 
 Knows: which file is meant and what is said about the change. Refuses to know: YAML (`launcher.registry.editing`).
 """
@@ -24,7 +24,33 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 def register(app: typer.Typer) -> None:
     @app.callback()
     def group() -> None:
-        """Change the registry; comments and all other lines stay as they are."""
+        """Begin a registry, or change it; comments and all other lines stay as they are."""
+
+    @app.command("init")
+    def init(
+        ctx: typer.Context,
+        path: Annotated[
+            Path | None, typer.Argument(metavar="[FILE]", help="Where to write; ./model_registry.yml if left out.")
+        ] = None,
+        as_json: AsJson = False,
+    ) -> None:
+        """Write a registry to start from, every key commented, and its JSON schema beside it for editors.
+
+        Never replaces a registry that is there.
+        """
+        from launcher.registry.editing import write_starter
+        from launcher.registry.locate import REGISTRY_FILE, display_path
+
+        invocation = invocation_of(ctx)
+        target = invocation.cwd / (path or REGISTRY_FILE)
+        if target.is_dir():
+            target /= REGISTRY_FILE
+        written = [display_path(each, invocation.cwd) for each in write_starter(target)]
+        if as_json:
+            invocation.console.json({"file": written[0], "schema": written[1]})
+            return
+        invocation.console.data(f"{written[0]}: written, with its schema {written[1]}")
+        invocation.console.note("next: hlaunch list, hlaunch registry add NAME --model ..., hlaunch plan NAME")
 
     @app.command("add")
     def add(

@@ -377,3 +377,25 @@ def test_without_a_registry_of_ones_own_add_begins_one(here: Here) -> None:
     assert here("registry", "add", "mine", "--model", "org/x").code == 0
     assert here("validate").out == "model_registry.yml: valid, 1 model\n"
     assert (ROOT / "model_registry.yml").read_bytes() == packaged
+
+
+def test_init_writes_a_registry_that_is_valid_and_never_replaces_one(here: Here) -> None:
+    (here.folder / "model_registry.yml").unlink()
+    done = here("registry", "init")
+    assert done.code == 0
+    assert done.out == "model_registry.yml: written, with its schema model_registry.schema.json\n"
+    text = (here.folder / "model_registry.yml").read_text()
+    # The first line binds the schema for editors.
+    assert text.startswith("# yaml-language-server: $schema=./model_registry.schema.json\n")
+    schema = json.loads((here.folder / "model_registry.schema.json").read_text())
+    assert schema["title"] == "hlaunch model registry"
+    assert here("validate", "--strict").code == 0
+    (here.folder / "model_registry.yml").write_text(BLOCK)
+    again = here("registry", "init")
+    assert again.code == 2
+    assert "is there already" in again.err
+    assert (here.folder / "model_registry.yml").read_text() == BLOCK
+    other = json.loads(here("registry", "init", "conf/mine.yml", "--json").out)
+    assert other == {"file": "conf/mine.yml", "schema": "conf/model_registry.schema.json"}
+    (here.folder / "gone").symlink_to(here.folder / "absent")
+    assert here("registry", "init", "gone").code == 2

@@ -11,7 +11,7 @@ may write it. Errors: EditRefused, RegistryInvalid, UnknownName, OverrideError.
 from __future__ import annotations
 
 from launcher.registry.editing.edits import Edit, EditRefused, add_entry, begin_registry, set_value
-from launcher.registry.editing.files import read_text, write_registry
+from launcher.registry.editing.files import read_text, write_registry, write_starter
 from launcher.registry.editing.secrets import secret_values
 from launcher.registry.editing.writing import yaml_text, yaml_value
 
@@ -24,6 +24,7 @@ __all__ = [
     "secret_values",
     "set_value",
     "write_registry",
+    "write_starter",
     "yaml_text",
     "yaml_value",
 ]

@@ -10,9 +10,10 @@ import stat
 import tempfile
 from pathlib import Path
 
-from launcher.errors import HlaunchError
+from launcher.errors import HlaunchError, UsageError
 from launcher.exit_codes import ExitCode
 from launcher.registry.document import decode
+from launcher.registry.locate import packaged_registry
 
 _BOM = b"\xef\xbb\xbf"
 
@@ -54,3 +55,31 @@ def write_registry(path: Path, text: str, expected: str | None) -> None:
             hint="check the permissions of the file and its folder",
             exit_code=ExitCode.ENGINE_FAILED,
         ) from error
+
+
+def write_starter(path: Path) -> tuple[Path, Path]:
+    """Write the registry that comes with hlaunch to `path`, and the schema that its first line names beside it.
+
+    Returns both. Raises: UsageError when a file is there already; HlaunchError when it cannot be written.
+    """
+    from launcher.registry.schema import SCHEMA_FILE, json_schema_text
+
+    schema = path.with_name(SCHEMA_FILE)
+    if os.path.lexists(path):
+        raise UsageError(f"{path} is there already", hint="add to it: hlaunch registry add NAME --model ...")
+    text = packaged_registry().read_text(encoding="utf-8")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Exclusive: a registry that somebody else writes at this moment is theirs.
+        with path.open("x", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+        schema.write_text(json_schema_text(), encoding="utf-8")
+    except FileExistsError as error:
+        raise UsageError(f"{path} is there already", hint="run the command again") from error
+    except OSError as error:
+        raise HlaunchError(
+            f"{error.filename} cannot be written: {error.strerror}",
+            hint="check the permissions of the folder",
+            exit_code=ExitCode.ENGINE_FAILED,
+        ) from error
+    return path, schema
