@@ -222,7 +222,7 @@ def _survivors(folder: Path, record: dict[str, object]) -> list[int]:
     found = []
     for entry in os.listdir("/proc"):
         if entry.isdigit() and int(entry) not in (os.getpid(), os.getppid()):
-            line = procfs.command_line(int(entry), limit=4096)
+            line = procfs.command_line(int(entry))
             if any(mark in line for mark in marks) and "launcher.node stop" not in line:
                 found.append(int(entry))
     return found

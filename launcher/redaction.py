@@ -27,7 +27,9 @@ _LEAST_ASSIGNED = 8
 _QUOTED = {'"': re.compile(r'(?:\\.|[^"\\])+'), "'": re.compile(r"[^']+")}
 _ESCAPED = re.compile(r"[^\\]+")
 _VALUE = re.compile(r"[^\s\"',;(){}\[\]<]\S*")
+_PATHS = ("/", "./", "~/")
 _CLOSING = ",;)}]\"'"
+_FLAG = re.compile(r"(?P<flag>--(?P<name>[A-Za-z][A-Za-z0-9-]{0,63})\s{1,8})(?P<value>[^\s-]\S{7,})", re.ASCII)
 _SCHEME = re.compile(r"\b(?P<scheme>Bearer|Basic)\s+[A-Za-z0-9._~+/=-]{6,}", re.ASCII | re.IGNORECASE)
 _SHAPES = re.compile(r"\b(?:hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{20,})", re.ASCII)
 _IN_URL = re.compile(r"(?<![a-z0-9+.-])(?P<scheme>[a-z][a-z0-9+.-]{0,15}://)[^\s/@:]*:[^\s/@]+@", re.ASCII)
@@ -53,6 +55,7 @@ class Redaction:
         text = _SCHEME.sub(lambda match: f"{match['scheme']} {HIDDEN}", text)
         text = _SHAPES.sub(HIDDEN, text)
         text = _IN_URL.sub(lambda match: f"{match['scheme']}{HIDDEN}@", text)
+        text = _FLAG.sub(lambda match: match["flag"] + HIDDEN if _is_secret_flag(match) else match[0], text)
         return _assignments(text)
 
 
@@ -67,7 +70,7 @@ def _assignments(text: str) -> str:
         is_variable = found["sign"] == "=" and found["name"].isupper()
         if len(value) < (1 if is_variable else _LEAST_ASSIGNED):
             continue
-        if not (value.isdigit() or value.startswith(("/", "./", "~/"))):
+        if not (value.isdigit() or value.startswith(_PATHS)):
             parts.append(HIDDEN)
             at += len(value)
     return "".join([*parts, text[at:]])
@@ -81,6 +84,10 @@ def _value(text: str, found: re.Match[str]) -> str:
         return quoted[0] if quoted is not None else ""
     word = _VALUE.match(text, found.end())
     return word[0].rstrip(_CLOSING) if word is not None else ""
+
+
+def _is_secret_flag(match: re.Match[str]) -> bool:
+    return _holds_secret(match["name"]) and not match["value"].startswith(_PATHS)
 
 
 def _holds_secret(name: str) -> bool:

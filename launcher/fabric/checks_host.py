@@ -14,6 +14,7 @@ from launcher.fabric import catalogue, selection
 from launcher.fabric.context import NodeContext
 from launcher.fabric.facts import Listener, Netdev
 from launcher.fabric.finding import Finding, Severity, finding
+from launcher.redaction import Redaction
 
 _GIB = 1 << 30
 _MEMLOCK_ENOUGH = 64 * _GIB
@@ -181,7 +182,8 @@ def _ports(context: NodeContext) -> Iterator[Finding]:
 
 
 def _busy(context: NodeContext, use: str, listener: Listener) -> Finding:
-    owner = f"pid {listener.pid}: {listener.command}" if listener.pid else "a process this login may not see"
+    command = Redaction().line(listener.command)
+    owner = f"pid {listener.pid}: {command}" if listener.pid else "a process this login may not see"
     subject = f"{listener.port} ({use})"
     if any(word in listener.command for word in _OURS):
         return finding("port-ours", subject=subject, where=context.name, evidence=owner)

@@ -11,6 +11,8 @@ import socket
 from launcher.errors import PreflightError
 from launcher.supervise import procfs
 
+_MAX_COMMAND = 120
+
 
 def check_port(host: str, port: int) -> None:
     """Bind and release `host:port`.
@@ -45,8 +47,14 @@ def free_port(host: str) -> int:
 
 def _cause(host: str, port: int, error: OSError) -> str:
     if error.errno == errno.EADDRINUSE:
+        from launcher.redaction import Redaction
+
         pid = procfs.listener_of(port)
-        owner = f" by pid {pid} ({procfs.command_line(pid)})" if pid is not None else " by another process"
+        owner = " by another process"
+        if pid is not None:
+            # Cut when its secrets are out: half of one is none that can be told.
+            command = Redaction().line(procfs.command_line(pid))[:_MAX_COMMAND]
+            owner = f" by pid {pid} ({command})"
         return f"port {port} on {host} is in use{owner}; stop that or choose another with --port"
     if error.errno == errno.EACCES:
         return f"port {port} on {host} needs privileges; choose one above 1023 with --port"

@@ -160,7 +160,7 @@ def cgroup_oom_kills(root: Path = Path("/sys/fs/cgroup")) -> int:
     return 0
 
 
-def command_line(pid: int, limit: int = 120) -> str:
+def command_line(pid: int, limit: int = 4096) -> str:
     """Return a process's command line on one line, at most `limit` characters; empty when it cannot be read."""
     try:
         raw = (_PROC / str(pid) / "cmdline").read_bytes()
@@ -182,8 +182,8 @@ def listener_of(port: int) -> int | None:
     if not inodes:
         return None
     for pid in _pids():
-        with contextlib.suppress(OSError):
-            for descriptor in os.scandir(_PROC / str(pid) / "fd"):
+        with contextlib.suppress(OSError), os.scandir(_PROC / str(pid) / "fd") as descriptors:
+            for descriptor in descriptors:
                 with contextlib.suppress(OSError):
                     if os.readlink(descriptor.path) in inodes:
                         return pid

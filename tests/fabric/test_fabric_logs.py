@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,9 +16,10 @@ from test_fabric_transports import StandIns
 
 from launcher.commands.up import LaunchView, _conclude
 from launcher.console import Console
-from launcher.errors import EngineFailed, HlaunchError
+from launcher.errors import EngineFailed, HlaunchError, PreflightError
 from launcher.redaction import Redaction
 from launcher.supervise.instance import InstanceFolder
+from launcher.supervise.ports import check_port
 from launcher.supervise.supervisor import Outcome
 
 CANARY = "canary-3f9a77c1d2"
@@ -27,6 +30,7 @@ SECRET_LINES = [
     f"authorization: bearer {CANARY}==",
     f"password: {CANARY}",
     f"serve --api-key={CANARY} --port 8000",
+    f"vllm serve m --api-key {CANARY} --port 8000",
     f"https://geo:{CANARY}@registry.example/v2",
     f"engine: NAME=HF_TOKEN={CANARY}",
     f"export OPENAI_API_KEY='a,b;{CANARY}'",
@@ -41,6 +45,7 @@ PLAIN_LINES = [
     "max_num_tokens=20000000 prompt_tokens: 12345678",
     "RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=/run/secrets/ray_token",
     "token_file=/run/secrets/ray_token",
+    "serve --api-key --port 8000 --token /run/secrets/token --api-key is taken",
     "stop_token: 200002000",
     "Loading weights 40% at http://10.0.0.1:8000",
     "key layers.0.attn.qkv.weight: bfloat16",
@@ -79,6 +84,8 @@ def test_a_long_line_takes_no_time() -> None:
         "a:" + " " * 60_000,
         "://" * 20_000,
         "x" * 60_000 + "://",
+        "--api-key " * 6_000,
+        "--" * 30_000,
         'token: "' * 8_000,
         'token="\\' * 8_000,
     ):
@@ -184,3 +191,19 @@ def test_the_lines_of_a_serving_engine_hide_secrets(capsys: pytest.CaptureFixtur
     view.output(f"loaded\nHF_TOKEN={CANARY}\n".encode())
     assert view.close()
     assert capsys.readouterr().err.splitlines() == ["Ctrl-C stops", "loaded", "HF_TOKEN=<hidden>"]
+
+
+def test_who_has_a_port_is_named_without_its_key() -> None:
+    listen = "import socket, sys; s = socket.create_server(('', 0)); print(s.getsockname()[1]); sys.stdin.read()"
+    argv = [sys.executable, "-X", f"api-key={CANARY}", "-uc", listen]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            port = int(process.stdout.readline())
+            with pytest.raises(PreflightError, match=f"in use by pid {process.pid} ") as taken:
+                check_port("127.0.0.1", port)
+        finally:
+            process.stdin.close()
+    assert "-X api-key=<hidden> -uc" in taken.value.message
+    assert CANARY[:4] not in taken.value.message
