@@ -44,6 +44,8 @@ from engine.placement import Placement
 # A rank that says nothing for this long while it starts is taken to hang; loading reports every layer.
 SILENCE_SECONDS = 120.0
 PREPARE_SECONDS = 30.0
+CAUSE_SECONDS = 5.0
+"""Longer than the roster takes to settle on a cause."""
 _STATES_SECONDS = 1.0
 
 
@@ -322,7 +324,7 @@ class MultiNodeExecutor:
 
     def _end_of_a_rank(self) -> ExecutorError:
         """A ring or a link is closed: the roster is about to know why."""
-        return self._roster.wait_for_cause(3.0) or ExecutorError("a rank closed its ring")
+        return self._roster.wait_for_cause(CAUSE_SECONDS) or ExecutorError("a rank closed its ring")
 
     def _hang(self, step_id: int) -> RankFailure:
         """Name who holds a step up, with the stacks of all ranks in the log."""
@@ -331,7 +333,7 @@ class MultiNodeExecutor:
             if not (theirs := node.lines(_STATES_SECONDS)):
                 # Its link still lives, or the failure would be known: the host itself does not answer.
                 self._roster.lose_node(node.ranks, f"its host did not say what its ranks do in step {step_id}")
-                self._roster.wait_for_cause(3.0)
+                self._roster.wait_for_cause(CAUSE_SECONDS)
             lines += theirs
         blamed = _blame(lines, step_id)
         if not blamed:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 
+from engine.comm.secure_link import CUT_SECONDS
 from engine.comm.segment import new_bell
 from engine.executor.base import ExecutorError
 from engine.executor.messages import EndedReport, FaultReport, PhaseReport, Report
@@ -23,7 +24,9 @@ from engine.placement import RankSpec
 # first one heard; those that waited for it break too, and signs from another node take their time.
 GATHER_SECONDS = 0.15
 GATHER_NODES_SECONDS = 0.4
-_ECHO_SECONDS = 1.5
+# An echo's origin is known soon on one node; the loss of another may show only by what it does not acknowledge.
+ECHO_SECONDS = 1.5
+ECHO_NODES_SECONDS = CUT_SECONDS + 1.5
 _BROKE, _ENDED, _CUT, _ECHO = range(4)
 
 
@@ -93,7 +96,10 @@ class Roster:
         self.on_failure: Callable[[RankFailure], None] = lambda _: None
         self.wakers: list[Callable[[], None]] = []
         self._on_phase = on_phase
-        self._gather_seconds = GATHER_SECONDS if len({r.node for r in ranks}) == 1 else GATHER_NODES_SECONDS
+        has_nodes = len({rank.node for rank in ranks}) > 1
+        self._gather_seconds = GATHER_NODES_SECONDS if has_nodes else GATHER_SECONDS
+        self._echo_seconds = ECHO_NODES_SECONDS if has_nodes else ECHO_SECONDS
+        self._echoing: set[int] = set()
         self._causes: list[tuple[int, float, RankFailure]] = []
         self._is_ending = False
         self._lock = threading.Lock()
@@ -116,11 +122,14 @@ class Roster:
             self._on_phase(report)
         elif isinstance(report, FaultReport):
             what = f"failed: {report.error_type}: {report.message}"
+            if report.is_echo:
+                self._echoing.add(report.rank)
             self._suspect(
                 _ECHO if report.is_echo else _BROKE, self._failure_of(view, what, report.hint, report.does_not_fit)
             )
         elif isinstance(report, EndedReport):
-            self._suspect(_ENDED, self._failure_of(view, report.how))
+            # The end of a rank that broke by another's fault is the same echo, and no cause.
+            self._suspect(_ECHO if report.rank in self._echoing else _ENDED, self._failure_of(view, report.how))
         else:
             self.reports.put(report)
 
@@ -182,7 +191,7 @@ class Roster:
         began = time.monotonic()
         time.sleep(self._gather_seconds)
         # An echo has an origin, which may still be on its way here.
-        while all(order == _ECHO for order, _, _ in self._causes) and time.monotonic() - began < _ECHO_SECONDS:
+        while all(order == _ECHO for order, _, _ in self._causes) and time.monotonic() - began < self._echo_seconds:
             time.sleep(0.02)
         with self._lock:
             cause = min(self._causes, key=lambda cause: cause[:2])[2]
