@@ -143,11 +143,10 @@ class NodeDesk:
         """Give a host's connection to the engine that ordered it."""
         hello = arrival.hello
         with self._lock:
-            for channel in self._channels:
-                if channel.orders.get(hello.node) == hello.order_id:
-                    break
-            else:
-                return refuse(arrival.link, Refusal(f"no host of {hello.node} is wanted for this run of the engine"))
+            wanting = (one for one in self._channels if one.orders.get(hello.node) == hello.order_id)
+            channel = next(wanting, None)
+        if channel is None:
+            return refuse(arrival.link, Refusal(f"no host of {hello.node} is wanted for this run of the engine"))
         fd, state = arrival.link.detach()
         message = Came(hello, state.send_key, state.receive_key, state.sent, state.received, state.unread)
         try:

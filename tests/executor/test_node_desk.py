@@ -17,6 +17,8 @@ import pytest
 from executor_support import CONFIG, HERE, wait_until
 from nodes_support import nodes_config, nodes_placement
 
+from engine import node_desk
+from engine.comm.node_listener import refuse
 from engine.comm.node_messages import (
     Came,
     DeskMessage,
@@ -172,6 +174,24 @@ def test_who_does_not_belong_is_told_why(desk: NodeDesk, hello: Hello, expected:
     assert decode(body, Refusal).is_final
     assert desk.joined == ()
     link.dispose()
+
+
+def test_who_is_refused_does_not_hold_up_the_others(desk: NodeDesk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A peer that does not read may take seconds to be told."""
+    was_locked: list[bool] = []
+
+    def watched(link: SecureLink, refusal: Refusal) -> None:
+        was_locked.append(desk._lock.locked())
+        refuse(link, refusal)
+
+    monkeypatch.setattr(node_desk, "refuse", watched)
+    first, _, _ = come(desk, Hello("node1", "", FACTS))
+    for hello in (Hello("node1", "", FACTS), Hello("node1", "9", FACTS), Hello("node2", "", FACTS)):
+        link, kind, _ = come(desk, hello)
+        assert kind == NodeKind.REFUSED
+        link.dispose()
+    assert was_locked == [False] * 3
+    first.dispose()
 
 
 def test_a_second_node_of_one_name_waits(desk: NodeDesk) -> None:
