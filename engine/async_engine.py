@@ -78,6 +78,8 @@ class EngineClient(Protocol):
 
     def stats(self) -> SchedulerStats: ...
 
+    def stats_by_engine(self) -> list[SchedulerStats]: ...
+
 
 class OutputStream:
     """The engine's `RequestStream`. Outputs that pile up behind a slow reader are merged into one."""
@@ -220,6 +222,10 @@ class AsyncEngine:
 
     def stats(self) -> SchedulerStats:
         return self._stats
+
+    def stats_by_engine(self) -> list[SchedulerStats]:
+        """The figures of each engine: one."""
+        return [self._stats]
 
     def begin_drain(self) -> None:
         """Take no new request; running ones go on."""

@@ -145,11 +145,14 @@ class DataParallelEngine:
     def stats(self) -> SchedulerStats:
         """The sum of all engines' figures."""
         total = SchedulerStats()
-        for engine in self.engines:
-            stats = engine.stats()
+        for stats in self.stats_by_engine():
             for item in fields(stats):
                 setattr(total, item.name, getattr(total, item.name) + getattr(stats, item.name))
         return total
+
+    def stats_by_engine(self) -> list[SchedulerStats]:
+        """The figures of each engine, in the order of their data-parallel ranks."""
+        return [engine.stats() for engine in self.engines]
 
     def begin_drain(self) -> None:
         """Take no new request; running ones go on."""

@@ -1,6 +1,8 @@
 """What the server counts, in Prometheus text: vLLM's names where vLLM has them, ours under `hlaunch_`.
 
-Knows: names, buckets, labels. The hot path pays an integer addition or a bisection per token; names and labels are put
+Knows: names, buckets, labels. What an engine counts carries its data-parallel rank as `engine`, as in vLLM; what this
+process counts of requests, whichever engine had them, carries `engine="0"` where there is one and `engine="all"` where
+there are several. The hot path pays an integer addition or a bisection per token; names and labels are put
 together only when somebody scrapes.
 """
 
@@ -72,7 +74,7 @@ class Metrics:
     """Counters of one API process. All methods run on the event loop."""
 
     def __init__(self, model_name: str) -> None:
-        self._labels = {"model_name": model_name, "engine": "0"}
+        self._model_name = model_name
         self.time_to_first_token = Histogram(_TTFT)
         self.inter_token_latency = Histogram(_ITL)
         self.time_per_output_token = Histogram(_ITL)
@@ -98,47 +100,41 @@ class Metrics:
     def count_refusal(self, code: str) -> None:
         self.refused[code] = self.refused.get(code, 0) + 1
 
-    def render(self, stats: SchedulerStats, num_open: int, state: str) -> bytes:
-        """Write the exposition text. `num_open` counts generations under way in this process."""
+    def render(self, engines: Sequence[SchedulerStats], num_open: int, state: str) -> bytes:
+        """Write the exposition text.
+
+        `engines` are the data-parallel engines' figures, by rank; `num_open` counts generations under way here.
+        """
         registry = CollectorRegistry(auto_describe=False)
-        registry.register(_Snapshot(lambda: self._collect(stats, num_open, state)))
+        registry.register(_Snapshot(lambda: self._collect(engines, num_open, state)))
         return generate_latest(registry)
 
-    def _collect(self, stats: SchedulerStats, num_open: int, state: str) -> Iterator[Metric]:
-        usage = stats.num_used_blocks / stats.num_blocks if stats.num_blocks else 0.0
-        yield self._gauge("vllm:num_requests_running", "Requests in the running batch.", stats.num_running)
-        yield self._gauge("vllm:num_requests_waiting", "Requests that wait to be scheduled.", stats.num_waiting)
-        yield self._gauge("vllm:kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1.", usage)
-        info = GaugeMetricFamily(
-            "vllm:cache_config_info", "Sizes of the KV cache.", labels=[*self._labels, "num_gpu_blocks"]
-        )
-        info.add_metric([*self._labels.values(), str(stats.num_blocks)], 1)
-        yield info
+    def _collect(self, engines: Sequence[SchedulerStats], num_open: int, state: str) -> Iterator[Metric]:
+        labels = {"model_name": self._model_name, "engine": "0" if len(engines) == 1 else "all"}
+        yield from self._collect_engines(engines)
         counters = (
             ("vllm:prompt_tokens", "Prompt tokens of admitted requests.", self.num_prompt_tokens),
             ("vllm:generation_tokens", "Generated tokens.", self.num_generation_tokens),
             ("vllm:prompt_tokens_cached", "Prompt tokens found in the prefix cache.", self.num_cached_tokens),
-            ("vllm:prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", stats.prefix_queries_tokens),
-            ("vllm:prefix_cache_hits", "Prompt tokens found by look-up.", stats.prefix_hits_tokens),
-            ("vllm:num_preemptions", "Requests sent back to the queue for lack of blocks.", stats.num_preemptions),
             ("vllm:corrupted_requests", "Requests that ended on a value that is not finite.", self.num_nan),
             ("hlaunch_nan", "Rows whose logits were not finite.", self.num_nan),
-            ("hlaunch_engine_steps", "Steps of the engine.", stats.num_steps),
             ("hlaunch_client_disconnects", "Generations whose client left.", self.num_disconnects),
         )
         for name, text, value in counters:
-            yield self._counter(name, text, value)
+            counter = CounterMetricFamily(name, text, labels=list(labels))
+            counter.add_metric(list(labels.values()), value)
+            yield counter
         finished = CounterMetricFamily(
-            "vllm:request_success", "Finished sequences.", labels=[*self._labels, "finished_reason"]
+            "vllm:request_success", "Finished sequences.", labels=[*labels, "finished_reason"]
         )
         for reason, count in self.finished.items():
-            finished.add_metric([*self._labels.values(), reason], count)
+            finished.add_metric([*labels.values(), reason], count)
         yield finished
         refused = CounterMetricFamily(
-            "vllm:admission_rejections", "Requests refused before the engine.", labels=[*self._labels, "reason"]
+            "vllm:admission_rejections", "Requests refused before the engine.", labels=[*labels, "reason"]
         )
         for code, count in self.refused.items():
-            refused.add_metric([*self._labels.values(), code], count)
+            refused.add_metric([*labels.values(), code], count)
         yield refused
         responses = CounterMetricFamily(
             "hlaunch_http_responses", "Answers by route and status.", labels=["route", "status"]
@@ -146,7 +142,11 @@ class Metrics:
         for (route, status), count in self.responses.items():
             responses.add_metric([route, str(status)], count)
         yield responses
-        yield self._gauge("hlaunch_open_generations", "Generations under way in the API process.", num_open)
+        is_open = GaugeMetricFamily(
+            "hlaunch_open_generations", "Generations under way in the API process.", labels=list(labels)
+        )
+        is_open.add_metric(list(labels.values()), num_open)
+        yield is_open
         state_metric = GaugeMetricFamily("hlaunch_state", "1 for the state the server is in.", labels=["state"])
         state_metric.add_metric([state], 1)
         yield state_metric
@@ -162,19 +162,46 @@ class Metrics:
             ("hlaunch_prepare_seconds", "From arrival to submission: parse, render, tokenize.", self.prepare_seconds),
         )
         for name, text, histogram in histograms:
-            family = HistogramMetricFamily(name, text, labels=list(self._labels))
-            family.add_metric(list(self._labels.values()), histogram.buckets(), histogram.sum)
+            family = HistogramMetricFamily(name, text, labels=list(labels))
+            family.add_metric(list(labels.values()), histogram.buckets(), histogram.sum)
             yield family
 
-    def _gauge(self, name: str, text: str, value: float) -> Metric:
-        family = GaugeMetricFamily(name, text, labels=list(self._labels))
-        family.add_metric(list(self._labels.values()), value)
-        return family
+    def _collect_engines(self, engines: Sequence[SchedulerStats]) -> Iterator[Metric]:
+        """What each engine counts by itself."""
+        names = ("model_name", "engine")
+        gauges: tuple[tuple[str, str, Callable[[SchedulerStats], float]], ...] = (
+            ("vllm:num_requests_running", "Requests in the running batch.", lambda stats: stats.num_running),
+            ("vllm:num_requests_waiting", "Requests that wait to be scheduled.", lambda stats: stats.num_waiting),
+            ("vllm:kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1.", _kv_usage),
+        )
+        counters: tuple[tuple[str, str, Callable[[SchedulerStats], float]], ...] = (
+            (
+                "vllm:prefix_cache_queries",
+                "Prompt tokens looked up in the prefix cache.",
+                lambda stats: stats.prefix_queries_tokens,
+            ),
+            ("vllm:prefix_cache_hits", "Prompt tokens found by look-up.", lambda stats: stats.prefix_hits_tokens),
+            (
+                "vllm:num_preemptions",
+                "Requests sent back to the queue for lack of blocks.",
+                lambda stats: stats.num_preemptions,
+            ),
+            ("hlaunch_engine_steps", "Steps of the engine.", lambda stats: stats.num_steps),
+        )
+        for kind, wanted in ((GaugeMetricFamily, gauges), (CounterMetricFamily, counters)):
+            for name, text, read in wanted:
+                family = kind(name, text, labels=names)
+                for rank, stats in enumerate(engines):
+                    family.add_metric((self._model_name, str(rank)), read(stats))
+                yield family
+        info = GaugeMetricFamily("vllm:cache_config_info", "Sizes of the KV cache.", labels=[*names, "num_gpu_blocks"])
+        for rank, stats in enumerate(engines):
+            info.add_metric([self._model_name, str(rank), str(stats.num_blocks)], 1)
+        yield info
 
-    def _counter(self, name: str, text: str, value: float) -> Metric:
-        family = CounterMetricFamily(name, text, labels=list(self._labels))
-        family.add_metric(list(self._labels.values()), value)
-        return family
+
+def _kv_usage(stats: SchedulerStats) -> float:
+    return stats.num_used_blocks / stats.num_blocks if stats.num_blocks else 0.0
 
 
 class _Snapshot(Collector):

@@ -62,6 +62,9 @@ class FakeEngine:
     def stats(self) -> SchedulerStats:
         return SchedulerStats(num_running=len(self.live), num_blocks=64, num_used_blocks=len(self.live))
 
+    def stats_by_engine(self) -> list[SchedulerStats]:
+        return [self.stats()]
+
     def _abort(self, request_id: str) -> None:
         task = self.live.pop(request_id, None)
         if task is not None:

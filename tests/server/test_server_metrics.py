@@ -7,6 +7,11 @@ from fake_engine import scripted
 from prometheus_client.parser import text_string_to_metric_families
 from server_support import TOKENIZER, running
 
+from engine.core.request import SchedulerStats
+from engine.server.metrics import Metrics
+from launcher.top.exposition import parse
+from launcher.top.reading import read
+
 WORDS = [[i] for i in TOKENIZER.encode("all the world is a stage, and all the men")]
 
 VLLM_NAMES = {
@@ -73,3 +78,32 @@ def test_counts() -> None:
         assert grown("hlaunch_http_responses_total{route=/v1/completions}{status=200}") == 1
         assert grown("hlaunch_http_responses_total{route=/v1/completions}{status=400}") == 1
         assert after["vllm:num_requests_running"] == 0
+
+
+def test_every_engine_has_its_own_label() -> None:
+    engines = [
+        SchedulerStats(num_running=3, num_waiting=1, num_blocks=100, num_used_blocks=25, num_steps=7),
+        SchedulerStats(num_running=5, num_blocks=100, num_used_blocks=50, num_preemptions=2),
+    ]
+    metrics = Metrics("m")
+    metrics.num_generation_tokens = 11
+    found: dict[str, dict[str, float]] = {}
+    for family in text_string_to_metric_families(metrics.render(engines, 8, "ready").decode()):
+        for sample in family.samples:
+            found.setdefault(sample.name, {})[sample.labels.get("engine", "")] = sample.value
+    assert found["vllm:num_requests_running"] == {"0": 3, "1": 5}
+    assert found["vllm:num_requests_waiting"] == {"0": 1, "1": 0}
+    assert found["vllm:kv_cache_usage_perc"] == {"0": 0.25, "1": 0.5}
+    assert found["vllm:num_preemptions_total"] == {"0": 0, "1": 2}
+    assert found["hlaunch_engine_steps_total"] == {"0": 7, "1": 0}
+    assert found["vllm:generation_tokens_total"] == {"all": 11}
+    # `hlaunch top` shows a row for each, and none for what is of all.
+    reading = read(parse(metrics.render(engines, 8, "ready").decode()))
+    assert [row.engine for row in reading.rows] == ["0", "1"]
+    assert (reading.values["running"], reading.values["generated_tokens"]) == (8, 11)
+
+
+def test_a_single_engine_is_number_0() -> None:
+    text = Metrics("m").render([SchedulerStats()], 0, "ready").decode()
+    assert 'engine="all"' not in text
+    assert 'vllm:generation_tokens_total{engine="0",model_name="m"} 0.0' in text
