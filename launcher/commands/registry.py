@@ -26,11 +26,11 @@ def register(app: typer.Typer) -> None:
     def group() -> None:
         """Begin a registry, or change it; comments and all other lines stay as they are."""
 
-    @app.command("init")
+    @app.command("init", short_help="Write a registry to start from, and its schema.")
     def init(
         ctx: typer.Context,
         path: Annotated[
-            Path | None, typer.Argument(metavar="[FILE]", help="Where to write; ./model_registry.yml if left out.")
+            Path | None, typer.Argument(metavar="[FILE]", help="Where to write; --file, else ./model_registry.yml.")
         ] = None,
         as_json: AsJson = False,
     ) -> None:
@@ -42,7 +42,7 @@ def register(app: typer.Typer) -> None:
         from launcher.registry.locate import REGISTRY_FILE, display_path
 
         invocation = invocation_of(ctx)
-        target = invocation.cwd / (path or REGISTRY_FILE)
+        target = invocation.cwd / (path or invocation.registry_file or REGISTRY_FILE)
         if target.is_dir():
             target /= REGISTRY_FILE
         written = [display_path(each, invocation.cwd) for each in write_starter(target)]
@@ -52,7 +52,7 @@ def register(app: typer.Typer) -> None:
         invocation.console.data(f"{written[0]}: written, with its schema {written[1]}")
         invocation.console.note("next: hlaunch list, hlaunch registry add NAME --model ..., hlaunch plan NAME")
 
-    @app.command("add")
+    @app.command("add", short_help="Add an entry; begin a registry where there is none.")
     def add(
         ctx: typer.Context,
         name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the new entry.")],

@@ -399,3 +399,6 @@ def test_init_writes_a_registry_that_is_valid_and_never_replaces_one(here: Here)
     assert other == {"file": "conf/mine.yml", "schema": "conf/model_registry.schema.json"}
     (here.folder / "gone").symlink_to(here.folder / "absent")
     assert here("registry", "init", "gone").code == 2
+    assert here("--file", "named.yml", "registry", "init").out.startswith("named.yml: written")
+    # Each command in one line: what a summary says is not cut off.
+    assert "..." not in here("registry", "--help").out.partition("Commands:")[2]
