@@ -211,6 +211,10 @@ def read_hello(frame: tuple[int, bytes] | None) -> Hello:
     hello = decode(body, Hello)
     if not hello.node or len(hello.node) > 255 or not hello.node.isprintable():
         raise LinkRefused(f"a node calls itself {hello.node[:40]!r}")
+    for said in (hello.order_id, *msgspec.structs.astuple(hello.facts)):
+        # These reach logs and terminals.
+        if len(said) > 255 or not said.isprintable():
+            raise LinkRefused(f"{hello.node} says {said[:40]!r} of itself")
     return hello
 
 

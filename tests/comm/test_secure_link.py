@@ -25,6 +25,7 @@ from engine.comm.node_messages import (
     decode,
     encode,
     own_facts,
+    read_hello,
 )
 from engine.comm.secure_link import (
     BEAT_SECONDS,
@@ -341,6 +342,22 @@ def test_who_proves_the_secret_and_says_nothing_is_sent_away(door: NodeListener,
     assert all("calls itself" in line for line in refusals[1:4])
     assert "not its hello" in refusals[4]
     link.dispose()
+
+
+@pytest.mark.parametrize(
+    "hello",
+    [
+        Hello("two", "x" * 256),
+        Hello("two", "1", NodeFacts(hostname="a\x1b[2J")),
+        Hello("two", "1", NodeFacts(torch="2.0\nerror: another line")),
+    ],
+    ids=["long", "escape", "line"],
+)
+def test_what_a_node_says_of_itself_is_fit_for_a_log(hello: Hello) -> None:
+    with pytest.raises(LinkRefused, match="^two says '[^\x1b\n]{1,45}' of itself$"):
+        read_hello((NodeKind.HELLO, encode(hello)))
+    fit = Hello("two", "1", own_facts("ab" * 32))
+    assert read_hello((NodeKind.HELLO, encode(fit))) == fit
 
 
 def forged(key: bytes, length: int, sequence: int, payload: bytes) -> bytes:
