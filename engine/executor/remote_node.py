@@ -13,11 +13,11 @@ from queue import Empty, SimpleQueue
 
 import msgspec
 
-from engine.comm.board import Activity, RankState
+from engine.comm.board import PHASES, Activity, RankState
 from engine.comm.node_listener import NodeArrival
 from engine.comm.node_messages import NodeKind, Prepare, Prepared, RankStateMessage, Start, decode, encode
 from engine.comm.secure_link import LinkLost, LinkRefused, NodeLinkError
-from engine.executor.messages import Kind, MessageError, decode_report
+from engine.executor.messages import Kind, MessageError, PhaseReport, decode_report
 from engine.executor.rank_host import RankLine
 from engine.executor.roster import Roster
 from engine.placement import RankSpec
@@ -36,7 +36,7 @@ class RemoteNode:
         self._link.allow_silence(silence_seconds)
         self._roster = roster
         self._results: SimpleQueue[bytes | None] = SimpleQueue()
-        self._states: SimpleQueue[list[RankStateMessage]] = SimpleQueue()
+        self._states: SimpleQueue[list[tuple[int, RankState, str]]] = SimpleQueue()
         self._gone = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -87,9 +87,9 @@ class RemoteNode:
             self._link.send(NodeKind.STATES)
             by_rank = {rank.rank: rank for rank in self.ranks}
             return [
-                RankLine(by_rank[line.rank], _state_of(line), line.kernel)
-                for line in self._states.get(timeout=timeout_seconds)
-                if line.rank in by_rank
+                RankLine(by_rank[rank], state, kernel)
+                for rank, state, kernel in self._states.get(timeout=timeout_seconds)
+                if rank in by_rank
             ]
         return []
 
@@ -122,7 +122,7 @@ class RemoteNode:
                 if kind == NodeKind.RESULT:
                     self._results.put(body)
                 elif kind == NodeKind.STATES:
-                    self._states.put(_STATES.decode(body))
+                    self._states.put([(line.rank, _state_of(line), line.kernel) for line in _STATES.decode(body)])
                 else:
                     self._hear(kind, body)
         except (NodeLinkError, MessageError, msgspec.DecodeError) as error:
@@ -132,6 +132,8 @@ class RemoteNode:
         report = decode_report(kind, body)
         if all(report.rank != rank.rank for rank in self.ranks):
             raise MessageError(f"a report about rank {report.rank}, which is not its own")
+        if isinstance(report, PhaseReport) and report.phase not in PHASES:
+            raise MessageError(f"a report of phase {report.phase[:40]!r}, which there is not")
         self._roster.hear(report)
 
     def _lose(self, error: Exception) -> None:
@@ -143,7 +145,11 @@ class RemoteNode:
 
 
 def _state_of(line: RankStateMessage) -> RankState:
-    return RankState(line.rank, line.phase, Activity(line.activity), line.step_id, line.num_meetings, line.seconds)
+    try:
+        activity = Activity(line.activity)
+    except ValueError as error:
+        raise MessageError(f"a rank's state that there is not: {error}") from None
+    return RankState(line.rank, line.phase, activity, line.step_id, line.num_meetings, line.seconds)
 
 
 def _fault_of(kind: int, body: bytes) -> str:

@@ -1,0 +1,57 @@
+"""A node that says what there is not is lost, by name: nothing of it reaches the engine as an error of its own."""
+
+from __future__ import annotations
+
+import socket
+import threading
+
+import msgspec
+import pytest
+from executor_support import CONFIG
+from nodes_support import SECRET, nodes_placement
+
+from engine.comm.node_listener import NodeArrival
+from engine.comm.node_messages import Hello, NodeKind, RankStateMessage
+from engine.comm.secure_link import SecureLink, answer, connect
+from engine.executor.messages import PhaseReport, encode_report
+from engine.executor.remote_node import RemoteNode
+from engine.executor.roster import NodeFailure, Roster
+from engine.placement import ParallelSizes
+
+PLACEMENT = nodes_placement(CONFIG, ParallelSizes(1, 2, 1))
+PHASE = encode_report(PhaseReport(1, "nonsense"))
+ALIEN = encode_report(PhaseReport(0, "load"))
+STATES = (int(NodeKind.STATES), msgspec.msgpack.encode([RankStateMessage(1, "serve", 99, 0, 0, 0.0)]))
+
+
+@pytest.mark.parametrize(
+    ("frame", "said"),
+    [
+        (PHASE, "a report of phase 'nonsense', which there is not"),
+        (ALIEN, "a report about rank 0, which is not its own"),
+        (STATES, "a rank's state that there is not: 99"),
+        ((int(NodeKind.STATES), b"\xc1"), "malformed"),
+        ((63, b""), "not a report of kind 63"),
+    ],
+    ids=["phase", "alien", "activity", "msgpack", "kind"],
+)
+def test_nonsense_is_the_loss_of_the_node(frame: tuple[int, bytes], said: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        ends: list[SecureLink] = []
+        thread = threading.Thread(target=lambda: ends.append(answer(server.accept()[0], SECRET)))
+        thread.start()
+        host = connect("127.0.0.1", server.getsockname()[1], SECRET)
+        thread.join()
+    roster = Roster(PLACEMENT.engine(0), lambda _: None)
+    node = RemoteNode(NodeArrival(ends[0], Hello("node1", "1")), PLACEMENT.on_node("node1"), roster, 10.0)
+    try:
+        node.spawn(None)
+        host.send(*frame)
+        cause = roster.wait_for_cause(5)
+        assert isinstance(cause, NodeFailure)
+        assert cause.message.startswith("node node1 (rank 1, cpu:0) is lost: ")
+        assert said in cause.message
+    finally:
+        node.stop()
+        roster.close()
+        host.dispose()
