@@ -32,6 +32,7 @@ from launcher.registry.shapes import DOCUMENT, MAX_NODES, NAME_PATTERN, VARIABLE
 from launcher.registry.values import BadValue, SecretRef
 
 SCHEMA_FILE = "model_registry.schema.json"
+SCHEMA_TITLE = "hlaunch model registry"
 _SIZE_PATTERN = r"^[0-9]+(\.[0-9]+)? ?([kKmMgGtTpP][bB]|[kKmMgGtTpP][iI][bB]|[bB])?$"
 _TOKENS_PATTERN = r"^([0-9]+(\.[0-9]+)?[kKmM]?|auto|-1)$"
 _DURATION_PATTERN = r"^[0-9]+(\.[0-9]+)? ?(ms|s|m|min|h|d)?$"
@@ -211,7 +212,7 @@ def json_schema() -> dict[str, Any]:
             patterns |= _flag_patterns()
         definition["patternProperties"] = patterns
     schema["$defs"]["Model"]["anyOf"] = [{"required": ["model"]}, {"required": ["extends"]}]
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "hlaunch model registry", **schema}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": SCHEMA_TITLE, **schema}
 
 
 def _flag_patterns() -> dict[str, Any]:

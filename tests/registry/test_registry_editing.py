@@ -400,5 +400,9 @@ def test_init_writes_a_registry_that_is_valid_and_never_replaces_one(here: Here)
     (here.folder / "gone").symlink_to(here.folder / "absent")
     assert here("registry", "init", "gone").code == 2
     assert here("--file", "named.yml", "registry", "init").out.startswith("named.yml: written")
+    (here.folder / "model_registry.schema.json").write_text("{}")
+    assert "not hlaunch's" in here("registry", "init", "more.yml").err
+    assert not (here.folder / "more.yml").exists()
+    assert (here.folder / "model_registry.schema.json").read_text() == "{}"
     # Each command in one line: what a summary says is not cut off.
     assert "..." not in here("registry", "--help").out.partition("Commands:")[2]

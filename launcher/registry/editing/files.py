@@ -60,7 +60,8 @@ def write_registry(path: Path, text: str, expected: str | None) -> None:
 def write_starter(path: Path) -> tuple[Path, Path]:
     """Write the registry that comes with hlaunch to `path`, and the schema that its first line names beside it.
 
-    Returns both. Raises: UsageError when a file is there already; HlaunchError when it cannot be written.
+    Returns both. Raises: UsageError when a file is there already, or another's schema is; HlaunchError when one cannot
+    be written.
     """
     from launcher.registry.schema import SCHEMA_FILE, json_schema_text
 
@@ -70,10 +71,13 @@ def write_starter(path: Path) -> tuple[Path, Path]:
     text = packaged_registry().read_text(encoding="utf-8")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if os.path.lexists(schema) and not _is_our_schema(schema):
+            raise UsageError(f"{schema} is there already and is not hlaunch's", hint="move it, or name another folder")
+        # First: a registry that stands can be begun only once.
+        schema.write_text(json_schema_text(), encoding="utf-8")
         # Exclusive: a registry that somebody else writes at this moment is theirs.
         with path.open("x", encoding="utf-8", newline="\n") as file:
             file.write(text)
-        schema.write_text(json_schema_text(), encoding="utf-8")
     except FileExistsError as error:
         raise UsageError(f"{path} is there already", hint="run the command again") from error
     except OSError as error:
@@ -83,3 +87,10 @@ def write_starter(path: Path) -> tuple[Path, Path]:
             exit_code=ExitCode.ENGINE_FAILED,
         ) from error
     return path, schema
+
+
+def _is_our_schema(path: Path) -> bool:
+    from launcher.registry.schema import SCHEMA_TITLE
+
+    with path.open(encoding="utf-8", errors="replace") as file:
+        return f'"title": "{SCHEMA_TITLE}"' in file.read(1024)
