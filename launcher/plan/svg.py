@@ -21,6 +21,7 @@ PAD = 18
 TILE = (104, 74)
 GAP = 10
 GROUP_HEAD = 26
+SUMS_LINE = 14
 GROUP_PAD = 10
 ROW_GAP = 34
 PANEL_HEAD = 46
@@ -53,7 +54,12 @@ class _Group:
 
     @property
     def height(self) -> float:
-        return GROUP_HEAD + TILE[1] + GROUP_PAD
+        return self.head + TILE[1] + GROUP_PAD
+
+    @property
+    def head(self) -> float:
+        """Room for a line of words, and for a second one about what several ranks sum."""
+        return GROUP_HEAD + (SUMS_LINE if len(self.ranks) > 1 else 0)
 
     @property
     def middle(self) -> tuple[float, float]:
@@ -117,13 +123,15 @@ def _groups(node: PictureNode, top: float) -> tuple[_Group, ...]:
     keys = list(dict.fromkeys((rank.dp_rank, rank.pp_rank) for rank in node.ranks))
     left, right = MARGIN + PAD, WIDTH - MARGIN - PAD
     x, y = float(left), top
+    row_height = 0.0
     found: list[_Group] = []
     for engine, stage in keys:
         ranks = tuple(rank for rank in node.ranks if (rank.dp_rank, rank.pp_rank) == (engine, stage))
         width = len(ranks) * TILE[0] + (len(ranks) - 1) * GAP + 2 * GROUP_PAD
         if found and x + width > right:
-            x, y = float(left), y + GROUP_HEAD + TILE[1] + GROUP_PAD + ROW_GAP
+            x, y, row_height = float(left), y + row_height + ROW_GAP, 0.0
         found.append(_Group(engine, stage, ranks, x, y, width))
+        row_height = max(row_height, found[-1].height)
         x += width + 2 * GAP
     return tuple(found)
 
@@ -165,16 +173,16 @@ def _group(picture: Picture, group: _Group) -> Iterator[str]:
     if placement.pipeline_parallel_size > 1:
         title.append(f"stage {group.stage}")
     title.append(layers)
+    yield _text(group.x + GROUP_PAD, group.y + 17, "tiny", " · ".join(title))
+    middle = group.y + group.head + TILE[1] / 2
     if len(group.ranks) > 1:
         link = picture.group_link([rank.rank for rank in placement.stage(group.engine, group.stage)])
-        title.append(f"{2 * first.num_layers} sums a step, {link.name}")
-    yield _text(group.x + GROUP_PAD, group.y + 17, "tiny", " · ".join(title))
-    middle = group.y + GROUP_HEAD + TILE[1] / 2
-    if len(group.ranks) > 1:
+        sums = f"{2 * first.num_layers} sums a step, {link.name}"
+        yield _text(group.x + GROUP_PAD, group.y + 17 + SUMS_LINE, "tiny", sums)
         end = group.x + group.width - GROUP_PAD - 4
         yield f'<path class="sum" style="stroke:{edge}" d="M{_n(group.x + GROUP_PAD + 4)} {_n(middle)}H{_n(end)}"/>'
     for number, rank in enumerate(group.ranks):
-        yield from _tile(picture, rank, group.x + GROUP_PAD + number * (TILE[0] + GAP), group.y + GROUP_HEAD)
+        yield from _tile(picture, rank, group.x + GROUP_PAD + number * (TILE[0] + GAP), group.y + group.head)
 
 
 def _tile(picture: Picture, rank: RankSpec, x: float, y: float) -> Iterator[str]:
@@ -239,7 +247,7 @@ def _hop(hop: Hop, one: _Group, other: _Group, size: str) -> Iterator[str]:
     yield f'<path class="{kind}" marker-end="url(#arrow)" d="{path}"/>'
     if is_crossing:
         x, y = (one.middle[0] + other.middle[0]) / 2, (one.y + one.height + other.y) / 2
-        yield _text(x + 14, y + 22, "warn", f"stage {hop.stage} → {hop.stage + 1}: {size}, {hop.link.name}")
+        yield _text(x + 14, y - 10, "warn", f"stage {hop.stage} → {hop.stage + 1}: {size}, {hop.link.name}")
 
 
 def _legend(picture: Picture, y: float) -> Iterator[str]:
