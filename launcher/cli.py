@@ -54,7 +54,7 @@ COMMANDS: Mapping[str, str] = {
     "doctor": "Examine the hosts of a cluster, and the fabric between them.",
     "schema": "Print the JSON schema of the registry, or its keys.",
     "import": "Turn a vLLM configuration or command line into a registry.",
-    "registry": "Add an entry to the registry, or set a value; the rest stays as it is.",
+    "registry": "Begin a registry, add an entry, or set a value; the rest stays as it is.",
 }
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
