@@ -192,6 +192,12 @@ def report_fit(
     )
     if memory.fits:
         return report
+    if limits.max_model_len > model.max_position_embeddings:
+        # Whatever else is changed, no model takes more; so this is what to change, and the rest goes by it.
+        found = _suggest_context(
+            replace(limits, max_model_len=model.max_position_embeddings), lambda tried: try_fit(tried).fits
+        )
+        return replace(report, suggestions=found)
     found = suggest(limits, try_fit, can_fix_pool=not is_gpu)
     return replace(report, suggestions=(*_larger_share(report, config, total_bytes), *found))
 
@@ -260,6 +266,13 @@ def suggest(
     if tokens:
         found.append(Suggestion((("max-num-batched-tokens", str(tokens)),)))
     return tuple(found) if found else _suggest_together(limits, fits)
+
+
+def _suggest_context(limits: Limits, fits: Callable[[Limits], bool]) -> tuple[Suggestion, ...]:
+    blocks = _largest_context(limits, fits)
+    if not blocks:
+        return _suggest_together(limits, fits)
+    return (Suggestion((("max-model-len", str(blocks * limits.block_size)),)),)
 
 
 def _suggest_together(limits: Limits, fits: Callable[[Limits], bool]) -> tuple[Suggestion, ...]:

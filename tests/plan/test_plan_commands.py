@@ -108,6 +108,16 @@ def test_no_placement_exits_6_and_names_what_is_possible(hlaunch: Hlaunch) -> No
     assert "no placement: the problem stands below" in result.stdout
 
 
+def test_no_more_context_is_proposed_than_the_model_takes(hlaunch: Hlaunch) -> None:
+    result = hlaunch("plan", "tiny", "--set", "max-model-len=100000000")
+    assert result.returncode == 6
+    hints = [line for line in result.stderr.splitlines() if line.startswith("hint: ")]
+    assert hints == [
+        "hint: would fit: --set max-model-len=2048",
+        "hint: add --set max-model-len=2048, or leave it at auto",
+    ]
+
+
 def test_what_does_not_fit_exits_6_with_the_way_out_last_but_one(hlaunch: Hlaunch) -> None:
     result = hlaunch("fit", "split", "--set", "tp=1", "--set", "gpu-memory-utilization=0.5")
     assert result.returncode == 6
