@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -291,7 +291,7 @@ def test_nothing_heavy_is_loaded_and_it_takes_less_than_a_second(hlaunch: Hlaunc
     )
     seconds = []
     for _ in range(3):
-        began = time.perf_counter()
+        began = _seconds_of_children()
         result = subprocess.run(
             [sys.executable, "-c", code],
             cwd=hlaunch.folder,
@@ -300,9 +300,15 @@ def test_nothing_heavy_is_loaded_and_it_takes_less_than_a_second(hlaunch: Hlaunc
             capture_output=True,
             check=True,
         )
-        seconds.append(time.perf_counter() - began)
+        seconds.append(_seconds_of_children() - began)
         assert result.stderr.splitlines()[-1] == "[]"
     assert min(seconds) < 1.0
+
+
+def _seconds_of_children() -> float:
+    """The processor's time, which other work on the machine does not lengthen as it does the clock's."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def test_an_ascii_terminal_gets_ascii(hlaunch: Hlaunch) -> None:
