@@ -27,6 +27,8 @@ def register(app: typer.Typer) -> None:
         ] = False,
     ) -> None:
         """Print the JSON schema of the registry, or its keys."""
+        from textwrap import wrap
+
         from launcher.registry.schema import json_schema_text
 
         console = invocation_of(ctx).console
@@ -37,8 +39,9 @@ def register(app: typer.Typer) -> None:
         else:
             for where, spec in _rows():
                 console.heading(", ".join((where + spec.key, *spec.aliases)))
-                console.data(f"    {spec.summary}")
-                console.data(f"    {_terms(spec)}")
+                for text in (spec.summary, _terms(spec)):
+                    for line in wrap(text, console.width - 4, break_on_hyphens=False, break_long_words=False):
+                        console.data(f"    {line}")
 
 
 def _rows() -> Iterator[tuple[str, KeySpec]]:

@@ -143,6 +143,8 @@ def _own(declared: Cluster, paths: list[Path]) -> dict[str, Any]:
 
 
 def _rank(console: Console, study: Study, declared: Cluster, splits: list[Split], by: str) -> None:
+    from textwrap import wrap
+
     from launcher.commands.plan import show_remarks, show_topology
     from launcher.plan.splits import best_reason
 
@@ -167,7 +169,9 @@ def _rank(console: Console, study: Study, declared: Cluster, splits: list[Split]
     console.table(columns, rows, title=f"splits over {declared.name}, by {by}")
     console.data()
     best = splits[0]
-    console.heading(best_reason(best, splits, "latency" if by == "latency" else "throughput"))
+    reason = best_reason(best, splits, "latency" if by == "latency" else "throughput")
+    for line in wrap(reason, console.width, break_on_hyphens=False):
+        console.heading(line)
     picture = study.picture("", best, _roles(declared))
     show_topology(console, picture)
     console.data()

@@ -6,6 +6,7 @@ Pure text of at most `width` columns; `plain` turns box characters into ASCII fo
 from __future__ import annotations
 
 from collections.abc import Iterator
+from textwrap import wrap
 
 from launcher.plan.picture import Hop, Picture, PictureNode, alike, device_span, rank_span
 from launcher.plan.rank_memory import RankMemory
@@ -159,7 +160,7 @@ def _rank_bar(members: list[int], memory: RankMemory, width: int) -> Iterator[st
             f" = {memory.max_full_requests:.1f} requests of full length"
         )
     if memory.problem:
-        yield f"{pad}DOES NOT FIT: {memory.problem}"
+        yield from (f"{pad}{line}" for line in wrap(f"DOES NOT FIT: {memory.problem}", width - len(pad)))
 
 
 def tokens(count: int) -> str:

