@@ -1,4 +1,5 @@
-"""Draw docs/demo.svg and docs/top.svg: what a terminal shows while tiny-oss starts, answers and is watched. Needs tmux.
+"""Draw docs/demo.svg, plan.svg and top.svg: what a terminal shows while models are planned, started and watched. Needs
+tmux.
 
 It runs the real commands in a real terminal and keeps the colours of the last screen. `record_demo.py top` draws one.
 """
@@ -40,6 +41,12 @@ SCENES = {
             ("hlaunch ps", "UPTIME", 10.0, 0.5),
             ("hlaunch chat tiny-oss --temperature 0 -m 'What is 3 + 4?'", "", 8.0, 4.0),
         ),
+    ),
+    "plan": Scene(
+        "hlaunch plan",
+        100,
+        78,
+        (("hlaunch --file examples/two-nodes.yml plan gpt-oss-20b", "what would run", 10.0, 1.5),),
     ),
     "top": Scene(
         "hlaunch top",
