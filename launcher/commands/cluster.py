@@ -5,6 +5,7 @@ Knows: columns, phases as people see them. Refuses to know: nodes, ssh, Docker (
 
 from __future__ import annotations
 
+import os
 import subprocess
 import threading
 import time
@@ -24,9 +25,6 @@ if TYPE_CHECKING:
 
 def up(invocation: Invocation, plan: ClusterPlan, runtime: str, *, is_replacing: bool) -> int:
     """Start a launch on its cluster and return when it is ready; the nodes go on by themselves."""
-    from launcher.exit_codes import ExitCode
-    from launcher.fabric.transports import summary
-    from launcher.supervise.cluster_run import read_run, start
     from launcher.supervise.instance import InstanceFolder, state_root
     from launcher.supervise.runtimes import RUNTIMES
 
@@ -35,6 +33,25 @@ def up(invocation: Invocation, plan: ClusterPlan, runtime: str, *, is_replacing:
     plan.check()
     folder = InstanceFolder(state_root(invocation.environ), plan.name)
     folder.create()
+    # Two starts of one name would lay their files into the same folders.
+    if (lock := folder.try_lock()) is None:
+        raise PreflightError(
+            f"another `hlaunch up` is starting {plan.name}", hint=f"wait for it: hlaunch status {plan.name}"
+        )
+    try:
+        return _start_on(invocation, plan, runtime, folder, is_replacing=is_replacing)
+    finally:
+        os.close(lock)
+
+
+def _start_on(
+    invocation: Invocation, plan: ClusterPlan, runtime: str, folder: InstanceFolder, *, is_replacing: bool
+) -> int:
+    from launcher.exit_codes import ExitCode
+    from launcher.fabric.transports import summary
+    from launcher.supervise.cluster_run import read_run, start
+    from launcher.supervise.runtimes import RUNTIMES
+
     if (running := read_run(folder)) is not None:
         if not is_replacing:
             raise PreflightError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from launcher.registry.cluster import RaySettings
 from launcher.supervise.cluster_run import RECORD, ClusterRun
 from launcher.supervise.cluster_view import parse_view
 from launcher.supervise.docker import parse_host_facts
+from launcher.supervise.instance import InstanceFolder
 from launcher.supervise.node_spec import NodeSpec, Peer
 from launcher.supervise.ray_process import ray_argv, ray_cause, ray_environment
 from launcher.supervise.runtimes import NodeHandle
@@ -132,6 +134,19 @@ def test_replacing_begins_when_nothing_of_the_old_is_left(tmp_path: Path) -> Non
     assert up.returncode == 1, up.stderr
     assert "error: m: not everything is gone\n  gone: " in up.stderr
     assert (folder / RECORD).read_text() == record
+
+
+def test_two_starts_of_one_name_do_not_meet(tmp_path: Path) -> None:
+    folder = InstanceFolder(tmp_path / ".local/state/hlaunch", "m")
+    folder.create()
+    lock = folder.try_lock()
+    assert lock is not None
+    try:
+        up = _hlaunch(tmp_path, DOCKER_DOWN, "up", "m")
+    finally:
+        os.close(lock)
+    assert up.returncode == 5, up.stderr
+    assert "another `hlaunch up` is starting m" in up.stderr
 
 
 def _hlaunch(home: Path, docker: str, *command: str) -> subprocess.CompletedProcess[str]:
