@@ -29,7 +29,6 @@ from engine.config import ConfigError, EngineConfig
 from launcher.errors import HlaunchError, PreflightError
 from launcher.exit_codes import ExitCode
 from launcher.plan.weights import find_model_files
-from launcher.supervise import procfs
 from launcher.supervise.control import make_private_folder
 from launcher.supervise.instance import write_private
 from launcher.supervise.node_spec import MAX_SPEC_BYTES, NodeSpec
@@ -40,6 +39,8 @@ KEEPER_FILE = "keeper.json"
 ENGINE_FILE = "engine.json"
 MODEL_FOLDER_VARIABLE = "HLAUNCH_MODEL_FOLDER"
 """Read by the host of this node's ranks (`engine.executor.ray_actor`)."""
+# In the environment of every process of a node: the folder in which it was started.
+_MARK = "_HLAUNCH_NODE_FOLDER"
 _STOP_GRACE_SECONDS = 15.0
 
 
@@ -160,6 +161,7 @@ def _start(spec: NodeSpec, plan: Path, log: Path) -> int:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
+        env={**os.environ, _MARK: str(folder)},
     )
     identity = ProcessIdentity.of(process.pid)
     if identity is None:
@@ -204,9 +206,8 @@ def stop(folder: Path) -> int:
             time.sleep(0.05)
         if keeper.is_alive:
             keeper.send(signal.SIGKILL)
-    left = _survivors(folder, record)
+    left = _survivors(folder)
     for pid in left:
-        # Whoever else on the host names our folder is none of ours.
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(pid, signal.SIGKILL)
     shutil.rmtree(folder, ignore_errors=True)
@@ -216,15 +217,15 @@ def stop(folder: Path) -> int:
     return ExitCode.OK
 
 
-def _survivors(folder: Path, record: dict[str, object]) -> list[int]:
-    """Processes that name this node's own folders on their command line: Ray's and ours do."""
-    marks = [text for text in (str(folder), str(record.get("ray", ""))) if len(text) > len("/tmp/")]
+def _survivors(folder: Path) -> list[int]:
+    """List the processes of the node started in `folder`, its own, Ray's and ranks: all have inherited its mark."""
+    mark = os.fsencode(f"{_MARK}={folder}")
     found = []
     for entry in os.listdir("/proc"):
         if entry.isdigit() and int(entry) not in (os.getpid(), os.getppid()):
-            line = procfs.command_line(int(entry))
-            if any(mark in line for mark in marks) and "launcher.node stop" not in line:
-                found.append(int(entry))
+            with contextlib.suppress(OSError):
+                if mark in Path(f"/proc/{entry}/environ").read_bytes().split(b"\0"):
+                    found.append(int(entry))
     return found
 
 

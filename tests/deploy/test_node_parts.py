@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -190,19 +192,28 @@ def test_ssh_gets_every_word_quoted() -> None:
     assert shlex.split(argv[-1]) == ["sh", "-c", "echo $1", "sh", "a b; rm -rf /"]
 
 
-def test_a_node_is_cleared_away_whoever_else_names_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Command lines are anybody's: a process of another user that names the folder is left, and stops nothing."""
-
-    def refuse(pid: int, number: int) -> None:
-        raise PermissionError(1, "Operation not permitted")
-
+def test_a_node_is_cleared_away_and_nobody_who_only_names_its_folder(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
-    other = subprocess.Popen([sys.executable, "-c", "input()", str(folder)], stdin=subprocess.PIPE)
-    monkeypatch.setattr("launcher.node.os.kill", refuse)
+    reader = [sys.executable, "-c", "input()", str(folder)]
+    other = subprocess.Popen(reader, stdin=subprocess.PIPE)
+    own = subprocess.Popen(reader, stdin=subprocess.PIPE, env={**os.environ, "_HLAUNCH_NODE_FOLDER": str(folder)})
     try:
+        _wait_until_executed(own)
         assert stop(folder) == 0
+        assert own.wait(10) == -signal.SIGKILL
+        assert other.poll() is None
     finally:
+        own.kill()
+        own.communicate()
         other.communicate(b"\n")
     assert other.returncode == 0
     assert not folder.exists()
+
+
+def _wait_until_executed(process: subprocess.Popen[bytes]) -> None:
+    """Wait until a process has its own environment: until then it is a copy of this one."""
+    deadline = time.monotonic() + 10
+    while b"input()" not in Path(f"/proc/{process.pid}/cmdline").read_bytes():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
