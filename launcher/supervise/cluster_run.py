@@ -199,7 +199,8 @@ def _await_ready(
             on_report(item)
             if isinstance(told := item.report.get("versions"), dict) and told:
                 versions[item.node.name] = told
-                if differs := differences(versions):
+                in_order = {node.name: versions[node.name] for node in run.nodes if node.name in versions}
+                if differs := differences(in_order):
                     raise PreflightError(
                         differs[0], details=differs[1:], hint="use one image, or one environment, on every node"
                     )

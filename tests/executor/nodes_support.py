@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import msgspec
 from executor_support import CONFIG, HERE, STAND_IN
@@ -24,9 +25,18 @@ SECRET = b"a secret of the test"
 
 
 class HostStarter:
-    """Runs node hosts as children of the test. `hosts` are their processes by node."""
+    """Runs node hosts as children of the test. `hosts` are their processes by node.
 
-    def __init__(self, command: Sequence[str] = STAND_IN, environment: dict[str, dict[str, str]] | None = None) -> None:
+    With `logs`, a folder, each host has a log of its own there, `NODE.log`, as it has on a node of its own.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str] = STAND_IN,
+        environment: dict[str, dict[str, str]] | None = None,
+        logs: Path | None = None,
+    ) -> None:
+        self._logs = logs
         self.listener = NodeListener("127.0.0.1", 0, SECRET)
         self.hosts: dict[str, subprocess.Popen[bytes]] = {}
         self.lost: LostCallback = lambda node, why: None
@@ -37,12 +47,15 @@ class HostStarter:
         self.lost = on_lost
         for order in orders:
             task = HostTask("127.0.0.1", self.listener.port, SECRET, order.node, order.order_id, command=self._command)
-            self.hosts[order.node] = process = subprocess.Popen(
-                [sys.executable, "-m", "engine.executor.node_host"],
-                stdin=subprocess.PIPE,
-                cwd=HERE.parents[1],
-                env={**os.environ, **self._environment.get(order.node, {})},
-            )
+            with contextlib.ExitStack() as stack:
+                log = stack.enter_context((self._logs / f"{order.node}.log").open("wb")) if self._logs else None
+                self.hosts[order.node] = process = subprocess.Popen(
+                    [sys.executable, "-m", "engine.executor.node_host"],
+                    stdin=subprocess.PIPE,
+                    stderr=log,
+                    cwd=HERE.parents[1],
+                    env={**os.environ, **self._environment.get(order.node, {})},
+                )
             assert process.stdin is not None
             process.stdin.write(msgspec.json.encode(task))
             process.stdin.close()
@@ -95,6 +108,7 @@ def start_on_nodes(
     environment: dict[str, dict[str, str]] | None = None,
     on_nodes: Callable[[str], None] = lambda _: None,
     silence_seconds: float = 5.0,
+    logs: Path | None = None,
     **options: float,
 ) -> tuple[MultiNodeExecutor, HostStarter]:
     """Start stand-in ranks on nodes, ready for plans. Options are the configuration's."""
@@ -102,7 +116,7 @@ def start_on_nodes(
     base = replace(CONFIG, **options)  # type: ignore[arg-type]
     placement = nodes_placement(base, sizes, num_nodes)
     config = nodes_config(base, placement, silence_seconds=silence_seconds)
-    starter = HostStarter(environment=environment)
+    starter = HostStarter(environment=environment, logs=logs)
     try:
         executor = MultiNodeExecutor(
             config, placement, command=STAND_IN, starter=starter, node="node0", on_nodes=on_nodes

@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from executor_support import CONFIG, STAND_IN, add_requests, drive, is_running, leftovers, new_scheduler, wait_until
@@ -74,12 +75,10 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("kind", FAULTS)
-def test_a_rank_of_another_node_that_fails_is_named(
-    kind: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_rank_of_another_node_that_fails_is_named(kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("STAND_IN_FAULT", f"1:{kind}:5")
     before = leftovers()
-    executor, starter = start_on_nodes(PP2, step_timeout_seconds=1.0)
+    executor, starter = start_on_nodes(PP2, step_timeout_seconds=1.0, logs=tmp_path)
     ranks = [*executor.pids, *ranks_below(starter.hosts["node1"].pid)]
     with pytest.raises(RankFailure, match=FAULTS[kind]) as caught:
         serve(executor, 300)
@@ -89,7 +88,7 @@ def test_a_rank_of_another_node_that_fails_is_named(
     assert not any(map(is_running, ranks))
     assert leftovers() == before
     if kind == "hang":
-        log = capfd.readouterr().err
+        log = (tmp_path / "node1.log").read_text()
         assert "stacks of rank 1" in log
         assert "in execute" in log
 
