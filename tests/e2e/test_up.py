@@ -102,7 +102,7 @@ def test_the_printed_curl_line_works_and_ctrl_c_exits_0(up: Up) -> None:
     body = json.loads(re.search(r"-d '(.*)'", command)[1])  # type: ignore[index]
     request = urllib.request.Request(
         f"{record['url']}/v1/chat/completions",
-        json.dumps(body | {"max_tokens": 8}).encode(),
+        json.dumps(body | {"max_tokens": 64, "temperature": 0}).encode(),
         {"Content-Type": "application/json"},
     )
     with urllib.request.urlopen(request) as answer:
