@@ -11,22 +11,15 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 
 from engine.config import ConfigError, EngineConfig, load_model_config, resolve_model_folder
 from engine.core.plan import AdmittedRow, ExecutionPlan, StepResult
 from engine.core.sampling_params import SamplingParams
 from engine.executor.base import ExecutorError
-from engine.executor.messages import (
-    LoadedReport,
-    PhaseReport,
-    PlanEncoder,
-    SampledTokens,
-    decode_result,
-    pack_ints,
-)
+from engine.executor.messages import LoadedReport, PhaseReport
 from engine.executor.ray_graph import RankGraph
+from engine.executor.steps_in_flight import StepsInFlight
 from engine.memory import kv_cache_groups
 from engine.placement import Placement
 
@@ -57,13 +50,11 @@ class CompiledGraphExecutor:
             raise ConfigError("model", f"{config.model!r} is not on this node")
         self._model = load_model_config(folder)
         self._config = config
-        self._has_stages = placement.pipeline_parallel_size > 1
         self._on_phase = on_phase
         self._timeout = config.step_timeout_seconds
-        self._encoder = PlanEncoder()
-        self._in_flight: deque[tuple[ExecutionPlan, float]] = deque()
-        self._sampled: tuple[list[int], list[int]] = ([], [])
-        self._collected_at = 0.0
+        self._steps = StepsInFlight(
+            timeout_seconds=config.step_timeout_seconds, has_stages=placement.pipeline_parallel_size > 1
+        )
         self._failure: ExecutorError | None = None
         self._callback: Callable[[ExecutorError], None] = lambda _: None
         self._is_stopped = False
@@ -71,7 +62,7 @@ class CompiledGraphExecutor:
 
     @property
     def num_in_flight(self) -> int:
-        return len(self._in_flight)
+        return len(self._steps)
 
     @property
     def pids(self) -> tuple[int, ...]:
@@ -109,43 +100,30 @@ class CompiledGraphExecutor:
     def submit(self, plan: ExecutionPlan) -> None:
         """Write a plan into the graph."""
         self._check()
-        rows, tokens = self._sampled
-        sampled = None
-        if rows:
-            sampled = SampledTokens(pack_ints(rows), pack_ints(tokens))
-            self._sampled = ([], [])
         with self._settling():
-            self._graph.submit(self._encoder.encode(plan, sampled))
-        self._in_flight.append((plan, time.monotonic()))
+            self._graph.submit(self._steps.encode(plan))
+        self._steps.add(plan)
 
     def collect(self) -> StepResult:
         """Wait for the oldest plan's result, at most for the step's deadline."""
         self._check()
-        plan, submitted_at = self._in_flight[0]
-        deadline = max(submitted_at, self._collected_at) + self._timeout
+        step_id, deadline = self._steps.oldest()
         with self._settling():
             body = self._graph.collect(max(0.0, deadline - time.monotonic()))
             if body is None:
                 ranks = ", ".join(str(rank.rank) for rank in self.ranks)
                 raise ExecutorError(
-                    f"step {plan.step_id} did not come out of the compiled graph within {self._timeout:.0f} s; "
+                    f"step {step_id} did not come out of the compiled graph within {self._timeout:.0f} s; "
                     f"Ray does not tell which of the ranks {ranks} holds it up"
                 )
-        result = decode_result(body)
-        self._in_flight.popleft()
-        self._collected_at = time.monotonic()
-        if self._has_stages:
-            # Stages before the last did not see what was sampled: they are told with the next plan.
-            self._sampled[0].extend(result.rows)
-            self._sampled[1].extend(result.token_ids)
-        return result
+        return self._steps.finish(body)
 
     def stop(self) -> None:
         """End all ranks and leave the Ray cluster. Idempotent."""
         if not self._is_stopped:
             self._is_stopped = True
             self._graph.close()
-            self._in_flight.clear()
+            self._steps.clear()
 
     def _check(self) -> None:
         if self._failure is not None:

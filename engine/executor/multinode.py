@@ -11,7 +11,6 @@ import contextlib
 import secrets
 import select
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import msgspec
@@ -28,17 +27,14 @@ from engine.executor.messages import (
     Kind,
     LoadedReport,
     PhaseReport,
-    PlanEncoder,
     Report,
-    SampledTokens,
-    decode_result,
-    pack_ints,
 )
 from engine.executor.node_starter import NodeOrder, NodeStarter, orders_for
 from engine.executor.nodes_awaited import NodesAwaited
 from engine.executor.rank_host import RANK_COMMAND, STOP_SECONDS, RankHost, RankLine
 from engine.executor.remote_node import RemoteNode
 from engine.executor.roster import RankFailure, RankView, Roster
+from engine.executor.steps_in_flight import StepsInFlight
 from engine.placement import Placement
 
 # A rank that says nothing for this long while it starts is taken to hang; loading reports every layer.
@@ -77,15 +73,13 @@ class MultiNodeExecutor:
         self._dp_rank = dp_rank
         self._timeout = config.step_timeout_seconds
         self._silence = silence_seconds
-        self._has_stages = placement.pipeline_parallel_size > 1
         self._starter = starter
         self._facts = facts or own_facts()
         self._on_nodes = on_nodes
         self._is_stopped = False
-        self._encoder = PlanEncoder()
-        self._in_flight: deque[tuple[ExecutionPlan, float]] = deque()
-        self._sampled: tuple[list[int], list[int]] = ([], [])
-        self._collected_at = 0.0
+        self._steps = StepsInFlight(
+            timeout_seconds=config.step_timeout_seconds, has_stages=placement.pipeline_parallel_size > 1
+        )
         self._remote: dict[str, RemoteNode] = {}
         self._roster = Roster(self.ranks, on_phase)
         local = [rank for rank in self.ranks if starter is None or rank.node == node]
@@ -106,7 +100,7 @@ class MultiNodeExecutor:
 
     @property
     def num_in_flight(self) -> int:
-        return len(self._in_flight)
+        return len(self._steps)
 
     @property
     def pids(self) -> tuple[int, ...]:
@@ -135,31 +129,18 @@ class MultiNodeExecutor:
     def submit(self, plan: ExecutionPlan) -> None:
         """Send a plan to all ranks. Blocks only while a ring is full of unread plans."""
         self._check()
-        rows, tokens = self._sampled
-        sampled = None
-        if rows:
-            sampled = SampledTokens(pack_ints(rows), pack_ints(tokens))
-            self._sampled = ([], [])
-        self._write(self._encoder.encode(plan, sampled), Kind.PLAN)
-        self._in_flight.append((plan, time.monotonic()))
+        self._write(self._steps.encode(plan), Kind.PLAN)
+        self._steps.add(plan)
 
     def collect(self) -> StepResult:
         """Wait for the oldest plan's result, at most for the step's deadline."""
         self._check()
-        plan, submitted_at = self._in_flight[0]
-        deadline = max(submitted_at, self._collected_at) + self._timeout
+        step_id, deadline = self._steps.oldest()
         while (body := self._read_result(max(0.0, deadline - time.monotonic()))) is None:
             self._check()
             if time.monotonic() >= deadline:
-                raise self._hang(plan.step_id)
-        result = decode_result(body)
-        self._in_flight.popleft()
-        self._collected_at = time.monotonic()
-        if self._has_stages:
-            # Stages before the last did not see what was sampled: they are told with the next plan.
-            self._sampled[0].extend(result.rows)
-            self._sampled[1].extend(result.token_ids)
-        return result
+                raise self._hang(step_id)
+        return self._steps.finish(body)
 
     def stop(self) -> None:
         """End all ranks on all nodes and give everything back. Idempotent; no process of this node is left then."""
@@ -184,7 +165,7 @@ class MultiNodeExecutor:
         if self._starter is not None:
             self._starter.stop()
         self._roster.close()
-        self._in_flight.clear()
+        self._steps.clear()
 
     # Nodes come together.
 
@@ -260,7 +241,7 @@ class MultiNodeExecutor:
         try:
             self._host.write(body, kind, self._timeout)
         except RingTimeout:
-            step_id = self._in_flight[0][0].step_id if self._in_flight else 0
+            step_id = self._steps.oldest()[0] if self._steps else 0
             raise self._hang(step_id) from None
         except RingError:
             raise self._end_of_a_rank() from None
