@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,23 +57,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         ]
         num_requests = 2 * max(case.sizes.data for case in chosen)
         alone = asyncio.run(topologies.serve(topologies.base_config(folder), num_requests, NUM_TOKENS))
-        print(
-            f"{'topology, through Ray':<24}{'tp pp dp':>10}{'ranks':>7}{'ready':>9}{'tokens/s':>10}  same as one rank"
-        )
+        print(topologies.head_line("topology, through Ray"))
         for case in chosen:
             outcome = run_case(case, folder, pair, work / "head.json", num_requests, options.seconds)
-            is_same = outcome.tokens == alone.tokens
-            sizes, ep = case.sizes, " ep" if case.sizes.expert_parallel else ""
-            print(
-                f"{case.name:<24}{f'{sizes.tensor} {sizes.pipeline} {sizes.data}{ep}':>10}{sizes.world:>7}"
-                f"{outcome.ready_seconds:>7.1f} s{outcome.tokens_per_second:>10.0f}  {'yes' if is_same else 'NO'}",
-                flush=True,
-            )
-            rows.append({"name": case.name, **asdict(sizes), **asdict(outcome), "is_same": is_same})
-            del rows[-1]["tokens"]
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=2))
-    return 0 if all(row["is_same"] for row in rows) else 1
+            rows.append(topologies.tell(case, outcome, alone))
+    return topologies.conclude(rows, options.json)
 
 
 def run_case(

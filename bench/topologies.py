@@ -273,22 +273,37 @@ def run_all(options: argparse.Namespace) -> int:
         ]
         num_requests = 2 * max(case.sizes.data for case in chosen)
         alone = asyncio.run(serve(base_config(folder), num_requests, 24))
-        print(f"{'topology':<24}{'tp pp dp':>10}{'ranks':>7}{'ready':>9}{'tokens/s':>10}  same as one rank")
+        print(head_line("topology"))
         print(f"{'one rank':<24}{'1 1 1':>10}{1:>7}{alone.ready_seconds:>7.1f} s{alone.tokens_per_second:>10.0f}")
         for case in chosen:
-            sizes = case.sizes
             outcome = run_case(case, folder, nodes, work, num_requests=num_requests, num_tokens=24, seconds=600)
-            is_same = outcome.tokens == alone.tokens
-            ep = " ep" if sizes.expert_parallel else ""
-            print(
-                f"{case.name:<24}{f'{sizes.tensor} {sizes.pipeline} {sizes.data}{ep}':>10}{sizes.world:>7}"
-                f"{outcome.ready_seconds:>7.1f} s{outcome.tokens_per_second:>10.0f}  {'yes' if is_same else 'NO'}",
-                flush=True,
-            )
-            rows.append({"name": case.name, **asdict(sizes), **asdict(outcome), "is_same": is_same})
-            del rows[-1]["tokens"]
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=2))
+            rows.append(tell(case, outcome, alone))
+    return conclude(rows, options.json)
+
+
+def head_line(title: str) -> str:
+    """Give the line above the lines of `tell`."""
+    return f"{title:<24}{'tp pp dp':>10}{'ranks':>7}{'ready':>9}{'tokens/s':>10}  same as one rank"
+
+
+def tell(case: Case, outcome: Outcome, alone: Outcome) -> dict[str, Any]:
+    """Print how a topology did beside one rank; returns the same as a row for JSON."""
+    sizes, ep = case.sizes, " ep" if case.sizes.expert_parallel else ""
+    is_same = outcome.tokens == alone.tokens
+    print(
+        f"{case.name:<24}{f'{sizes.tensor} {sizes.pipeline} {sizes.data}{ep}':>10}{sizes.world:>7}"
+        f"{outcome.ready_seconds:>7.1f} s{outcome.tokens_per_second:>10.0f}  {'yes' if is_same else 'NO'}",
+        flush=True,
+    )
+    row = {"name": case.name, **asdict(sizes), **asdict(outcome), "is_same": is_same}
+    del row["tokens"]
+    return row
+
+
+def conclude(rows: list[dict[str, Any]], file: Path | None) -> int:
+    """Write the rows where wanted; returns the exit code, 1 when tokens differ anywhere."""
+    if file:
+        file.write_text(json.dumps(rows, indent=2))
     return 0 if all(row["is_same"] for row in rows) else 1
 
 
