@@ -50,11 +50,7 @@ def open_executor(
     nodes = dict.fromkeys(rank.node for rank in placement.engine(dp_rank))
     if not config.has_other_nodes:
         return MultiNodeExecutor(config, placement, dp_rank=dp_rank, on_phase=on_phase)
-    from engine.comm.node_messages import own_facts
-    from engine.model_digest import digest_of
-
     here = config.nodes.names[0]
-    facts = own_facts(digest_of(config.model, config.load_format))
     if config.executor == "ray":
         from engine.executor.ray_starter import RayStarter
 
@@ -68,6 +64,5 @@ def open_executor(
         on_phase=on_phase,
         starter=starter,
         node=here,
-        facts=facts,
         on_nodes=on_nodes,
     )

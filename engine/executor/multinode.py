@@ -35,6 +35,7 @@ from engine.executor.rank_host import RANK_COMMAND, STOP_SECONDS, RankHost, Rank
 from engine.executor.remote_node import RemoteNode
 from engine.executor.roster import RankFailure, RankView, Roster
 from engine.executor.steps_in_flight import StepsInFlight
+from engine.model_digest import digest_of
 from engine.placement import Placement
 
 # A rank that says nothing for this long while it starts is taken to hang; loading reports every layer.
@@ -74,7 +75,7 @@ class MultiNodeExecutor:
         self._timeout = config.step_timeout_seconds
         self._silence = silence_seconds
         self._starter = starter
-        self._facts = facts or own_facts()
+        self._facts = facts
         self._on_nodes = on_nodes
         self._is_stopped = False
         self._steps = StepsInFlight(
@@ -175,8 +176,10 @@ class MultiNodeExecutor:
         # Ranks of this node may import while others are waited for, as soon as it is known where all meet.
         if host is not None and (host.store is not None or not host.needs_store):
             host.spawn(roster.hear)
+        # Reading samples of the weights takes a while on a slow disk: no rank has to wait for it.
+        facts = self._facts or own_facts(digest_of(self._config.model, self._config.load_format))
         starter.start(orders, self._on_lost)
-        awaiting = NodesAwaited(orders, roster, self._facts, self._on_nodes)
+        awaiting = NodesAwaited(orders, roster, facts, self._on_nodes)
         arrivals = awaiting.collect(starter, self._config.nodes.join_timeout_seconds)
         message = Prepare(self._config.to_json(), self._placement.to_json(), self._dp_rank)
         store = host.store if host is not None else None

@@ -40,7 +40,7 @@ from engine.config import EngineConfig
 from engine.executor.messages import FaultReport, Kind, PhaseReport, Report, encode_report
 from engine.executor.rank_host import RANK_COMMAND, STOP_SECONDS, RankHost
 from engine.model_digest import digest_of
-from engine.placement import Placement, RankSpec
+from engine.placement import Placement
 from engine.process import StatusPipe, die_with_parent, dump_stacks_on_signal, follow_parent
 
 PREPARE_SECONDS = 900.0
@@ -128,7 +128,7 @@ class _NodeHost:
         link.send(NodeKind.HELLO, encode(Hello(task.node, task.order_id, self._facts)))
         prepare = decode(self._expect(NodeKind.PREPARE, PREPARE_SECONDS), Prepare)
         try:
-            host, ranks = self._prepare(prepare)
+            host = self._prepare(prepare)
         except Exception as error:  # noqa: BLE001 - whatever is wrong with this node, the head is to say it
             traceback.print_exc()
             self._report(FaultReport(0, "spawn", type(error).__name__, str(error) or "cannot prepare"))
@@ -138,7 +138,7 @@ class _NodeHost:
         try:
             host.spawn(self._report, start.store)
         except OSError as error:
-            self._report(FaultReport(ranks[0].rank, "spawn", type(error).__name__, f"cannot be started: {error}"))
+            self._report(FaultReport(host.ranks[0].rank, "spawn", type(error).__name__, f"cannot be started: {error}"))
         if host.results is not None:
             self._results = threading.Thread(target=self._carry_results, args=(host.results,), daemon=True)
             self._results.start()
@@ -153,7 +153,7 @@ class _NodeHost:
             self._host.stop(self._grace)
         self._link.dispose()
 
-    def _prepare(self, message: Prepare) -> tuple[RankHost, list[RankSpec]]:
+    def _prepare(self, message: Prepare) -> RankHost:
         task = self._task
         config = EngineConfig.from_json(message.config)
         placement = Placement.from_json(message.placement)
@@ -169,7 +169,7 @@ class _NodeHost:
         if not ranks:
             raise ValueError(f"engine {message.engine} has no rank on {task.node}")
         self._host = RankHost(local, placement, message.engine, ranks, task.command)
-        return self._host, ranks
+        return self._host
 
     def _expect(self, kind: NodeKind, timeout_seconds: float) -> bytes:
         frame = self._link.receive(timeout_seconds)

@@ -59,6 +59,7 @@ class RankGraph:
             os.environ.setdefault(f"RAY_CGRAPH_{name}_timeout", str(TIMEOUT_SECONDS))
         self._config, self._placement = config, placement
         self.ranks = placement.engine(dp_rank)
+        self._stages = [placement.stage(dp_rank, pp) for pp in range(placement.pipeline_parallel_size)]
         nodes = config.nodes
         began = time.monotonic()
         deadline = began + nodes.placement_timeout_seconds
@@ -109,7 +110,7 @@ class RankGraph:
         logging.getLogger("ray.dag").setLevel(logging.CRITICAL)
         with dag.InputNode() as plan:
             values: list[Any] = []
-            for stage in self._stages():
+            for stage in self._stages:
                 actors = [self._actors[self.ranks.index(rank)] for rank in stage]
                 if values:
                     values = [actor.step.bind(plan, value) for actor, value in zip(actors, values, strict=True)]
@@ -158,15 +159,9 @@ class RankGraph:
         self._in_flight.clear()
         self._cluster.close()
 
-    def _stages(self) -> list[Sequence[RankSpec]]:
-        stages: dict[int, list[RankSpec]] = {}
-        for rank in self.ranks:
-            stages.setdefault(rank.pp_rank, []).append(rank)
-        return [stages[stage] for stage in sorted(stages)]
-
     def _stores(self) -> dict[int, tuple[str, int]]:
         """Where the ranks of each stage meet: at its first one."""
-        firsts = {stage[0].pp_rank: self.ranks.index(stage[0]) for stage in self._stages() if len(stage) > 1}
+        firsts = {stage[0].pp_rank: self.ranks.index(stage[0]) for stage in self._stages if len(stage) > 1}
         asked = {f"stage {stage}": self._actors[index].open_store.remote() for stage, index in firsts.items()}
         answers = self._cluster.answers(asked)
         return {stage: tuple(answers[f"stage {stage}"]) for stage in firsts}

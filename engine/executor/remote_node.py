@@ -31,7 +31,6 @@ class RemoteNode:
     def __init__(self, arrival: NodeArrival, ranks: Sequence[RankSpec], roster: Roster, silence_seconds: float) -> None:
         self.name = ranks[0].node
         self.ranks = tuple(ranks)
-        self.hostname = arrival.hello.facts.hostname
         self._link = arrival.link
         self._link.allow_silence(silence_seconds)
         self._roster = roster
@@ -39,11 +38,6 @@ class RemoteNode:
         self._states: SimpleQueue[list[tuple[int, RankState, str]]] = SimpleQueue()
         self._gone = threading.Event()
         self._thread: threading.Thread | None = None
-
-    @property
-    def where(self) -> str:
-        """The node's name for people: its own, its host's and its address."""
-        return f"{self.name} ({self.hostname}, {self._link.peer})" if self.hostname else f"{self.name}"
 
     def prepare(self, message: Prepare, timeout_seconds: float) -> Prepared:
         """Have the host make what its ranks share. Raises: NodeLinkError."""
