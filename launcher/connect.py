@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from typing import Literal
 from urllib.parse import urlsplit
 
+from launcher.addresses import is_loopback
+
 MIN_CLAUDE_CONTEXT = 64 * 1024
 """Tokens below which Claude Code's own instructions and tools leave no room for work."""
 MIN_CODING_CONTEXT = 16 * 1024
@@ -52,8 +54,7 @@ class Endpoint:
 
     @property
     def is_loopback(self) -> bool:
-        host = urlsplit(self.url).hostname or ""
-        return host in ("localhost", "::1") or host.startswith("127.")
+        return is_loopback(urlsplit(self.url).hostname or "")
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from typing import Literal
 
 from engine.config import EngineConfig, NodesConfig
 from engine.placement import Placement
+from launcher.addresses import host_and_port
 from launcher.errors import HlaunchError, PreflightError
 from launcher.registry.cluster import Cluster
 from launcher.registry.types import ResolvedEntry
@@ -68,8 +69,7 @@ def with_ranks(config: EngineConfig, cluster: Cluster, placement: Placement, exe
 
 
 def _ray_address(cluster: Cluster) -> str:
-    ip, port = cluster.head.ip, cluster.ray.port if cluster.ray is not None else 6379
-    return f"[{ip}]:{port}" if ":" in ip else f"{ip}:{port}"
+    return host_and_port(cluster.head.ip, cluster.ray.port if cluster.ray is not None else 6379)
 
 
 def rank_blockers(placement: Placement, executor: ExecutorName) -> tuple[HlaunchError, ...]:

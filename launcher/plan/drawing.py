@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
+from launcher.addresses import host_and_port
 from launcher.errors import HlaunchError
 from launcher.plan.fit import FitReport
 from launcher.plan.launch_plan import LaunchPlan
-from launcher.plan.settings import is_loopback
 from launcher.registry.types import ResolvedEntry
 
 BAR_WIDTH = 60
@@ -91,9 +91,8 @@ def placement_lines(plan: LaunchPlan) -> Iterator[str]:
 def base_url(plan: LaunchPlan) -> str:
     """The address a client on this machine uses."""
     host = plan.config.server.host.strip("[]")
-    if not is_loopback(host) and host in ("0.0.0.0", "::"):
-        host = "127.0.0.1" if host == "0.0.0.0" else "::1"
-    return f"http://{f'[{host}]' if ':' in host else host}:{plan.config.server.port}"
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://{host_and_port(host, plan.config.server.port)}"
 
 
 def curl_line(plan: LaunchPlan, url: str) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from engine.config import EngineConfig, NodesConfig
 from engine.placement import HostSpec, ParallelSizes, Placement, RankSpec
+from launcher.addresses import host_and_port
 from launcher.errors import DoesNotFit, HlaunchError, PreflightError, UsageError
 from launcher.plan.environment import Variable
 from launcher.plan.inventory import Gpu, Inventory
@@ -61,8 +62,7 @@ def _split(address: str) -> tuple[str, int]:
 
 def head_url(nodes: NodesConfig, port: int) -> str:
     """Where the head serves, as another node sees it; only if it listens there, which is the head's choice."""
-    host = nodes.head_host
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    return f"http://{host_and_port(nodes.head_host, port)}"
 
 
 def hosts_of_nodes(

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from launcher.addresses import is_loopback
 from launcher.errors import PreflightError
 from launcher.registry.cluster import Cluster, Node, RaySettings
 
@@ -35,8 +36,7 @@ def node_ports(cluster: Cluster, node: Node, host: str, port: int) -> tuple[Port
 def _ports(ray: RaySettings | None, node: Node, host: str, port: int) -> Iterator[Port]:
     is_head = node.role == "head"
     if is_head:
-        is_local = host in ("localhost", "::1") or host.startswith("127.")
-        yield Port("api", port, port, host, "host" if is_local else "clients")
+        yield Port("api", port, port, host, "host" if is_loopback(host) else "clients")
     if ray is None:
         return
     everywhere = "0.0.0.0"

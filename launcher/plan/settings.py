@@ -7,13 +7,13 @@ What the schema allows and the engine cannot serve yet is a clear refusal, never
 from __future__ import annotations
 
 import hashlib
-import ipaddress
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
 from engine.config import CacheConfig, ConfigError, EngineConfig, SchedulerConfig, ServerConfig
 from engine.placement import ParallelSizes
+from launcher.addresses import is_loopback
 from launcher.errors import DoesNotFit, HlaunchError, PreflightError
 from launcher.registry.types import Layer, ResolvedEntry
 from launcher.registry.values import BadValue
@@ -169,11 +169,3 @@ def api_key_digests(entry: ResolvedEntry, environ: Mapping[str, str]) -> tuple[t
             hint="add --set api-key='${HLAUNCH_API_KEY}', or --set insecure-no-auth=true if the network is yours alone",
         )
     return (), None
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach `host`. A name other than localhost counts as public."""
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from launcher.addresses import host_and_port
 from launcher.errors import PreflightError
 from launcher.registry.cluster import RaySettings
 from launcher.supervise.node_fabric import NodeFabric
@@ -75,9 +76,7 @@ class NodeSpec:
     @property
     def head_address(self) -> str:
         """`ip:port` of Ray's control store; an IPv6 address in brackets."""
-        ip = self.head.ip
-        port = self.ray.port if self.ray is not None else 0
-        return f"[{ip}]:{port}" if ":" in ip else f"{ip}:{port}"
+        return host_and_port(self.head.ip, self.ray.port if self.ray is not None else 0)
 
     def to_json(self) -> str:
         """Write it as indented ASCII, keys in order: the same spec gives the same bytes."""

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from launcher.addresses import host_and_port, is_loopback
 from launcher.errors import PreflightError
 from launcher.supervise import ports, procfs
 from launcher.supervise.instance import InstanceFolder, InstanceState, instance_folders, parse_state, state_root
@@ -169,3 +170,18 @@ def test_ports_name_what_is_wrong() -> None:
     with pytest.raises(PreflightError, match="is not an address of this machine"):
         ports.check_port("192.0.2.1", 8000)
     ports.check_port("127.0.0.1", ports.free_port("127.0.0.1"))
+
+
+def test_addresses_are_written_one_way() -> None:
+    written = [host_and_port(host, 80) for host in ("10.0.0.1", "fd00::1", "[fd00::1]", "head.local")]
+    assert written == ["10.0.0.1:80", "[fd00::1]:80", "[fd00::1]:80", "head.local:80"]
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.0.1", "::1", "[::1]", "localhost"])
+def test_only_this_machine_reaches_loopback(host: str) -> None:
+    assert is_loopback(host)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.1", "fd00::1", "127.example.org", ""])
+def test_the_rest_is_public(host: str) -> None:
+    assert not is_loopback(host)
