@@ -15,6 +15,7 @@ from typing import Literal
 from urllib.parse import urlsplit
 
 from launcher.addresses import is_loopback
+from launcher.registry.values import SecretRef
 
 MIN_CLAUDE_CONTEXT = 64 * 1024
 """Tokens below which Claude Code's own instructions and tools leave no room for work."""
@@ -24,28 +25,15 @@ NO_KEY = "unused"
 
 
 @dataclass(frozen=True, slots=True)
-class KeyReference:
-    """Where the key is. `name` is a variable or a file; `none` means that the server asks for no key."""
-
-    kind: Literal["none", "env", "file"]
-    name: str = ""
-
-    def shell(self) -> str:
-        """An expression of a POSIX shell that yields the key."""
-        if self.kind == "none":
-            return NO_KEY
-        if self.kind == "file":
-            return f'"$(cat {shlex.quote(self.name)})"'
-        return f'"${{{self.name}:?export {self.name} first}}"'
-
-
-@dataclass(frozen=True, slots=True)
 class Endpoint:
-    """A server as its clients see it. `context_tokens` is None when it does not say."""
+    """A server as its clients see it. `context_tokens` is None when it does not say.
+
+    `key` says where the key is, in a variable or a file; None means that the server asks for none.
+    """
 
     url: str
     model: str
-    key: KeyReference
+    key: SecretRef | None = None
     context_tokens: int | None = None
 
     @property
@@ -76,7 +64,7 @@ def env(endpoint: Endpoint) -> Recipe:
                 "OPENAI_BASE_URL": shlex.quote(endpoint.v1),
                 # The older name, still read by LangChain and aider.
                 "OPENAI_API_BASE": shlex.quote(endpoint.v1),
-                "OPENAI_API_KEY": endpoint.key.shell(),
+                "OPENAI_API_KEY": _in_shell(endpoint.key),
                 "OPENAI_MODEL": shlex.quote(endpoint.model),
             }
         ),
@@ -92,7 +80,7 @@ def claude(endpoint: Endpoint) -> Recipe:
     variables = {
         # It appends /v1/messages itself.
         "ANTHROPIC_BASE_URL": shlex.quote(endpoint.url),
-        "ANTHROPIC_AUTH_TOKEN": endpoint.key.shell(),
+        "ANTHROPIC_AUTH_TOKEN": _in_shell(endpoint.key),
         # Any value here would go before the token.
         "ANTHROPIC_API_KEY": "",
         "ANTHROPIC_MODEL": model,
@@ -120,11 +108,12 @@ def codex(endpoint: Endpoint) -> Recipe:
         lines.append(f"model_context_window = {endpoint.context_tokens}")
     lines += ["", "[model_providers.hlaunch]", 'name = "hlaunch"', f"base_url = {_quoted(endpoint.v1)}"]
     warnings = _short(endpoint, MIN_CODING_CONTEXT, "Codex")
-    variable = endpoint.key.name if endpoint.key.kind == "env" else "HLAUNCH_API_KEY"
-    if endpoint.key.kind != "none":
+    key = endpoint.key
+    if key is not None:
+        variable = key.name if key.kind == "env" else "HLAUNCH_API_KEY"
         lines.append(f"env_key = {_quoted(variable)}")
-    if endpoint.key.kind == "file":
-        warnings += (f"Codex reads no key file; run: export {variable}={endpoint.key.shell()}",)
+        if key.kind == "file":
+            warnings += (f"Codex reads no key file; run: export {variable}={_in_shell(key)}",)
     lines.append('wire_api = "responses"')
     return Recipe(
         "\n".join(lines) + "\n",
@@ -139,7 +128,7 @@ def codex(endpoint: Endpoint) -> Recipe:
 def opencode(endpoint: Endpoint) -> Recipe:
     """A provider of opencode; a model without limits would be taken for a small one."""
     options = {"baseURL": endpoint.v1}
-    if endpoint.key.kind != "none":
+    if endpoint.key is not None:
         options["apiKey"] = f"{{{endpoint.key.kind}:{endpoint.key.name}}}"
     model: dict[str, object] = {"name": endpoint.model}
     if endpoint.context_tokens is not None:
@@ -173,7 +162,7 @@ def openwebui(endpoint: Endpoint) -> Recipe:
         ["--network host", "-e PORT=3000 -e HOST=127.0.0.1"] if endpoint.is_loopback else ["-p 127.0.0.1:3000:8080"]
     )
     lines = [
-        f"OPENAI_API_KEY={endpoint.key.shell()} docker run -d --name open-webui",
+        f"OPENAI_API_KEY={_in_shell(endpoint.key)} docker run -d --name open-webui",
         *network,
         f"-e OPENAI_API_BASE_URL={shlex.quote(endpoint.v1)} -e OPENAI_API_KEY",
         f"-e DEFAULT_MODELS={shlex.quote(endpoint.model)} -e ENABLE_OLLAMA_API=false",
@@ -206,6 +195,15 @@ def is_plain_url(url: str) -> bool:
 
 def _exports(variables: Mapping[str, str]) -> str:
     return "".join(f"export {name}={value}\n" for name, value in variables.items())
+
+
+def _in_shell(key: SecretRef | None) -> str:
+    """An expression of a POSIX shell that yields the key."""
+    if key is None:
+        return NO_KEY
+    if key.kind == "file":
+        return f'"$(cat {shlex.quote(key.name)})"'
+    return f'"${{{key.name}:?export {key.name} first}}"'
 
 
 def _quoted(text: str) -> str:

@@ -11,7 +11,8 @@ from launcher.commands import invocation_of
 if TYPE_CHECKING:
     from launcher.client import Client
     from launcher.commands import Invocation
-    from launcher.connect import Endpoint, KeyReference
+    from launcher.connect import Endpoint
+    from launcher.registry.values import SecretRef
     from launcher.running import RunningServer
 
 TIMEOUT_SECONDS = 5.0
@@ -54,7 +55,7 @@ def register(app: typer.Typer) -> None:
                     "url": endpoint.url,
                     "model": endpoint.model,
                     "context_tokens": endpoint.context_tokens,
-                    "key": {"kind": endpoint.key.kind, "name": endpoint.key.name or None},
+                    "key": _key_fact(endpoint.key),
                     "format": recipe.format,
                     "goes_to": recipe.goes_to,
                     "text": recipe.text,
@@ -79,14 +80,14 @@ def _examine(
     Raises: EngineFailed when it does not answer, UsageError for an address that is none.
     """
     from launcher.client import ApiError, Client
-    from launcher.connect import TOOLS, Endpoint, KeyReference, is_plain_url
+    from launcher.connect import TOOLS, Endpoint, is_plain_url
     from launcher.errors import EngineFailed, UsageError
 
     if not is_plain_url(server.url):
         raise UsageError(f"{server.url!r} is no plain address", hint="for example: http://127.0.0.1:8000")
     warnings: tuple[str, ...] = ()
     client = Client(server.url, read_timeout_seconds=TIMEOUT_SECONDS)
-    key = KeyReference("none")
+    key: SecretRef | None = None
     try:
         card = _card(client)
     except ApiError as error:
@@ -95,9 +96,8 @@ def _examine(
         key, warnings = _reference(server)
         secret = server.reveal_key(invocation)
         if secret is None:
-            raise EngineFailed(
-                f"{server.url} asks for an API key", hint=f"run: export {key.name}=… (it is not printed)"
-            ) from error
+            fix = f"put it into {key.name}" if key.kind == "file" else f"run: export {key.name}=… (it is not printed)"
+            raise EngineFailed(f"{server.url} asks for an API key", hint=fix) from error
         client.close()
         client = Client(server.url, secret, read_timeout_seconds=TIMEOUT_SECONDS)
         card = _card(client)
@@ -135,15 +135,17 @@ def _is_served(client: Client, route: str) -> bool:
     return True
 
 
-def _reference(server: RunningServer) -> tuple[KeyReference, tuple[str, ...]]:
+def _key_fact(key: SecretRef | None) -> dict[str, str | None]:
+    return {"kind": "none" if key is None else key.kind, "name": None if key is None else key.name}
+
+
+def _reference(server: RunningServer) -> tuple[SecretRef, tuple[str, ...]]:
     """Turn a registry's reference into one that other programs can follow."""
-    from launcher.connect import KeyReference
+    from launcher.registry.values import SecretRef
     from launcher.running import KEY_VARIABLE
 
-    if server.key.kind == "env":
-        return KeyReference("env", server.key.name), ()
-    if server.key.kind == "file":
-        return KeyReference("file", server.key.name), ()
-    return KeyReference("env", KEY_VARIABLE), (
+    if server.key.kind != "literal":
+        return server.key, ()
+    return SecretRef("env", KEY_VARIABLE), (
         f"the API key of {server.name} is written in the registry and is not printed; run: export {KEY_VARIABLE}=…",
     )

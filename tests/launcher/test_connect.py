@@ -14,7 +14,8 @@ from launcher_support import REGISTRY
 from stub_server import Stub, serving
 
 from launcher import cli
-from launcher.connect import TOOLS, Endpoint, KeyReference
+from launcher.connect import TOOLS, Endpoint
+from launcher.registry import SecretRef
 from launcher.supervise.cluster_run import RECORD, ClusterRun
 from launcher.supervise.instance import InstanceFolder
 
@@ -63,7 +64,7 @@ def shell(text: str, environ: dict[str, str] | None = None) -> dict[str, str]:
 
 @pytest.mark.parametrize("model", ["m", "org/name", HOSTILE])
 def test_shell_variables_are_what_they_say_for_any_model_name(model: str) -> None:
-    endpoint = Endpoint("http://h:1", model, KeyReference("env", "SOME_KEY"), 131072)
+    endpoint = Endpoint("http://h:1", model, SecretRef("env", "SOME_KEY"), 131072)
     got = shell(TOOLS["env"](endpoint).text, {"SOME_KEY": CANARY})
     assert got["OPENAI_BASE_URL"] == got["OPENAI_API_BASE"] == "http://h:1/v1"
     assert (got["OPENAI_API_KEY"], got["OPENAI_MODEL"]) == (CANARY, model)
@@ -72,12 +73,12 @@ def test_shell_variables_are_what_they_say_for_any_model_name(model: str) -> Non
     assert (got["ANTHROPIC_AUTH_TOKEN"], got["ANTHROPIC_API_KEY"]) == (CANARY, "")
     assert {got[f"ANTHROPIC_DEFAULT_{kind}_MODEL"] for kind in ("OPUS", "SONNET", "HAIKU")} == {model}
     assert got["CLAUDE_CODE_MAX_CONTEXT_TOKENS"] == "131072"
-    assert "MAX_CONTEXT" not in TOOLS["claude"](Endpoint("http://h:1", model, KeyReference("none"))).text
+    assert "MAX_CONTEXT" not in TOOLS["claude"](Endpoint("http://h:1", model, None)).text
 
 
 @pytest.mark.parametrize("model", ["m", "org/name", HOSTILE])
 def test_codex_and_opencode_get_documents_that_parse(model: str) -> None:
-    endpoint = Endpoint("http://h:1", model, KeyReference("env", "SOME_KEY"), 131072)
+    endpoint = Endpoint("http://h:1", model, SecretRef("env", "SOME_KEY"), 131072)
     profile = tomllib.loads(TOOLS["codex"](endpoint).text)
     assert (profile["model"], profile["model_provider"], profile["model_context_window"]) == (model, "hlaunch", 131072)
     assert profile["model_providers"]["hlaunch"] == {
@@ -93,7 +94,7 @@ def test_codex_and_opencode_get_documents_that_parse(model: str) -> None:
 def test_a_key_in_a_file_is_read_by_the_program_that_needs_it(tmp_path: Path) -> None:
     file = tmp_path / "the key"
     file.write_text(f"{CANARY}\n")
-    endpoint = Endpoint("http://h:1", "m", KeyReference("file", str(file)))
+    endpoint = Endpoint("http://h:1", "m", SecretRef("file", str(file)))
     assert shell(TOOLS["env"](endpoint).text)["OPENAI_API_KEY"] == CANARY
     assert (
         json.loads(TOOLS["opencode"](endpoint).text)["provider"]["hlaunch"]["options"]["apiKey"] == f"{{file:{file}}}"
@@ -111,7 +112,7 @@ def test_open_webui_reaches_the_server_from_its_container_and_no_argv_holds_the_
         ("http://127.0.0.1:8000", ["--network", "host"]),
         ("http://gpu:8000", ["-p", "127.0.0.1:3000:8080"]),
     ):
-        text = TOOLS["openwebui"](Endpoint(url, HOSTILE, KeyReference("env", "SOME_KEY"))).text
+        text = TOOLS["openwebui"](Endpoint(url, HOSTILE, SecretRef("env", "SOME_KEY"))).text
         environ = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SOME_KEY": CANARY}
         argv = subprocess.run(["sh", "-c", text], env=environ, capture_output=True, text=True, check=True).stdout.split(
             "\n"
