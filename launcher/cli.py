@@ -29,16 +29,17 @@ from launcher.commands import Invocation
 from launcher.console import Console
 from launcher.errors import HlaunchError, UsageError
 from launcher.exit_codes import ExitCode
+from launcher.help_screen import App
 
 COMMANDS: Mapping[str, str] = {
     "up": "Start a model and serve it until Ctrl-C; -d detaches.",
     "plan": "Show what a start would do: placement, topology, memory, ports.",
     "down": "Stop what `up` started.",
     "ps": "Show what runs.",
-    "status": "Show the nodes of a launch on a cluster, and what happened on them.",
+    "status": "Show the nodes of a launch, and what happened on them.",
     "logs": "Show the log of a running or past model.",
-    "top": "Watch a server: tokens/s, latency, KV cache, queue; vLLM's and SGLang's too.",
-    "connect": "Print configuration of env, claude, codex, opencode or openwebui for a server.",
+    "top": "Watch tokens/s, latency, KV cache, queue; vLLM and SGLang too.",
+    "connect": "Configure claude, codex, opencode, openwebui or env for a server.",
     "chat": "Talk to a model in the terminal.",
     "bench": "Measure latency and throughput of a model.",
     "synth": "Write a checkpoint of a model's true shape with random weights.",
@@ -48,14 +49,23 @@ COMMANDS: Mapping[str, str] = {
     "topo": "Rank the ways to split a model over a cluster.",
     "inventory": "Show cores, memory, GPUs and NICs; --json saves it.",
     "list": "List the models of the registry.",
-    "show": "Show one model, resolved; --explain says where each value comes from.",
+    "show": "Show one model, resolved; --explain says where values come from.",
     "validate": "Check a registry and report every problem.",
     "env": "Show the fabric's variables of each node; --lint checks them.",
     "doctor": "Examine the hosts of a cluster, and the fabric between them.",
     "schema": "Print the JSON schema of the registry, or its keys.",
     "import": "Turn a vLLM configuration or command line into a registry.",
-    "registry": "Begin a registry, add an entry, or set a value; the rest stays as it is.",
+    "registry": "Begin a registry, add an entry, set a value; the rest stays.",
 }
+
+SECTIONS: Mapping[str, tuple[str, ...]] = {
+    "Run a model": ("up", "down", "ps", "status", "logs", "top"),
+    "Use it": ("chat", "connect", "bench"),
+    "Plan": ("plan", "fit", "topo", "render", "inventory"),
+    "Registry": ("list", "show", "validate", "registry", "import", "schema"),
+    "Examine": ("doctor", "env", "explain", "synth"),
+}
+"""How `--help` groups the commands; each is in one section."""
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FLAGS = ("--no-color", "--plain", "--debug")
@@ -77,9 +87,16 @@ class _LazyGroup(TyperGroup):
             )
         return _load(cmd_name)
 
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        self.format_commands(ctx, formatter)
+        with formatter.section("Options"):
+            formatter.write_dl([record for param in self.get_params(ctx) if (record := param.get_help_record(ctx))])
+
     def format_commands(self, ctx: Any, formatter: Any) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl(list(COMMANDS.items()))
+        width = max(map(len, COMMANDS))
+        for title, names in SECTIONS.items():
+            with formatter.section(title):
+                formatter.write_dl([(f"{name:<{width}}", COMMANDS[name]) for name in names])
 
 
 def _load(name: str) -> Any:
@@ -101,7 +118,7 @@ def _load(name: str) -> Any:
 
 def _app(**options: Any) -> typer.Typer:
     # Typer's rich help costs 0.1 s of imports, and its pretty exceptions print local variables: secrets.
-    return typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, **options)
+    return App(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, **options)
 
 
 def _build() -> Any:
