@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from launcher.commands import Invocation, invocation_of
+from launcher.sizes import GIB
 
 if TYPE_CHECKING:
     from launcher.console import Console
     from launcher.plan.inventory import Inventory
-
-GIB = 1 << 30
 
 
 def register(app: typer.Typer) -> None:

@@ -65,7 +65,7 @@ def _facts(state: InstanceState) -> dict[str, Any]:
 
 
 def _row(fact: dict[str, Any]) -> tuple[str, ...]:
-    from launcher.plan.drawing import size
+    from launcher.sizes import size
 
     return (
         fact["name"],

@@ -324,7 +324,8 @@ class LaunchView:
             self._console.note(line)
 
     def _summary(self) -> None:
-        from launcher.plan.drawing import placement_lines, size
+        from launcher.plan.drawing import placement_lines
+        from launcher.sizes import size
 
         plan = self._plan
         self._console.note(f"{plan.name}: {plan.files.folder}")

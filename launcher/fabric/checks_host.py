@@ -15,9 +15,9 @@ from launcher.fabric.context import NodeContext
 from launcher.fabric.facts import Listener, Netdev
 from launcher.fabric.finding import Finding, Severity, finding
 from launcher.redaction import Redaction
+from launcher.sizes import GIB, size
 
-_GIB = 1 << 30
-_MEMLOCK_ENOUGH = 64 * _GIB
+_MEMLOCK_ENOUGH = 64 * GIB
 _NOFILE_ENOUGH = 65536
 _OURS = (
     "raylet",
@@ -125,30 +125,23 @@ def _limits(context: NodeContext) -> Iterator[Finding]:
         # A login's own limit does not bind a container, which is rendered with its own.
         severity: Severity = "error" if facts.is_container and memlock < _MEMLOCK_ENOUGH else "warning"
         place = "in the container" if facts.is_container else "in this login; a rendered container has its own"
-        evidence = f"{_size(memlock)} {place}"
+        evidence = f"{size(memlock)} {place}"
         yield finding("memlock-low", subject="locked memory", where=context.name, evidence=evidence, severity=severity)
     nofile = facts.limits.get("nofile", (-1, -1))[0]
     if nofile != -1 and nofile < _NOFILE_ENOUGH:
         yield finding("nofile-low", subject="open files", where=context.name, evidence=f"{nofile:,} per process")
     if facts.limits.get("stack", (0, 0))[0] == -1:
         yield finding("stack-unlimited", subject="stack", where=context.name, evidence="ulimit -s is unlimited")
-    wanted = _GIB * max(1, len(facts.gpus))
+    wanted = GIB * max(1, len(facts.gpus))
     if 0 <= facts.shm_bytes < wanted:
-        evidence = f"{_size(facts.shm_bytes)}, {_size(wanted)} wanted: 1 GiB per GPU"
+        evidence = f"{size(facts.shm_bytes)}, {size(wanted)} wanted: 1 GiB per GPU"
         yield finding("shm-small", subject="/dev/shm", where=context.name, evidence=evidence)
-
-
-def _size(count: int) -> str:
-    for unit, shift in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
-        if count >= 1 << shift:
-            return f"{count / (1 << shift):.4g} {unit}"
-    return f"{count} bytes"
 
 
 def _memory(context: NodeContext) -> Iterator[Finding]:
     facts = context.facts
     if facts.is_unified_memory and 0 < facts.memory_available_bytes < context.needed_bytes:
-        evidence = f"{_size(facts.memory_available_bytes)} available, {_size(context.needed_bytes)} planned"
+        evidence = f"{size(facts.memory_available_bytes)} available, {size(context.needed_bytes)} planned"
         yield finding("uma-memory", subject="unified memory", where=context.name, evidence=evidence)
     if facts.oom_kills > 0:
         evidence = f"{facts.oom_kills} kills in this group"

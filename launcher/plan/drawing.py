@@ -15,15 +15,9 @@ from launcher.errors import HlaunchError
 from launcher.plan.fit import FitReport
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.registry.types import ResolvedEntry
+from launcher.sizes import size
 
 BAR_WIDTH = 60
-GIB = 1 << 30
-MIB = 1 << 20
-
-
-def size(num_bytes: float) -> str:
-    """Write bytes for people: `13.0 GiB`, `9.4 MiB`."""
-    return f"{num_bytes / GIB:.1f} GiB" if num_bytes >= GIB else f"{num_bytes / MIB:.1f} MiB"
 
 
 def memory_bar(report: FitReport, width: int = BAR_WIDTH) -> str:

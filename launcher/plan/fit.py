@@ -27,8 +27,8 @@ from engine.memory import (
     should_expand_experts,
 )
 from engine.placement import RankSpec, embedding_rows, shard
+from launcher.sizes import GIB
 
-GIB = 1 << 30
 MAX_SHARE = 0.97
 """Largest gpu-memory-utilization to suggest: drivers keep a little for themselves."""
 

@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from engine.config import ModelConfig
 from launcher.errors import DoesNotFit, HlaunchError, PreflightError
 from launcher.plan.inventory import Gpu, GpuProcess, Inventory
+from launcher.sizes import GIB
 
 SUPPORTED_CAPABILITIES = ((9, 0), (10, 0))
 """Compute capabilities that the engine's kernels serve: from the first, below the second."""
@@ -23,7 +24,6 @@ OLDEST_DRIVERS: Mapping[int, tuple[int, ...]] = {11: (450, 80), 12: (525, 60), 1
 GPU_PACKAGES: Mapping[str, str] = {"torch": "torch", "triton": "triton", "cupy": "cupy-cuda13x"}
 """Modules that a GPU rank imports, and the packages that bring them."""
 
-GIB = 1 << 30
 _CPU = "add --set device=cpu"
 
 

@@ -17,7 +17,7 @@ from engine.placement import HostSpec, Placement, PlacementError, place, single_
 from launcher.errors import DoesNotFit, HlaunchError, PreflightError
 from launcher.plan import settings
 from launcher.plan.environment import Variable, as_mapping, engine_environment, engine_packages_missing
-from launcher.plan.fit import GIB, FitReport, report_fit
+from launcher.plan.fit import FitReport, report_fit
 from launcher.plan.gpus import DeviceChoice, choose_device, memory_note, usable_gpus, visible_gpus
 from launcher.plan.inventory import Gpu, Inventory
 from launcher.plan.joined_nodes import (
@@ -41,6 +41,7 @@ from launcher.plan.placing import (
 from launcher.plan.rank_memory import RankMemory, Sizing, memory_of, ranks_do_not_fit, report_memory
 from launcher.plan.weights import ModelFiles, find_model_files
 from launcher.registry.types import ResolvedEntry
+from launcher.sizes import GIB
 
 CONFIG_FILE = "engine.json"
 STATUS_FD_PLACEHOLDER = "N"

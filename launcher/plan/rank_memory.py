@@ -24,8 +24,9 @@ from engine.placement import (
     shard,
 )
 from launcher.errors import DoesNotFit
-from launcher.plan.fit import GIB, FitReport, Suggestion, limits_of, rank_weight_bytes, report_fit
+from launcher.plan.fit import FitReport, Suggestion, limits_of, rank_weight_bytes, report_fit
 from launcher.plan.inventory import Inventory
+from launcher.sizes import GIB
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,9 +17,9 @@ from launcher.plan.links import Link
 from launcher.plan.picture import Picture, picture_of
 from launcher.plan.rank_memory import MemoryReport, Sizing, report_memory
 from launcher.registry.cluster import Cluster, Fabric, Node
+from launcher.sizes import GIB
 
 Order = Literal["throughput", "latency"]
-GIB = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)

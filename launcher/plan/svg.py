@@ -13,8 +13,8 @@ from xml.sax.saxutils import escape
 from engine.placement import RankSpec
 from launcher.plan.picture import Hop, Picture, PictureNode, device_span
 from launcher.plan.topology import tokens
+from launcher.sizes import GIB
 
-GIB = 1 << 30
 WIDTH = 1240
 MARGIN = 28
 PAD = 18

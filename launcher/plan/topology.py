@@ -10,9 +10,9 @@ from textwrap import wrap
 
 from launcher.plan.picture import Hop, Picture, PictureNode, alike, device_span, rank_span
 from launcher.plan.rank_memory import RankMemory
+from launcher.sizes import GIB
 
 WIDTH = 80
-GIB = 1 << 30
 _ASCII = str.maketrans("─│╭╮╰╯═║▼┊█▓▒░↓→·…", "-|++++=|v:#%+.v>._")
 BAR_PARTS = (("█", "stored_bytes"), ("▓", "activation_bytes"), ("▒", "runtime_bytes"), ("░", "kv_bytes"))
 LEGEND = "█ weights  ▓ activations  ▒ runtime  ░ KV cache  · free  ! too much"

@@ -15,6 +15,7 @@ from launcher.fabric.remote import Reach, read_cluster
 from launcher.fabric.selection import platform_of
 from launcher.fabric.transports import NOT_TOLD, PairTransport, TransportWrong
 from launcher.registry.cluster import Cluster
+from launcher.sizes import size
 
 LEAST_BYTES = 64 << 10
 """A warm-up between ranks sends more; what subnet managers and pings send is less."""
@@ -66,10 +67,6 @@ def traffic_lines(traffic: Mapping[str, Sequence[Traffic]]) -> list[str]:
         for item in items:
             errors = ", ".join(f"{kind} {count}" for kind, count in item.errors.items())
             if item.sent_bytes or item.received_bytes or errors:
-                moved = f"sent {_size(item.sent_bytes)}, received {_size(item.received_bytes)}"
+                moved = f"sent {size(item.sent_bytes)}, received {size(item.received_bytes)}"
                 lines.append(f"{name} {item.hca}: {moved}" + (f"; errors: {errors}" if errors else ""))
     return lines
-
-
-def _size(num_bytes: int) -> str:
-    return f"{num_bytes / (1 << 20):.1f} MiB"

@@ -11,10 +11,8 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from launcher.supervise.node_report import NodeReport
-from launcher.supervise.status import Fatal, Phase, Ready, parse_record
+from launcher.supervise.status import LAST_WORDS_SECONDS, Fatal, Phase, Ready, parse_record
 
-LAST_WORDS_SECONDS = 5.0
-"""What an engine that has said why it ends gets to do so."""
 RESTART_PHASE = "restart"
 """What an engine reports that starts its ranks anew, without ending."""
 _ENGINE_NODES, PLACEMENT_PHASE = "nodes", "placement"

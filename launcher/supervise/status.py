@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 MAX_LINE_BYTES = 64 << 10
+LAST_WORDS_SECONDS = 5.0
+"""How long an engine may live after its `fatal` record."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,15 +25,22 @@ from launcher.supervise.instance import InstanceFolder, InstanceState, write_pri
 from launcher.supervise.logfile import BoundedLog, tail_of_run
 from launcher.supervise.procfs import ProcessIdentity
 from launcher.supervise.spec import LaunchSpec
-from launcher.supervise.status import Fatal, Leaving, LineSplitter, Phase, Ready, Record, parse_record
+from launcher.supervise.status import (
+    LAST_WORDS_SECONDS,
+    Fatal,
+    Leaving,
+    LineSplitter,
+    Phase,
+    Ready,
+    Record,
+    parse_record,
+)
 from launcher.supervise.timeline import Timeline
 
 STOP_GRACE_SECONDS = 5.0
 """What an engine gets beyond its drain timeout, and after an abort, before it is killed."""
 STACK_DUMP_SECONDS = 0.5
 """How long a hung engine gets to write its stacks into the log."""
-LAST_WORDS_SECONDS = 5.0
-"""How long an engine may live after its `fatal` record."""
 NUM_TAIL_LINES = 15
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 

@@ -243,7 +243,7 @@ def test_memory_of_a_unified_host(pair: list[Tree]) -> None:
     assert "uma-memory" not in codes(examine(pair))
     found = examine(pair, need=Need(0.5))
     assert [(item.code, item.where) for item in found] == [("uma-memory", "spark-01")]
-    assert "38.15 GiB available, 59.84 GiB planned" in found[0].evidence
+    assert "38.1 GiB available, 59.8 GiB planned" in found[0].evidence
 
 
 def test_shared_ipc_and_logind(pair: list[Tree]) -> None:

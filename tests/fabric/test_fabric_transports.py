@@ -257,7 +257,7 @@ def test_counters_speak_where_the_logs_are_silent(tmp_path: Path) -> None:
     run = stand_ins.start()
     assert summary(run.transports) == ["one - two: RDMA (by its counters), ranks 0-1"]
     assert stand_ins.notes == [
-        f"RDMA {name} {hca}: sent 8.0 MiB, received 0.0 MiB"
+        f"RDMA {name} {hca}: sent 8.0 MiB, received 0 bytes"
         for name in ("one", "two")
         for hca in ("roceP2p1s0f0", "rocep1s0f0")
     ]

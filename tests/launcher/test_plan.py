@@ -14,10 +14,11 @@ from engine.memory import CPU_RUNTIME_BYTES, loaded_weight_bytes, model_bytes
 from launcher.errors import DoesNotFit, PreflightError
 from launcher.plan import Inventory, LaunchPlan, make_plan, read_inventory
 from launcher.plan.drawing import BAR_WIDTH, curl_line, memory_bar, plan_data
-from launcher.plan.fit import GIB, report_fit
+from launcher.plan.fit import report_fit
 from launcher.plan.known_models import known_model
 from launcher.plan.weights import find_model_files
 from launcher.registry import load_registry, resolve
+from launcher.sizes import GIB
 
 BIG = Inventory("host", "CPU", 8, 1, 256 * GIB, 200 * GIB)
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 from launcher.plan.inventory.values import Gpu, Inventory, Nic, RdmaPort
 from launcher.registry.cluster import Cluster, Node
+from launcher.sizes import GIB
 
-GIB = 1 << 30
 # (name, memory, capability) of one GPU, where the declaration gives a platform and no size.
 PLATFORM_GPUS: Mapping[str, tuple[str, int, tuple[int, int]]] = {
     "hopper": ("NVIDIA H100 80GB HBM3", 80 * GIB, (9, 0)),
