@@ -39,6 +39,8 @@ STATUS_CLIENT_LEFT = 499
 # Text work on more than this many bytes of body leaves the event loop: about 5 ms of tokenizing.
 INLINE_TEXT_BYTES = 8 * 1024
 TEXT_THREADS = 2
+COUNTED_CONTEXTS = 4
+"""Routes that only count take prompts of so many contexts, so that a client learns by how much it is over."""
 
 
 class App:
@@ -78,6 +80,11 @@ class App:
         self._seed_numbers = itertools.count()
         shape = f"{version}/{config.model}/{config.dtype}/{config.device}"
         self.fingerprint = "fp_" + hashlib.sha256(shape.encode()).hexdigest()[:12]
+
+    @property
+    def max_counted_tokens(self) -> int:
+        """Where tokenizing ends for routes that only count."""
+        return COUNTED_CONTEXTS * self.engine.max_model_len
 
     def begin_drain(self) -> None:
         """Answer 503 on `/ready` and to new generations; running ones go on. Idempotent."""

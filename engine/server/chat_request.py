@@ -17,7 +17,7 @@ from engine.server.parsing import check_fields, convert, sampling_params
 from engine.server.reply import ReplyPlan
 from engine.server.schemas import ChatBody
 from engine.server.tools import choose_openai, read_functions
-from engine.text import ChatRequestError, messages_from_openai
+from engine.text import ChatRequestError, PromptTooLong, messages_from_openai
 
 if TYPE_CHECKING:
     from engine.server.app import App
@@ -56,7 +56,10 @@ def plan_chat(app: App, exchange: Exchange, data: dict[str, Any]) -> ChatPlan:
         n=body.n,
         stop=body.stop,
     )
-    prompt = render(app, exchange, conversation)
+    try:
+        prompt = render(app, exchange, conversation, app.engine.max_model_len)
+    except PromptTooLong as error:
+        raise errors.context_length_exceeded(error.max_tokens, None, asked or 1, "messages") from None
     reply = plan_reply(
         app,
         conversation,

@@ -30,7 +30,7 @@ from engine.server.http import Exchange
 from engine.server.parsing import check_fields, convert, sampling_params
 from engine.server.schemas import CompletionBody
 from engine.server.stream import EventStream
-from engine.text import OutputProcessor, TokenizerError
+from engine.text import BoundedCodec, OutputProcessor, PromptTooLong, TokenizerError
 from engine.text.tokenizer import readable_token
 
 if TYPE_CHECKING:
@@ -152,11 +152,11 @@ def _plan(app: App, data: dict[str, Any]) -> Plan:
             raise errors.invalid_value("best_of", "best_of must not be below n.")
         raise errors.unsupported_parameter("best_of", "best_of above n is not supported yet.")
     prompts = read_prompts(app, body.prompt)
-    encoded = [_encode(app, prompt, path) for prompt, path in prompts]
-    limits = [
-        resolve_max_tokens(app, len(ids), body.max_tokens, DEFAULT_MAX_TOKENS, path)
-        for ids, (_, path) in zip(encoded, prompts, strict=True)
-    ]
+    encoded, limits = [], []
+    for prompt, path in prompts:
+        ids = _encode(app, prompt, path, body.max_tokens)
+        encoded.append(ids)
+        limits.append(resolve_max_tokens(app, len(ids), body.max_tokens, DEFAULT_MAX_TOKENS, path))
     answer_id = new_id("cmpl-")
     requests = engine_requests(app, answer_id, encoded, params, limits, app.engine.model.eos_token_ids, body)
     echoes = [_echo(app, prompt) if body.echo else "" for prompt, _ in prompts]
@@ -216,11 +216,14 @@ def check_ids(app: App, ids: list[int], path: str) -> None:
             )
 
 
-def _encode(app: App, prompt: str | list[int], path: str) -> list[int]:
+def _encode(app: App, prompt: str | list[int], path: str, asked: int | None) -> list[int]:
     if isinstance(prompt, list):
         return prompt
+    limit = app.engine.max_model_len
     try:
-        return app.tokenizer.encode(prompt)
+        return BoundedCodec(app.tokenizer, limit).encode(prompt)
+    except PromptTooLong:
+        raise errors.context_length_exceeded(limit, None, 1 if asked is None else asked, path) from None
     except TokenizerError:
         raise errors.invalid_value(path, f"{path}: this text cannot be encoded.") from None
 

@@ -18,7 +18,7 @@ from engine.server.http import Exchange
 from engine.server.reply import ReplyPlan
 from engine.server.schemas import SamplingBody
 from engine.server.tools import Tools, forced_prefix
-from engine.text import ChatFormat, ChatMessage, ChatRequestError, RenderOptions, TokenizerError
+from engine.text import ChatFormat, ChatMessage, ChatRequestError, PromptTooLong, RenderOptions, TokenizerError
 
 if TYPE_CHECKING:
     from engine.server.app import App
@@ -52,10 +52,11 @@ def chat_format_of(app: App, param: str) -> ChatFormat:
     return app.chat_format
 
 
-def render(app: App, exchange: Exchange, conversation: Conversation) -> Prompt:
+def render(app: App, exchange: Exchange, conversation: Conversation, max_tokens: int) -> Prompt:
     """Render a conversation and the header of a forced call.
 
-    Raises: ApiError 400 with the path of what cannot be rendered.
+    Raises: ApiError 400 with the path of what cannot be rendered; PromptTooLong for one that has more than `max_tokens`
+    for sure. One that has somewhat more may be rendered, for an error that says how many.
     """
     chat_format = chat_format_of(app, conversation.param)
     _check_effort(chat_format, exchange, conversation)
@@ -68,6 +69,7 @@ def render(app: App, exchange: Exchange, conversation: Conversation) -> Prompt:
                 reasoning_effort=conversation.effort,
                 add_generation_prompt=conversation.add_generation_prompt,
                 continue_final_message=conversation.is_continuation,
+                max_prompt_tokens=max_tokens,
             ),
         )
     except ChatRequestError as error:
@@ -80,6 +82,18 @@ def render(app: App, exchange: Exchange, conversation: Conversation) -> Prompt:
     forced = conversation.tools.forced
     prefix_ids = forced_prefix(app, forced) if forced is not None else []
     return Prompt(ids + prefix_ids, prefix_ids)
+
+
+def render_to_count(app: App, exchange: Exchange, conversation: Conversation) -> list[int]:
+    """Render a conversation that is only to be counted or shown, so that it may be longer than the context.
+
+    Raises: ApiError 400 as `render`, and for one that is longer by far.
+    """
+    limit = app.max_counted_tokens
+    try:
+        return render(app, exchange, conversation, limit).ids
+    except PromptTooLong:
+        raise errors.too_long_to_count(limit, conversation.param) from None
 
 
 def _check_effort(chat_format: ChatFormat, exchange: Exchange, conversation: Conversation) -> None:

@@ -103,15 +103,27 @@ def unsupported_parameter(param: str, message: str) -> ApiError:
     return ApiError(400, "invalid_request_error", "unsupported_parameter", message, param=param)
 
 
-def context_length_exceeded(limit: int, num_prompt_tokens: int, max_tokens: int, param: str) -> ApiError:
-    """The sentence that LangChain and aider match; keep every word."""
+def context_length_exceeded(limit: int, num_prompt_tokens: int | None, max_tokens: int, param: str) -> ApiError:
+    """The sentence that LangChain and aider match; keep every word. No count: the prompt alone is beyond the limit."""
+    more = "more than " if num_prompt_tokens is None else ""
+    num_prompt_tokens = limit if num_prompt_tokens is None else num_prompt_tokens
     return ApiError(
         400,
         "invalid_request_error",
         "context_length_exceeded",
         f"This model's maximum context length is {limit} tokens, however you requested "
-        f"{num_prompt_tokens + max_tokens} tokens ({num_prompt_tokens} in the messages, "
+        f"{more}{num_prompt_tokens + max_tokens} tokens ({more}{num_prompt_tokens} in the messages, "
         f"{max_tokens} in the completion).",
+        param=param,
+    )
+
+
+def too_long_to_count(limit: int, param: str) -> ApiError:
+    return ApiError(
+        400,
+        "invalid_request_error",
+        "context_length_exceeded",
+        f"{param}: more than {limit} tokens; this server counts no further.",
         param=param,
     )
 

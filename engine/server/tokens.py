@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 from engine.server import errors, info
 from engine.server.chat_request import read_conversation
 from engine.server.completions import check_ids
-from engine.server.conversation import render
+from engine.server.conversation import render_to_count
 from engine.server.http import Exchange
 from engine.server.parsing import convert
 from engine.server.schemas import ChatBody, DetokenizeBody, TokenizeBody
-from engine.text import TokenizerError
+from engine.text import BoundedCodec, PromptTooLong, TokenizerError
 
 if TYPE_CHECKING:
     from engine.server.app import App
@@ -35,7 +35,9 @@ def _encode(app: App, exchange: Exchange, body: TokenizeBody) -> list[int]:
         raise errors.invalid_value("prompt", "Send either prompt or messages.")
     if body.prompt is not None:
         try:
-            return app.tokenizer.encode(body.prompt)
+            return BoundedCodec(app.tokenizer, app.max_counted_tokens).encode(body.prompt)
+        except PromptTooLong as error:
+            raise errors.too_long_to_count(error.max_tokens, "prompt") from None
         except TokenizerError:
             raise errors.invalid_value("prompt", "prompt: this text cannot be encoded.") from None
     chat = ChatBody(
@@ -46,7 +48,7 @@ def _encode(app: App, exchange: Exchange, body: TokenizeBody) -> list[int]:
         add_generation_prompt=body.add_generation_prompt,
         continue_final_message=body.continue_final_message,
     )
-    return render(app, exchange, read_conversation(chat, exchange)).ids
+    return render_to_count(app, exchange, read_conversation(chat, exchange))
 
 
 async def detokenize(app: App, exchange: Exchange) -> None:

@@ -4,8 +4,9 @@ No torch, no HTTP, no engine: the API process, the offline face and the training
 
 | module | holds |
 |---|---|
-| `errors` | `TextError` > `TokenizerError`, `ChatRequestError` (carries the path of the offending field) |
+| `errors` | `TextError` > `TokenizerError`, `PromptTooLong`, `ChatRequestError` (carries the field's path) |
 | `tokenizer` | `Tokenizer.from_folder`: encode, decode, bytes of each token; `TextCodec`, the seam |
+| `bounded` | `BoundedCodec`: stops at a prompt that is too long for sure |
 | `messages` | `ChatMessage`, `ToolCall`, `ToolDefinition`, `RenderOptions`; readers of OpenAI's JSON |
 | `events` | what a chat parser says, and `collect_reply` |
 | `harmony` | gpt-oss's chat format: render and streaming parse |
@@ -16,9 +17,10 @@ No torch, no HTTP, no engine: the API process, the offline face and the training
 
 from __future__ import annotations
 
+from engine.text.bounded import BoundedCodec
 from engine.text.chat import ChatFormat, ChatParser, HarmonyChat, chat_format_for
 from engine.text.detokenizer import Detokenizer
-from engine.text.errors import ChatRequestError, TextError, TokenizerError
+from engine.text.errors import ChatRequestError, PromptTooLong, TextError, TokenizerError
 from engine.text.events import (
     ChatEvent,
     ChatReply,
@@ -45,6 +47,7 @@ from engine.text.tokenizer import TextCodec, Tokenizer
 
 __all__ = [
     "AssistantReply",
+    "BoundedCodec",
     "ChatEvent",
     "ChatFormat",
     "ChatMessage",
@@ -60,6 +63,7 @@ __all__ = [
     "HarmonyParser",
     "HarmonyRenderer",
     "OutputProcessor",
+    "PromptTooLong",
     "ReasoningDelta",
     "RenderOptions",
     "ResponseSchema",

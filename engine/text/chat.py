@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 from engine.core.request import FinishReason
+from engine.text.bounded import BoundedCodec
 from engine.text.errors import TextError
 from engine.text.events import ChatEvent
 from engine.text.harmony import AssistantReply, HarmonyIds, HarmonyParser, HarmonyRenderer, map_reasoning_effort
@@ -77,9 +78,12 @@ class HarmonyChat:
     ) -> list[int]:
         """Render a prompt; see `HarmonyRenderer.render`.
 
-        Raises: ChatRequestError with the path of the offending field.
+        Raises: ChatRequestError with the path of the offending field; PromptTooLong, where the options have a limit.
         """
-        return self._renderer.render(messages, tools, options)
+        renderer = self._renderer
+        if options.max_prompt_tokens is not None:
+            renderer = HarmonyRenderer(BoundedCodec(self._codec, options.max_prompt_tokens), self.ids)
+        return renderer.render(messages, tools, options)
 
     def render_completion(self, reply: AssistantReply) -> list[int]:
         """Render the ids that the model should emit for a reply; see `HarmonyRenderer.render_completion`."""

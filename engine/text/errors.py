@@ -2,6 +2,7 @@
 
     TextError
     ├── TokenizerError     a tokenizer file, a token id or a text that cannot be encoded
+    ├── PromptTooLong      a prompt of more tokens than its reader takes, known before all of it is encoded
     └── ChatRequestError   a conversation that cannot be rendered; carries the path of the offending field
 
 Messages are one line and safe to show to the client that sent the request.
@@ -16,6 +17,14 @@ class TextError(ValueError):
 
 class TokenizerError(TextError):
     """A tokenizer file is unusable, an id lies outside the vocabulary, or a text cannot be encoded."""
+
+
+class PromptTooLong(TextError):
+    """A prompt has more than `max_tokens` tokens; how many more is not known."""
+
+    def __init__(self, max_tokens: int) -> None:
+        super().__init__(f"the prompt has more than {max_tokens} tokens")
+        self.max_tokens = max_tokens
 
 
 class ChatRequestError(TextError):

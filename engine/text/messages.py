@@ -79,6 +79,7 @@ class RenderOptions:
     `current_date` is `YYYY-MM-DD`, from the request's arrival: renderers read no clock, so that a prompt is
     reproducible. `reasoning_effort` takes any of the API's words; a format rounds it to what its model knows.
     `continue_final_message` leaves the last assistant message open, so that the model goes on writing it.
+    `max_prompt_tokens` is where rendering may stop: see `BoundedCodec`.
     """
 
     current_date: str
@@ -86,6 +87,7 @@ class RenderOptions:
     response_schema: ResponseSchema | None = None
     add_generation_prompt: bool = True
     continue_final_message: bool = False
+    max_prompt_tokens: int | None = None
 
 
 def messages_from_openai(messages: Sequence[JsonObject]) -> list[ChatMessage]:

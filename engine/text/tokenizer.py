@@ -38,6 +38,9 @@ class TextCodec(Protocol):
     @property
     def vocab_size(self) -> int: ...
 
+    @property
+    def longest_token_bytes(self) -> int: ...
+
     def encode(self, text: str) -> list[int]: ...
 
     def token_bytes(self, token_id: int) -> bytes: ...
@@ -62,6 +65,8 @@ class Tokenizer:
         self._added_ids = MappingProxyType({t.content: i for i, t in sorted(added.items())})
         self._table = _byte_table(inner, self._added_ids, source)
         self._special_id_set = frozenset(self._special_ids.values())
+        added_ids = set(self._added_ids.values())
+        self._longest = max((len(data) for i, data in enumerate(self._table) if i not in added_ids), default=1)
         self._literals = _literal_pattern(self._added_ids)
         for literal, token_id in self._special_ids.items():
             if token_id in self.encode(literal):
@@ -110,6 +115,11 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """One more than the highest token id. A model's embedding may have more rows."""
         return len(self._table)
+
+    @property
+    def longest_token_bytes(self) -> int:
+        """Bytes of the longest token that ordinary text can become."""
+        return self._longest
 
     def encode(self, text: str) -> list[int]:
         """Encode ordinary text; literals of control tokens inside it become plain tokens.

@@ -273,3 +273,56 @@ def test_wall_time_limit() -> None:
         assert '"code":"request_timeout"' in text
         assert "[DONE]" not in text
         assert wait_for(lambda: not server.engine.live)
+
+
+LONG = "many more words than any context holds. " * 75_000
+CHAT_LONG = {"model": "tiny-oss", "messages": [{"role": "user", "content": LONG}]}
+OVERSIZED = {
+    "/v1/completions": ({"model": "tiny-oss", "prompt": LONG, "max_tokens": 7}, "prompt"),
+    "/v1/chat/completions": (CHAT_LONG | {"max_completion_tokens": 7}, "messages"),
+    "/v1/responses": ({"model": "tiny-oss", "input": LONG, "max_output_tokens": 7}, "input"),
+    "/v1/messages": (CHAT_LONG | {"max_tokens": 7}, None),
+    "/v1/messages/count_tokens": (CHAT_LONG, "messages"),
+    "/v1/responses/input_tokens": ({"model": "tiny-oss", "input": LONG}, "input"),
+    "/tokenize": ({"prompt": LONG}, "prompt"),
+}
+
+
+@pytest.mark.parametrize("route", OVERSIZED)
+def test_an_oversized_prompt_is_refused_before_it_is_tokenized(
+    route: str, shared_server: RunningServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body, param = OVERSIZED[route]
+    num_chars = 0
+    encode = TOKENIZER.encode
+
+    def counted(text: str) -> list[int]:
+        nonlocal num_chars
+        num_chars += len(text)
+        return encode(text)
+
+    monkeypatch.setattr(TOKENIZER, "encode", counted)
+    limit = shared_server.engine.max_model_len
+    with shared_server.http() as client:
+        answer = client.post(route, json=body)
+    assert answer.status_code == 400, answer.text
+    text = answer.json()["error"]["message"]
+    assert num_chars < len(LONG) // 10
+    if param is None:
+        assert text == f"prompt is too long: more than {limit} tokens > {limit} maximum"
+    elif "max" in str(body.keys()):
+        assert f"you requested more than {limit + 7} tokens (more than {limit} in the messages, 7 in the" in text
+        assert answer.json()["error"]["code"] == "context_length_exceeded"
+    else:
+        assert text == f"{param}: more than {4 * limit} tokens; this server counts no further."
+
+
+def test_a_prompt_that_is_somewhat_too_long_is_counted(shared_server: RunningServer) -> None:
+    prompt = LONG[:40_000]
+    limit, num_tokens = shared_server.engine.max_model_len, len(TOKENIZER.encode(prompt))
+    assert num_tokens > limit
+    with shared_server.http() as client:
+        text = client.post("/v1/completions", json=HELLO | {"prompt": prompt}).json()["error"]["message"]
+        counted = client.post("/tokenize", json={"prompt": prompt}).json()["count"]
+    assert f"you requested {num_tokens + 2} tokens ({num_tokens} in the messages, 2 in the completion)" in text
+    assert counted == num_tokens

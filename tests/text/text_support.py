@@ -56,6 +56,10 @@ class O200kCodec:
     def vocab_size(self) -> int:
         return 201_089
 
+    @property
+    def longest_token_bytes(self) -> int:
+        return 128
+
     def encode(self, text: str) -> list[int]:
         return self.oracle.encode(text, disallowed_special=())
 

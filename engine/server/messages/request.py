@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from engine.server import errors, info
 from engine.server.choices import check_sharing
-from engine.server.conversation import Conversation, plan_reply, render
+from engine.server.conversation import Conversation, plan_reply, render, render_to_count
 from engine.server.errors import ApiError
 from engine.server.http import Exchange
 from engine.server.messages.blocks import read_messages, read_tools
 from engine.server.parsing import check_fields, convert, sampling_params
 from engine.server.reply import ReplyPlan
 from engine.server.schemas import CountTokensBody, MessagesBody
+from engine.text import PromptTooLong
 
 if TYPE_CHECKING:
     from engine.server.app import App
@@ -66,10 +67,14 @@ def plan_messages(app: App, exchange: Exchange, data: dict[str, Any]) -> Message
         stop=body.stop_sequences,
         names={"stop": "stop_sequences"},
     )
-    prompt = render(app, exchange, conversation)
-    room = app.engine.max_model_len - len(prompt.ids)
+    limit = app.engine.max_model_len
+    try:
+        prompt = render(app, exchange, conversation, limit)
+    except PromptTooLong:
+        raise _prompt_too_long(f"more than {limit}", limit) from None
+    room = limit - len(prompt.ids)
     if room < 1:
-        raise _prompt_too_long(len(prompt.ids), app.engine.max_model_len)
+        raise _prompt_too_long(str(len(prompt.ids)), limit)
     reply = plan_reply(
         app,
         conversation,
@@ -88,13 +93,13 @@ def plan_messages(app: App, exchange: Exchange, data: dict[str, Any]) -> Message
 def count_tokens(app: App, exchange: Exchange, data: dict[str, Any]) -> int:
     """Return the number of tokens that a request's prompt has.
 
-    Raises: as `plan_messages`, but for the length of the context.
+    Raises: as `plan_messages`, but that the prompt may be longer than the context.
     """
     check_fields(data, CountTokensBody)
     body = convert(data, CountTokensBody)
     _served_model(app, exchange, body.model)
     conversation, _, _ = _read(body, exchange)
-    return len(render(app, exchange, conversation).ids)
+    return len(render_to_count(app, exchange, conversation))
 
 
 def _read(body: CountTokensBody, exchange: Exchange) -> tuple[Conversation, Thinking, bool]:
@@ -166,7 +171,7 @@ def _budget_effort(raw: dict[str, Any], exchange: Exchange) -> str:
     return effort
 
 
-def _prompt_too_long(num_tokens: int, limit: int) -> ApiError:
+def _prompt_too_long(num_tokens: str, limit: int) -> ApiError:
     """The sentence by which Claude Code knows that it must compact the conversation; keep every word."""
     return ApiError(
         400,

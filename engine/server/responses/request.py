@@ -13,14 +13,14 @@ import orjson
 from engine.core.sampling_params import MAX_LOGPROBS
 from engine.server import errors, info
 from engine.server.choices import check_sharing, resolve_max_tokens
-from engine.server.conversation import Conversation, plan_reply, render
+from engine.server.conversation import Conversation, plan_reply, render, render_to_count
 from engine.server.http import Exchange
 from engine.server.parsing import check_fields, convert, sampling_params
 from engine.server.reply import ReplyPlan
 from engine.server.responses.items import read_input
 from engine.server.schemas import InputTokensBody, ResponsesBody
 from engine.server.tools import choose_openai, read_functions
-from engine.text import ToolDefinition
+from engine.text import PromptTooLong, ToolDefinition
 
 if TYPE_CHECKING:
     from engine.server.app import App
@@ -60,7 +60,10 @@ def plan_response(app: App, exchange: Exchange, data: dict[str, Any]) -> Respons
         stop=body.stop,
         names={"max_tokens": "max_output_tokens"},
     )
-    prompt = render(app, exchange, conversation)
+    try:
+        prompt = render(app, exchange, conversation, app.engine.max_model_len)
+    except PromptTooLong as error:
+        raise errors.context_length_exceeded(error.max_tokens, None, body.max_output_tokens or 1, "input") from None
     reply = plan_reply(
         app,
         conversation,
@@ -125,14 +128,14 @@ def _echoed_tool(tool: ToolDefinition) -> dict[str, Any]:
 def count_input_tokens(app: App, exchange: Exchange, data: dict[str, Any]) -> int:
     """Return the number of tokens that a request's prompt has; `model` may be left out.
 
-    Raises: as `plan_response`, but for the length of the context.
+    Raises: as `plan_response`, but that the prompt may be longer than the context.
     """
     if data.get("model") is None:
         data = data | {"model": app.model_names[0]}
     check_fields(data, InputTokensBody)
     body = convert(data, InputTokensBody)
     info.check_model(app, body.model)
-    return len(render(app, exchange, _read(body, exchange)).ids)
+    return len(render_to_count(app, exchange, _read(body, exchange)))
 
 
 def _read(body: InputTokensBody, exchange: Exchange) -> Conversation:
