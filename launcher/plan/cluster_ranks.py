@@ -13,6 +13,7 @@ from engine.config import EngineConfig, NodesConfig
 from engine.placement import Placement
 from launcher.addresses import host_and_port
 from launcher.errors import HlaunchError, PreflightError
+from launcher.plan.placing import with_placement
 from launcher.registry.cluster import Cluster
 from launcher.registry.types import ResolvedEntry
 
@@ -40,16 +41,7 @@ def with_ranks(config: EngineConfig, cluster: Cluster, placement: Placement, exe
     """Hand the placement to the engine, with the nodes' names and addresses, the head's first."""
     if executor == "inline":
         return config
-    sizes = placement.sizes
-    config = replace(
-        config,
-        placement=placement.to_json(),
-        tensor_parallel_size=sizes.tensor,
-        pipeline_parallel_size=sizes.pipeline,
-        data_parallel_size=sizes.data,
-        enable_expert_parallel=sizes.expert_parallel,
-        node_address=cluster.head.ip,
-    )
+    config = replace(with_placement(config, placement), node_address=cluster.head.ip)
     others = [node for node in cluster.nodes if node.name != cluster.head.name and node.name in placement.nodes]
     nodes = (cluster.head, *others)
     is_ray = executor in ("ray", "ray-cgraph")

@@ -37,6 +37,7 @@ from launcher.plan.placing import (
     this_host,
     threads_per_rank,
     whole_value,
+    with_placement,
 )
 from launcher.plan.rank_memory import RankMemory, Sizing, memory_of, ranks_do_not_fit, report_memory
 from launcher.plan.weights import ModelFiles, find_model_files
@@ -158,7 +159,7 @@ def make_plan(
             placement = _place_ranks(entry, model, hosts, problems)
             problems += [] if nodes is None else node_problems(nodes, sizes, placement)
             if placement is not None:
-                config = _with_ranks(config, placement, inventory)
+                config = _with_threads(with_placement(config, placement), placement, inventory)
                 seen = replace(inventory, gpus=visible_gpus(inventory.gpus, environ))
                 spare = whole_value(entry, "ready.min-free-memory", 0)
                 inventories = {host.name: seen for host in hosts}
@@ -242,21 +243,11 @@ def _place_ranks(
         return None
 
 
-def _with_ranks(config: EngineConfig, placement: Placement, inventory: Inventory) -> EngineConfig:
-    """Hand the placement to the engine, and to each CPU rank its part of the cores unless the entry says how many."""
-    threads = config.cpu_threads
-    if config.device == "cpu" and not threads:
-        threads = threads_per_rank(fullest_node(placement), inventory)
-    sizes = placement.sizes
-    return replace(
-        config,
-        placement=placement.to_json(),
-        tensor_parallel_size=sizes.tensor,
-        pipeline_parallel_size=sizes.pipeline,
-        data_parallel_size=sizes.data,
-        enable_expert_parallel=sizes.expert_parallel,
-        cpu_threads=threads,
-    )
+def _with_threads(config: EngineConfig, placement: Placement, inventory: Inventory) -> EngineConfig:
+    """Give each CPU rank its part of the cores unless the entry says how many."""
+    if config.device != "cpu" or config.cpu_threads:
+        return config
+    return replace(config, cpu_threads=threads_per_rank(fullest_node(placement), inventory))
 
 
 def _with_pool(config: EngineConfig, memory: Sequence[RankMemory]) -> EngineConfig:

@@ -6,11 +6,14 @@ Knows: registry keys of sizes and placement, inventories. Refuses to know: who g
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
+from engine.config import EngineConfig
 from engine.placement import (
     Device,
     HostSpec,
     ParallelSizes,
+    Placement,
     PlacementError,
     PlacementOptions,
     RankSpec,
@@ -75,6 +78,19 @@ def this_host(inventory: Inventory, gpus: Mapping[int, Gpu], world: int) -> Host
     """
     devices = [Device(f"cuda:{number}", gpu.numa_node) for number, gpu in gpus.items()]
     return HostSpec(inventory.node, tuple(devices or (_cpu(inventory, slot) for slot in range(world))))
+
+
+def with_placement(config: EngineConfig, placement: Placement) -> EngineConfig:
+    """Hand a placement to the engine, with the sizes that it was made for."""
+    sizes = placement.sizes
+    return replace(
+        config,
+        placement=placement.to_json(),
+        tensor_parallel_size=sizes.tensor,
+        pipeline_parallel_size=sizes.pipeline,
+        data_parallel_size=sizes.data,
+        enable_expert_parallel=sizes.expert_parallel,
+    )
 
 
 def threads_per_rank(ranks: Sequence[RankSpec], inventory: Inventory) -> int:
