@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from launcher.console_phases import PhaseView
     from launcher.errors import HlaunchError, Issue
 
-__all__ = ["Console", "Line", "PhaseView"]
+__all__ = ["SEVERITY_STYLES", "Console", "Line", "PhaseView"]
 
 Line = list[tuple[str, str]]
 """Parts of one line, each with the name of its style; an empty name is no style."""
@@ -34,7 +34,7 @@ PIPE_WIDTH = 80
 MAX_ISSUES = 50
 """More problems than this are counted, not printed; `--json` has all of them."""
 
-_SEVERITY_STYLES = {"error": "bold red", "warning": "bold yellow", "info": "bold blue"}
+SEVERITY_STYLES = {"error": "bold red", "warning": "bold yellow", "info": "bold blue"}
 
 
 class Console:
@@ -146,7 +146,7 @@ class Console:
         """Write located problems to stderr, each with its hint, at most 50."""
         for issue in issues[:MAX_ISSUES]:
             head, label, tail = issue.headline().partition(f"{issue.severity}[{issue.code}]")
-            self._write(self._stderr, (head, ""), (label, _SEVERITY_STYLES[issue.severity]), (tail, ""))
+            self._write(self._stderr, (head, ""), (label, SEVERITY_STYLES[issue.severity]), (tail, ""))
             self._hint(issue.hint)
         if len(issues) > MAX_ISSUES:
             self.note(f"… and {len(issues) - MAX_ISSUES} more")
@@ -172,7 +172,7 @@ class Console:
             self._write(self._stderr, ("hint: ", "cyan"), (hint, ""))
 
     def _labelled(self, severity: str, message: str, hint: str) -> None:
-        self._write(self._stderr, (f"{severity}: ", _SEVERITY_STYLES[severity]), (message, ""))
+        self._write(self._stderr, (f"{severity}: ", SEVERITY_STYLES[severity]), (message, ""))
         self._hint(hint)
 
     def _write(self, stream: TextIO, *parts: str | tuple[str, str]) -> None:
@@ -224,13 +224,17 @@ class Console:
 def layout_table(columns: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> list[str]:
     """Lay out a table without rules in lines of at most `width`, header first; `>` before a name aligns right.
 
-    A column keeps its longest word whole while there is room: names and positions must survive to be copied.
+    A column keeps its longest word whole while there is room: names and positions must survive to be copied. Where a
+    few long names in the first column would fold all other rows, they stand on lines of their own.
     """
     names = [column.removeprefix(">") for column in columns]
     cells = [names, *rows]
     natural = [max(_width(row[i]) for row in cells) for i in range(len(columns))]
     widths = [max(_width(word) for row in cells for word in (row[i].split() or [""])) for i in range(len(columns))]
     room = max(width, 20) - 2 * (len(columns) - 1)
+    has_names = not columns[0].startswith(">") and natural[0] <= width
+    if has_names and (usual := _usual_width([row[0] for row in cells], room - sum(natural[1:]))):
+        natural[0] = widths[0] = usual
     while sum(widths) > room:
         widest = widths.index(max(widths))
         widths[widest] -= 1
@@ -241,6 +245,9 @@ def layout_table(columns: Sequence[str], rows: Sequence[Sequence[str]], width: i
     lines = []
     for row in cells:
         wrapped = [_wrap(cell, max(2, widths[i])) for i, cell in enumerate(row)]
+        if widths[0] == natural[0] < _width(row[0]):
+            lines.append(row[0])
+            wrapped[0] = [""]
         for k in range(max(len(part) for part in wrapped)):
             parts = [part[k] if k < len(part) else "" for part in wrapped]
             aligned = [
@@ -250,6 +257,14 @@ def layout_table(columns: Sequence[str], rows: Sequence[Sequence[str]], width: i
             ]
             lines.append("  ".join(aligned).rstrip())
     return lines
+
+
+def _usual_width(cells: Sequence[str], room: int) -> int:
+    """Return the width of the first column without those few cells that do not fit into `room`; 0: all fit, or many."""
+    fitting = [_width(cell) for cell in cells if _width(cell) <= room]
+    num_long = len(cells) - len(fitting)
+    is_few = 0 < num_long <= max(1, len(cells) // 4)
+    return max(fitting) if is_few and fitting and _width(cells[0]) <= room else 0
 
 
 def _width(text: str) -> int:

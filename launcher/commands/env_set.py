@@ -40,11 +40,11 @@ def set_variables(
     for name, value in map(_pair, settings):
         edits.append(_edit(edits[-1].text if edits else text, source, target, node, name, value))
     found = _new_findings(target, text, edits[-1].text, source, invocation)
-    if has_errors(found):
-        details = [line for item in found for line in (item.headline(), f"  {item.cause}; fix: {item.fix}")]
-        raise PreflightError("nothing was written: the value is wrong here", details=details)
     if not as_json:
         print_findings(invocation.console, found)
+    if has_errors(found):
+        details = [f"{item.headline()}; fix: {item.fix}" for item in found] if as_json else []
+        raise PreflightError("nothing was written: the value is wrong here", details=details)
     finish(invocation, path, source, text, edits, "set", is_dry=is_dry, as_json=as_json)
 
 

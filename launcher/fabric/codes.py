@@ -112,7 +112,7 @@ _LIST: tuple[Code, ...] = (
     _host("counters", "warning", "the HCA counted errors of the transport since it came up", "look at cable and switch: ethtool -S <interface>"),
     _host("oom-kills", "warning", "the kernel has killed processes of this group for memory", "raise the container's memory limit, or lower gpu-memory-utilization"),
 
-    Code("node-unreachable", "cluster", "error", "the node could not be read within the deadline", "ssh <destination> true"),
+    Code("node-unreachable", "cluster", "error", "the node could not be read", "ssh <destination> true"),
     Code("mtu-mismatch", "cluster", "error", "small packets arrive, full-size ones do not: transfers stall, status 12", "sudo ip link set <interface> mtu <mtu> on both nodes, and on the switch"),
     Code("peer-unreachable", "cluster", "error", "no packet reaches the other node over the fabric", "ip -br link; ip route get <ip>"),
     Code("path-untested", "cluster", "info", "this process may not send pings, so the path's packet size is unknown", "run as root, or install ping"),

@@ -1,4 +1,4 @@
-"""How findings read in a terminal of 80 columns. Knows layout; refuses to know colours, which are the console's."""
+"""How findings read in a terminal of 80 columns. Knows layout; which severity has which colour, the console says."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Sequence
 
-from launcher.console import Console
+from launcher.console import SEVERITY_STYLES, Console
 from launcher.fabric.facts import NodeFacts
 from launcher.fabric.finding import Finding
 from launcher.fabric.remote import Unreachable
@@ -19,7 +19,9 @@ WIDTH = 80
 def print_findings(console: Console, findings: Sequence[Finding]) -> None:
     """Write each finding to stdout: what and where, the evidence, the cause, and the fix on lines of its own."""
     for found in findings:
-        console.heading(f"{found.severity}[{found.code}] {found.where}: {found.subject}")
+        of_what = "" if found.subject == found.where else f": {found.subject}"
+        label = (f"{found.severity}[{found.code}]", SEVERITY_STYLES[found.severity])
+        console.styled([label, (f" {found.where}{of_what}", "bold")])
         for text in dict.fromkeys((found.evidence, found.cause)):
             for line in textwrap.wrap(text, WIDTH - 2, break_long_words=False, break_on_hyphens=False):
                 console.data(f"  {line}")

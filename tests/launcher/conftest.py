@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
+# Fixture trees in the place of hosts.
+sys.path.append(str(Path(__file__).parents[1] / "fabric"))
 
 from launcher_support import Launcher  # noqa: E402
 

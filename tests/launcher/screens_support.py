@@ -23,9 +23,9 @@ ROOT = Path(__file__).parents[2]
 SCREENS = Path(__file__).with_name("screens")
 Mask = Callable[[str], str]
 
-# Messages, and what is there to be pasted, are one line each: a terminal folds them by itself.
+# Messages, and what is there to be pasted, are one line each: a terminal folds them by itself. So are lines of a file.
 _UNFOLDED = re.compile(
-    r"^(error|hint|warning|info|note|  fix|  looked in|[\w.]+yml:\d+:|curl |sudo )|(FOLDER|PYTHON|ROOT)|^[-+ ] .*: "
+    r"^(error|hint|warning|info|note|  fix|  looked in|[\w.]+yml:\d+:|curl |sudo |[-+ ]  )|(FOLDER|PYTHON|ROOT)"
 )
 _CONTROLS = re.compile(r"\x1b\[[0-9;]*m")
 _OWN_VARIABLES = (
