@@ -7,10 +7,12 @@ wanted, and for what.
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import socket
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
@@ -20,6 +22,11 @@ from engine.comm.secure_link import HANDSHAKE_SECONDS, NodeLinkError, SecureLink
 
 MAX_STRANGERS = 16
 """Connections that may be in their handshake at once; each ends within its deadline, and any further one at once."""
+MAX_STRANGERS_PER_ADDRESS = 4
+"""Of these, from one address: whoever holds more would keep the others out. Hosts of one node that come at the same
+moment take milliseconds each, and come again."""
+_IPV6_SUBNET_BITS = 64
+"""One customer of IPv6 has at least so much, all of it is one address here."""
 _SAY_AGAIN_SECONDS = 10.0
 
 
@@ -51,7 +58,7 @@ class NodeListener:
         self._seconds = handshake_seconds
         self._refused = refused or _Complaints().say
         self._arrivals: SimpleQueue[NodeArrival | None] = SimpleQueue()
-        self._places = threading.BoundedSemaphore(MAX_STRANGERS)
+        self._places = _Places()
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._socket = socket.create_server((host, port), family=family, backlog=64)
         self.host: str = host
@@ -87,13 +94,13 @@ class NodeListener:
             except OSError:
                 time.sleep(0.05)  # closed; or no descriptors are left, and others will close theirs
                 continue
-            if not self._places.acquire(blocking=False):
+            if said := self._places.take(peer):
                 sock.close()
-                self._refused(f"{peer} was turned away: {MAX_STRANGERS} others are in their handshake")
+                self._refused(f"{peer} was turned away: {said}")
                 continue
-            threading.Thread(target=self._let_in, args=(sock,), name="node handshake", daemon=True).start()
+            threading.Thread(target=self._let_in, args=(sock, peer), name="node handshake", daemon=True).start()
 
-    def _let_in(self, sock: socket.socket) -> None:
+    def _let_in(self, sock: socket.socket, peer: str) -> None:
         link: SecureLink | None = None
         try:
             link = answer(sock, self._secret, timeout_seconds=self._seconds)
@@ -105,7 +112,7 @@ class NodeListener:
         else:
             self._arrivals.put(arrival)
         finally:
-            self._places.release()
+            self._places.give_back(peer)
 
 
 def refuse(link: SecureLink, refusal: Refusal) -> None:
@@ -113,6 +120,40 @@ def refuse(link: SecureLink, refusal: Refusal) -> None:
     with contextlib.suppress(NodeLinkError):
         link.send(NodeKind.REFUSED, encode(refusal))
     link.dispose()
+
+
+class _Places:
+    """Who is in a handshake: so many at once, and of these so many from one address."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._by_address: Counter[str] = Counter()
+
+    def take(self, peer: str) -> str:
+        """Take a place; returns why there is none, or nothing."""
+        address = _address_of(peer)
+        with self._lock:
+            if self._by_address[address] >= MAX_STRANGERS_PER_ADDRESS:
+                return f"{MAX_STRANGERS_PER_ADDRESS} others from there are in their handshake"
+            if self._by_address.total() >= MAX_STRANGERS:
+                return f"{MAX_STRANGERS} others are in their handshake"
+            self._by_address[address] += 1
+        return ""
+
+    def give_back(self, peer: str) -> None:
+        address = _address_of(peer)
+        with self._lock:
+            self._by_address[address] -= 1
+            if not self._by_address[address]:
+                del self._by_address[address]
+
+
+def _address_of(peer: str) -> str:
+    """Name what counts as one address: a host of IPv4, a subnet of IPv6."""
+    address = ipaddress.ip_address(peer.partition("%")[0])
+    if address.version == 4:
+        return peer
+    return str(ipaddress.ip_network((address, _IPV6_SUBNET_BITS), strict=False))
 
 
 class _Complaints:

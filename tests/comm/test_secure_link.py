@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from engine.comm.node_listener import MAX_STRANGERS, NodeListener, refuse
+from engine.comm.node_listener import MAX_STRANGERS, MAX_STRANGERS_PER_ADDRESS, NodeListener, _Places, refuse
 from engine.comm.node_messages import (
     Hello,
     NodeFacts,
@@ -68,8 +68,9 @@ def pair(silence_seconds: float = 5.0) -> tuple[SecureLink, SecureLink]:
     return node, ends[0]
 
 
-def raw(door: NodeListener) -> socket.socket:
-    sock = socket.create_connection(("127.0.0.1", door.port), 5)
+def raw(door: NodeListener, host: int = 1) -> socket.socket:
+    """Come to the door from one of this machine's own addresses, 127.0.0.{host}."""
+    sock = socket.create_connection(("127.0.0.1", door.port), 5, (f"127.0.0.{host}", 0))
     sock.settimeout(5)
     return sock
 
@@ -266,11 +267,11 @@ def test_noise_is_turned_away_in_time(door: NodeListener, refusals: list[str], s
 
 def test_slow_strangers_have_one_deadline_and_take_few_places(door: NodeListener, refusals: list[str]) -> None:
     """A byte now and then does not prolong the handshake, and the door opens again for who knows the secret."""
-    slow = [raw(door) for _ in range(MAX_STRANGERS)]
+    slow = [raw(door, 1 + number // MAX_STRANGERS_PER_ADDRESS) for number in range(MAX_STRANGERS)]
     hello = HELLO.pack(b"HLN", WIRE_VERSION, bytes(32))
     began = time.monotonic()
     time.sleep(0.05)
-    with raw(door) as turned_away:
+    with raw(door, 200) as turned_away:
         ended_within(turned_away, 3)
     for byte in hello:
         for sock in slow:
@@ -282,6 +283,7 @@ def test_slow_strangers_have_one_deadline_and_take_few_places(door: NodeListener
     wait_for(refusals, MAX_STRANGERS + 1)
     assert time.monotonic() - began < 4
     assert sum("did not finish the handshake in time" in line for line in refusals) == MAX_STRANGERS
+    assert refusals[0] == f"127.0.0.200 was turned away: {MAX_STRANGERS} others are in their handshake"
     for sock in slow:
         sock.close()
     link = connect("127.0.0.1", door.port, SECRET)
@@ -290,6 +292,38 @@ def test_slow_strangers_have_one_deadline_and_take_few_places(door: NodeListener
     assert arrival is not None
     arrival.link.dispose()
     link.dispose()
+
+
+def test_one_address_cannot_take_all_places(refusals: list[str]) -> None:
+    door = NodeListener("127.0.0.1", 0, SECRET, refused=refusals.append, handshake_seconds=30)
+    silent = [raw(door, 2) for _ in range(MAX_STRANGERS)]
+    try:
+        wait_for(refusals, MAX_STRANGERS - MAX_STRANGERS_PER_ADDRESS)
+        assert set(refusals) == {"127.0.0.2 was turned away: 4 others from there are in their handshake"}
+        # Long before the deadline of those who stand there.
+        link = connect("127.0.0.1", door.port, SECRET, timeout_seconds=5)
+        link.send(NodeKind.HELLO, encode(Hello("two")))
+        arrival = door.accept(5)
+        assert arrival is not None
+        arrival.link.dispose()
+        link.dispose()
+        # Who leaves gives the place back.
+        for sock in silent:
+            sock.close()
+        wait_for(refusals, MAX_STRANGERS)
+        connect("127.0.0.1", door.port, SECRET, bind="127.0.0.2").dispose()
+    finally:
+        door.close()
+
+
+def test_a_subnet_of_ipv6_is_one_address() -> None:
+    places = _Places()
+    for number in range(MAX_STRANGERS_PER_ADDRESS):
+        assert places.take(f"2001:db8:0:7::{number}%eth0") == ""
+    assert "from there" in places.take("2001:db8:0:7:ffff::9")
+    assert places.take("2001:db8:0:8::9") == ""
+    places.give_back("2001:db8:0:7::1")
+    assert places.take("2001:db8:0:7:ffff::9") == ""
 
 
 def abort(sock: socket.socket) -> None:

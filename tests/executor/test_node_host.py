@@ -9,7 +9,7 @@ import time
 import pytest
 from nodes_support import SECRET
 
-from engine.comm.node_listener import MAX_STRANGERS, NodeListener
+from engine.comm.node_listener import MAX_STRANGERS_PER_ADDRESS, NodeListener
 from engine.comm.node_messages import NodeKind
 from engine.executor import node_host
 from engine.executor.node_host import EXIT_LOST, EXIT_REFUSED, HostTask, run_node_host
@@ -43,7 +43,7 @@ def test_a_slow_disk_does_not_keep_the_door_waiting(monkeypatch: pytest.MonkeyPa
 def test_a_door_that_is_full_is_tried_again() -> None:
     refusals: list[str] = []
     door = NodeListener("127.0.0.1", 0, SECRET, refused=refusals.append, handshake_seconds=0.8)
-    others = [socket.create_connection(("127.0.0.1", door.port)) for _ in range(MAX_STRANGERS)]
+    others = [socket.create_connection(("127.0.0.1", door.port)) for _ in range(MAX_STRANGERS_PER_ADDRESS)]
     codes: list[int] = []
     task = HostTask("127.0.0.1", door.port, SECRET, "node1", "1")
     thread = threading.Thread(target=lambda: codes.append(run_node_host(task)))
