@@ -56,11 +56,10 @@ def _pair(text: str) -> tuple[str, str]:
 
 
 def _edit(text: str, source: str, target: Target, node: str | None, name: str, value: str) -> Edit:
-    from launcher.registry.editing import set_value
-    from launcher.registry.editing.variables import set_variable
+    from launcher.registry.editing import ClusterPart, set_value
 
     if target.declared is not None:
-        return set_variable(text, source, target.cluster.name, node, name, value)
+        return set_value(text, source, ClusterPart(target.cluster.name, node), f"env.{name}", value)
     if target.entry is None:
         raise _placeless()
     return set_value(text, source, target.entry.name, f"env.{name}", value)

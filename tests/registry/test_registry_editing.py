@@ -13,9 +13,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from registry_support import ROOT, Here
 
-from launcher.errors import HlaunchError, OverrideError, RegistryInvalid, UnknownModel
+from launcher.errors import HlaunchError, OverrideError, RegistryInvalid, UnknownModel, UnknownName
 from launcher.registry import parse_registry, resolve
 from launcher.registry.editing import (
+    ClusterPart,
     EditRefused,
     add_entry,
     begin_registry,
@@ -150,6 +151,46 @@ def test_what_would_reach_further_is_refused(text: str, key: str, value: str, wh
         set_value(text, "r.yml", "a", key, value)
     assert caught.value.hint
     assert caught.value.exit_code == 3
+
+
+CLUSTER = """\
+clusters:
+  pair:
+    nodes:
+      - {name: one, role: head, ip: 10.0.0.1}
+      - &two
+        name: two
+        role: worker
+        ip: 10.0.0.2
+  same:
+    nodes:
+      - {name: alone, role: head, ip: 10.0.0.3}
+      - *two
+models: {a: {model: x}}
+"""
+
+
+def test_variables_of_clusters_and_nodes_are_set_like_those_of_entries() -> None:
+    edit = set_value(CLUSTER, "r.yml", ClusterPart("pair"), "env.NCCL_DEBUG", "INFO")
+    assert edit.text == CLUSTER.replace("  same:", "    env: {NCCL_DEBUG: INFO}\n  same:")
+    assert (edit.entry, edit.key, edit.line, edit.old, edit.new) == ("pair", "env.NCCL_DEBUG", 9, None, "INFO")
+    edit = set_value(edit.text, "r.yml", ClusterPart("pair", "one"), "env.NCCL_DEBUG", "WARN")
+    assert "ip: 10.0.0.1, env: {NCCL_DEBUG: WARN}}" in edit.text
+    assert (edit.entry, edit.line) == ("pair/one", 4)
+    assert set_value(edit.text, "r.yml", ClusterPart("pair", "one"), "env.NCCL_DEBUG", "INFO").old == "WARN"
+
+
+def test_of_a_cluster_only_variables_are_set_and_only_where_they_stand() -> None:
+    with pytest.raises(OverrideError, match="max-num-seqs is no variable of a cluster"):
+        set_value(CLUSTER, "r.yml", ClusterPart("pair"), "max-num-seqs", "8")
+    with pytest.raises(EditRefused, match="same/two is written by reference"):
+        set_value(CLUSTER, "r.yml", ClusterPart("same", "two"), "env.A", "b")
+    with pytest.raises(EditRefused, match="shared by an anchor"):
+        set_value(CLUSTER, "r.yml", ClusterPart("pair", "two"), "env.A", "b")
+    for part in (ClusterPart("pear"), ClusterPart("pair", "three")):
+        with pytest.raises(UnknownName) as caught:
+            set_value(CLUSTER, "r.yml", part, "env.A", "b")
+        assert caught.value.exit_code == 4
 
 
 def test_an_anchored_value_that_nobody_else_uses_keeps_its_anchor() -> None:

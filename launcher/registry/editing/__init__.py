@@ -10,12 +10,14 @@ may write it. Errors: EditRefused, RegistryInvalid, UnknownName, OverrideError.
 
 from __future__ import annotations
 
-from launcher.registry.editing.edits import Edit, EditRefused, add_entry, begin_registry, set_value
+from launcher.registry.editing.edits import ClusterPart, Edit, add_entry, begin_registry, set_value
 from launcher.registry.editing.files import read_text, write_registry, write_starter
+from launcher.registry.editing.ranges import EditRefused
 from launcher.registry.editing.secrets import secret_values
 from launcher.registry.editing.writing import yaml_text, yaml_value
 
 __all__ = [
+    "ClusterPart",
     "Edit",
     "EditRefused",
     "add_entry",

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from launcher.registry.editing.edits import _data
+from launcher.registry.editing.content import content_of
 from launcher.registry.values import is_secret_name
 
 
 def secret_values(text: str) -> dict[str, str]:
     """Return the secrets that stand in a text, each by its own name; references to variables and files are none."""
     found: dict[str, str] = {}
-    _collect(_data(text), found)
+    _collect(content_of(text), found)
     return found
 
 
