@@ -94,6 +94,10 @@ class Console:
         """Write one line of styled parts to stdout."""
         self._write(self._stdout, *(line or [("", "")]))
 
+    def styled_note(self, line: Line) -> None:
+        """Write one line of styled parts to stderr."""
+        self._write(self._stderr, *(line or [("", "")]))
+
     def data(self, text: str = "") -> None:
         """Write one line of result to stdout, unwrapped."""
         self._write(self._stdout, text)

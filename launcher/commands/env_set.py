@@ -22,7 +22,7 @@ def set_variables(
 ) -> None:
     """Set variables of the target: of its node if one was named, else of its cluster, else of its model.
 
-    Raises: PreflightError naming what lint finds, with nothing written; UsageError; the errors of editing.
+    Raises: PreflightError when lint finds an error in it, with nothing written; UsageError; the errors of editing.
     """
     from launcher.commands.registry import finish, own_file
     from launcher.fabric.finding import has_errors
@@ -40,11 +40,9 @@ def set_variables(
     for name, value in map(_pair, settings):
         edits.append(_edit(edits[-1].text if edits else text, source, target, node, name, value))
     found = _new_findings(target, text, edits[-1].text, source, invocation)
-    if not as_json:
-        print_findings(invocation.console, found)
+    print_findings(invocation.console, found, are_messages=True)
     if has_errors(found):
-        details = [f"{item.headline()}; fix: {item.fix}" for item in found] if as_json else []
-        raise PreflightError("nothing was written: the value is wrong here", details=details)
+        raise PreflightError("nothing was written: the value is wrong here")
     finish(invocation, path, source, text, edits, "set", is_dry=is_dry, as_json=as_json)
 
 

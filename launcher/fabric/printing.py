@@ -16,17 +16,21 @@ from launcher.registry.cluster import Node
 WIDTH = 80
 
 
-def print_findings(console: Console, findings: Sequence[Finding]) -> None:
-    """Write each finding to stdout: what and where, the evidence, the cause, and the fix on lines of its own."""
+def print_findings(console: Console, findings: Sequence[Finding], *, are_messages: bool = False) -> None:
+    """Write each finding: what and where, the evidence, the cause, and the fix on lines of its own.
+
+    They go to stdout, or to stderr where they are not what was asked for.
+    """
+    styled, plain = (console.styled_note, console.note) if are_messages else (console.styled, console.data)
     for found in findings:
         of_what = "" if found.subject == found.where else f": {found.subject}"
         label = (f"{found.severity}[{found.code}]", SEVERITY_STYLES[found.severity])
-        console.styled([label, (f" {found.where}{of_what}", "bold")])
+        styled([label, (f" {found.where}{of_what}", "bold")])
         for text in dict.fromkeys((found.evidence, found.cause)):
             for line in textwrap.wrap(text, WIDTH - 2, break_long_words=False, break_on_hyphens=False):
-                console.data(f"  {line}")
+                plain(f"  {line}")
         # Unbroken, so that it can be copied; a terminal folds it by itself.
-        console.data(f"  fix: {found.fix}")
+        plain(f"  fix: {found.fix}")
 
 
 def summary(findings: Sequence[Finding]) -> str:

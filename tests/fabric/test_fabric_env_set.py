@@ -87,7 +87,7 @@ def test_a_model_without_a_cluster_has_its_own_env(hosts: Hosts) -> None:
 def test_what_lint_calls_an_error_is_not_written(hosts: Hosts, setting: str, words: str) -> None:
     done = hosts.cli("env", "big", "--set", setting)
     assert done.code == 5, done.out + done.err
-    assert words in done.out
+    assert words in done.err
     assert "nothing was written" in done.err
     assert changed(hosts) == []
     assert "canary" not in done.out + done.err
@@ -104,7 +104,12 @@ def test_what_contradicts_the_registry_is_not_written(hosts: Hosts) -> None:
 def test_a_warning_is_said_and_written(hosts: Hosts) -> None:
     done = hosts.cli("env", "big", "--set", "NCCL_IB_TIMEOUT=23")
     assert done.code == 0
-    assert "timeout-silence" in done.out
+    assert done.out == 'model_registry.yml:9: set pair env.NCCL_IB_TIMEOUT = "23"\n'
+    assert done.err.startswith("warning[timeout-silence] ")
+    asked = hosts.cli("env", "big", "--set", "NCCL_IB_TIMEOUT=24", "--json")
+    assert (asked.json["written"], asked.err.partition(" ")[0]) == (True, "warning[timeout-silence]")
+    hosts.registry(REGISTRY)
+    assert hosts.cli("env", "big", "--set", "NCCL_IB_TIMEOUT=23").code == 0
     assert changed(hosts) == ['+      NCCL_IB_TIMEOUT: "23"']
 
 
