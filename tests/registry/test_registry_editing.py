@@ -381,6 +381,40 @@ def test_the_file_is_replaced_whole_with_its_permissions(tmp_path: Path) -> None
     assert sorted(item.name for item in tmp_path.iterdir()) == ["link.yml", "r.yml"]
 
 
+def test_a_protected_file_stays_as_it_is(here: Here) -> None:
+    here.write(BLOCK)
+    path = here.folder / "model_registry.yml"
+    path.chmod(0o444)
+    for argv in (["registry", "set", "a", "port=9000"], ["registry", "add", "new", "--model", "x"]):
+        done = here(*argv)
+        assert (done.code, done.out) == (1, "")
+        assert "model_registry.yml is write-protected (mode 0444)" in done.err
+        assert "hint: run: chmod u+w " in done.err
+        assert path.read_text() == BLOCK
+    assert here("registry", "set", "a", "port=9000", "--dry-run").code == 0
+    path.chmod(0o644)
+    assert here("registry", "set", "a", "port=9000").code == 0
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everything")
+def test_a_file_that_others_may_write_is_not_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "r.yml"
+    path.write_text(BLOCK)
+    path.chmod(0o464)
+    with pytest.raises(HlaunchError, match=r"is not yours to write \(mode 0464\)"):
+        write_registry(path, "x", BLOCK)
+    assert path.read_text() == BLOCK
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
+def test_a_files_owner_stays(tmp_path: Path) -> None:
+    path = tmp_path / "r.yml"
+    path.write_text(BLOCK)
+    os.chown(path, 65534, 65534)
+    write_registry(path, BLOCK + "# more\n", BLOCK)
+    assert (path.stat().st_uid, path.stat().st_gid) == (65534, 65534)
+
+
 def test_the_commands(here: Here) -> None:
     here.write(BLOCK)
     done = here("registry", "set", "a", "max-num-seqs=8", "env.HF_TOKEN=canary", "api-key=canary")

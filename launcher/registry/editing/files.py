@@ -5,7 +5,9 @@ Knows: temporary files, permissions, links. Refuses to know: what changed.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shlex
 import stat
 import tempfile
 from pathlib import Path
@@ -28,23 +30,29 @@ def write_registry(path: Path, text: str, expected: str | None) -> None:
     """Replace a registry file atomically, with its permissions; a link keeps pointing at the replaced file.
 
     `expected` is the text that was edited; None: the file must not exist.
-    Raises: HlaunchError when the file is another one by now, or cannot be written.
+    Raises: HlaunchError when the file is another one by now, is write-protected, or cannot be written.
     """
     target = Path(os.path.realpath(path))
     try:
         before = target.read_bytes() if target.exists() else None
-        mode = stat.S_IMODE(target.stat().st_mode) if before is not None else 0o644
+        info = target.stat() if before is not None else None
         has_bom = before is not None and before.startswith(_BOM)
         known = None if expected is None else (_BOM if has_bom else b"") + expected.encode()
         if before != known:
             raise HlaunchError(f"{path} was changed by somebody else meanwhile", hint="run the command again")
+        if info is not None:
+            _check_writable(path, target, stat.S_IMODE(info.st_mode))
         handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
         try:
             with os.fdopen(handle, "wb") as stream:
                 stream.write((_BOM if has_bom else b"") + text.encode())
                 stream.flush()
                 os.fsync(stream.fileno())
-            os.chmod(name, mode)
+            if info is not None:
+                # Another's file, that its group may write, stays theirs where the kernel lets us say so.
+                with contextlib.suppress(PermissionError):
+                    os.chown(name, info.st_uid, info.st_gid)
+            os.chmod(name, 0o644 if info is None else stat.S_IMODE(info.st_mode))
             os.replace(name, target)
         except BaseException:
             os.unlink(name)
@@ -55,6 +63,19 @@ def write_registry(path: Path, text: str, expected: str | None) -> None:
             hint="check the permissions of the file and its folder",
             exit_code=ExitCode.ENGINE_FAILED,
         ) from error
+
+
+def _check_writable(path: Path, target: Path, mode: int) -> None:
+    """Refuse what a rename would replace all the same: permission to that comes from the folder, not from the file."""
+    if not mode & (stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH):
+        # Somebody's wish, which root's rights do not overrule.
+        raise HlaunchError(
+            f"{path} is write-protected (mode {mode:04o})", hint=f"run: chmod u+w {shlex.quote(str(path))}"
+        )
+    if not os.access(target, os.W_OK):
+        raise HlaunchError(
+            f"{path} is not yours to write (mode {mode:04o})", hint="copy it, and name the copy with --file"
+        )
 
 
 def write_starter(path: Path) -> tuple[Path, Path]:
