@@ -28,7 +28,6 @@ from typing import Any
 from engine.config import ConfigError, EngineConfig
 from launcher.errors import HlaunchError, PreflightError
 from launcher.exit_codes import ExitCode
-from launcher.plan.weights import find_model_files
 from launcher.supervise.control import make_private_folder
 from launcher.supervise.instance import write_private
 from launcher.supervise.node_spec import MAX_SPEC_BYTES, NodeSpec
@@ -112,8 +111,7 @@ def _rank_environment(spec: NodeSpec) -> dict[str, str]:
     """Tell ranks that the head starts on this node where the model lies here; its path on the head may be another."""
     if spec.is_head or not spec.num_ranks:
         return {}
-    environ = {**os.environ, **({"HLAUNCH_MODEL_DIR": spec.model_root} if spec.model_root else {})}
-    files = find_model_files(spec.model, spec.revision, environ, Path("/"))
+    files = spec.model_files(os.environ)
     if (missing := files.missing(needs_weights=False)) is not None:
         raise missing
     return {MODEL_FOLDER_VARIABLE: str(files.folder)}
@@ -127,8 +125,7 @@ def _engine_config(spec: NodeSpec) -> Path | None:
         config = EngineConfig.from_json(Path(spec.engine_config).read_text(encoding="utf-8"), spec.engine_config)
     except (OSError, UnicodeDecodeError, ConfigError) as error:
         raise PreflightError(f"{spec.engine_config}: {error}", hint="render it again: hlaunch render") from error
-    environ = {**os.environ, **({"HLAUNCH_MODEL_DIR": spec.model_root} if spec.model_root else {})}
-    files = find_model_files(spec.model, spec.revision, environ, Path("/"))
+    files = spec.model_files(os.environ)
     if (missing := files.missing(needs_weights=config.load_format != "dummy")) is not None:
         raise missing
     server = config.server

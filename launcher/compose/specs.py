@@ -66,6 +66,7 @@ def node_spec(plan: ClusterPlan, node: NodePlan, layout: Layout) -> NodeSpec:
         token_file=layout.token_file if plan.cluster.ray is not None else "",
         api_key_file=layout.api_key_file if node.is_head and entry.secret("api-key") is not None else "",
         model_root=layout.model_root if needs_model_folder(plan) else "",
+        load_format=node.config.load_format,
         gpus=node.node.gpus,
         cpus=node.node.cpus,
         num_ranks=len(node.ranks),

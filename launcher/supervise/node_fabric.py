@@ -9,7 +9,6 @@ start, since a GID moves when an address does. What the plan or the node's own e
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,12 +23,10 @@ from launcher.fabric.environment import as_mapping, node_environment
 from launcher.fabric.facts import NodeFacts
 from launcher.fabric.finding import Finding, ordered
 from launcher.fabric.remote import Unreachable, read_tree
-from launcher.plan.weights import find_model_files
 from launcher.registry.cluster import Cluster, Fabric, Node
 
 FATAL_HERE = frozenset({"ifname-absent", "node-ip-absent", "link-down"})
 """With one of these no other node can reach this one, whatever the fabric is."""
-_HEADER_BYTES = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,24 +105,3 @@ def measured_variables(cluster: Cluster, node: Node, facts: NodeFacts, environ: 
 def shown_environment(environ: Mapping[str, str]) -> dict[str, str]:
     """Return the variables of the fabric in name order, as they may be printed."""
     return {name: catalogue.shown(name, environ[name]) for name in sorted(environ) if catalogue.is_ours_to_judge(name)}
-
-
-def model_digest(model: str, revision: str | None, environ: Mapping[str, str]) -> str:
-    """Name a model's files by their configuration and the headers and sizes of their weights; "" without files.
-
-    Reads kilobytes: two nodes with other revisions or half a download differ, flipped bits in the weights do not show.
-    """
-    folder = find_model_files(model, revision, environ, Path("/")).folder
-    if folder is None:
-        return ""
-    digest = hashlib.sha256()
-    try:
-        digest.update((folder / "config.json").read_bytes())
-        for path in sorted(folder.glob("*.safetensors")):
-            digest.update(f"{path.name} {path.stat().st_size} ".encode())
-            with path.open("rb") as file:
-                length = int.from_bytes(file.read(_HEADER_BYTES), "little")
-                digest.update(file.read(min(length, 64 << 20)))
-    except OSError:
-        return ""
-    return digest.hexdigest()

@@ -9,10 +9,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
+from engine.model_digest import digest_of
 from launcher.addresses import host_and_port
 from launcher.errors import PreflightError
+from launcher.plan.weights import ModelFiles, find_model_files
 from launcher.registry.cluster import RaySettings
 from launcher.supervise.node_fabric import NodeFabric
 
@@ -37,8 +40,9 @@ class NodeSpec:
 
     `run_folder` holds the control socket and the final engine.json (mode 0700, made here). `ray_folder` is Ray's
     session folder; the kernel limits socket paths to 107 bytes, so it must be short. `model_root` is searched first
-    for weights, empty: the node's own caches. `ray` None: this node joins nobody. `fabric` is what the node fills in
-    from its own hardware; None: nothing. Units: seconds, bytes, counts; `cpus` 0: all.
+    for weights, empty: the node's own caches; `load_format` is the engine's. `ray` None: this node joins nobody.
+    `fabric` is what the node fills in from its own hardware; None: nothing. Units: seconds, bytes, counts; `cpus` 0:
+    all.
     """
 
     launch: str
@@ -57,6 +61,7 @@ class NodeSpec:
     token_file: str = ""
     api_key_file: str = ""
     model_root: str = ""
+    load_format: str = "auto"
     gpus: int = 0
     cpus: int = 0
     num_ranks: int = 0
@@ -77,6 +82,16 @@ class NodeSpec:
     def head_address(self) -> str:
         """`ip:port` of Ray's control store; an IPv6 address in brackets."""
         return host_and_port(self.head.ip, self.ray.port if self.ray is not None else 0)
+
+    def model_files(self, environ: Mapping[str, str]) -> ModelFiles:
+        """Find the model on this node; call it there."""
+        searched = {**environ, **({"HLAUNCH_MODEL_DIR": self.model_root} if self.model_root else {})}
+        return find_model_files(self.model, self.revision, searched, Path("/"))
+
+    def model_digest(self, environ: Mapping[str, str]) -> str:
+        """Take the model's digest on this node, as ranks do when they join; empty without files. Reads samples."""
+        folder = self.model_files(environ).folder
+        return "" if folder is None else digest_of(str(folder), self.load_format)
 
     def to_json(self) -> str:
         """Write it as indented ASCII, keys in order: the same spec gives the same bytes."""

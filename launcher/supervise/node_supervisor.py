@@ -31,7 +31,7 @@ from launcher.supervise.cluster_view import ClusterView, ViewProcess
 from launcher.supervise.control import ControlServer
 from launcher.supervise.engine_process import EngineProcess
 from launcher.supervise.node_engine import EngineStory
-from launcher.supervise.node_fabric import look, model_digest, shown_environment
+from launcher.supervise.node_fabric import look, shown_environment
 from launcher.supervise.node_report import NodeReport
 from launcher.supervise.node_spec import NodeSpec
 from launcher.supervise.ray_process import ray_argv, ray_cause, ray_environment
@@ -142,8 +142,7 @@ class NodeSupervisor:
             return
         own = look(spec.fabric.cluster(spec.cluster, spec.node, spec.role, spec.ip, spec.gpus), self._environ)
         self._environ |= own.environment
-        digest = model_digest(spec.model, spec.revision, {**self._environ, "HLAUNCH_MODEL_DIR": spec.model_root})
-        self.report.versions = {**own.versions, "model": digest}
+        self.report.versions = {**own.versions, "model": spec.model_digest(self._environ)}
         self.report.environment = shown_environment(self._environ)
         for line in own.said:
             self._say(f"node: {line}")

@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -15,9 +16,11 @@ from trees import healthy
 
 from engine.comm.node_messages import check_facts, own_facts
 from engine.comm.secure_link import LinkRefused
+from engine.model_digest import digest_of
 from launcher.errors import PreflightError
 from launcher.registry.cluster import Cluster, Fabric
-from launcher.supervise.node_fabric import NodeFabric, look, model_digest, shown_environment
+from launcher.supervise.node_fabric import NodeFabric, look, shown_environment
+from launcher.supervise.node_spec import NodeSpec, Peer
 from launcher.supervise.node_versions import SHOULD, differences
 
 ROOT_ASSETS = Path(__file__).parents[2] / "engine" / "assets" / "tiny_oss"
@@ -145,16 +148,28 @@ def test_the_environment_that_nodes_really_have(tmp_path: Path) -> None:
     assert stand_ins.cli("down", "tiny-oss").code == 0
 
 
-def test_a_models_files_have_one_name(tmp_path: Path) -> None:
-    bundled = model_digest("tiny-oss", None, {})
-    assert len(bundled) == 64
-    copied = tmp_path / "copy"
+def spec_of(model: str, **values: Any) -> NodeSpec:
+    peers = (Peer("one", "10.0.0.1", "head"),)
+    return NodeSpec("m", "c", "one", "head", "10.0.0.1", "p", peers, model, None, "/tmp/x", "", **values)
+
+
+def test_a_node_names_its_model_as_its_ranks_do(tmp_path: Path) -> None:
+    bundled = spec_of("tiny-oss").model_digest({})
+    assert (len(bundled), bundled) == (64, digest_of("tiny-oss"))
+    copied = tmp_path / "cache" / "org" / "tiny"
     shutil.copytree(ROOT_ASSETS, copied)
-    assert model_digest(str(copied), None, {}) == bundled
+    assert spec_of(str(copied)).model_digest({}) == bundled
+    # Where the launch names no folder of models, the node's own counts.
+    cache = {"HLAUNCH_MODEL_DIR": str(tmp_path / "cache"), "HOME": str(tmp_path)}
+    assert spec_of("org/tiny").model_digest(cache) == bundled
+    assert spec_of("org/tiny", model_root=cache["HLAUNCH_MODEL_DIR"]).model_digest({"HOME": "/"}) == bundled
+    assert spec_of("org/tiny", model_root=str(tmp_path)).model_digest(cache) == "", "the launch's folder goes before"
     weights = next(iter(copied.glob("*.safetensors")))
-    weights.write_bytes(weights.read_bytes()[:-4096])
-    assert model_digest(str(copied), None, {}) not in ("", bundled)
-    assert model_digest("nobody/nothing", None, {"HOME": str(tmp_path)}) == ""
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert spec_of(str(copied)).model_digest({}) not in ("", bundled)
+    # Made-up weights come from no file.
+    assert spec_of(str(copied), load_format="dummy").model_digest({}) == digest_of("tiny-oss", "dummy") != bundled
 
 
 def test_a_launch_names_the_versions_of_its_nodes(tmp_path: Path) -> None:
