@@ -1,7 +1,7 @@
 """The process that holds the engine core: an inbox thread, the loop, and one socket back to the API process.
 
 Started as `python -m engine.core_process --fd N --parent PID`; the configuration is the first frame. It ends when the
-socket closes, when its parent dies, or with a FATAL frame that says why.
+socket closes, at whatever it is then, when its parent dies, or with a FATAL frame that says why.
 """
 
 from __future__ import annotations
@@ -27,22 +27,23 @@ from engine.process import die_with_parent, dump_stacks_on_signal
 STATS_INTERVAL_SECONDS = 0.1
 EXIT_FAILED = 1
 STOP_SECONDS = 5.0
+DEAF_SECONDS = 1.0
+"""What a start that is to end gets to leave a library's code in which Python hears no signal."""
 EXIT_DOES_NOT_FIT = 6
 
 
 class _Link:
-    """Blocking frames over the inherited socket. Only the main thread sends, only the inbox thread receives."""
+    """Blocking frames over the inherited socket. Any thread may send; one at a time receives."""
 
     def __init__(self, fd: int) -> None:
         self._socket = socket.socket(fileno=fd)
         self._socket.setblocking(True)
+        self._send_lock = threading.Lock()
 
     def send(self, kind: ipc.Kind, body: Any) -> None:
-        try:
+        """Send a frame, for nobody where the API process has closed: the inbox ends this process then."""
+        with self._send_lock, contextlib.suppress(BrokenPipeError, ConnectionResetError):
             self._socket.sendall(ipc.encode(kind, body))
-        except (BrokenPipeError, ConnectionResetError):
-            # The API process is gone: nobody is left to serve.
-            os._exit(0)
 
     def receive(self) -> tuple[ipc.Kind, Any] | None:
         """Return the next message, or None when the peer closed."""
@@ -66,6 +67,54 @@ class _Link:
         return bytes(chunks)
 
 
+class _StartEnded(BaseException):
+    """The API process has closed the socket while the engine starts."""
+
+
+class _Inbox:
+    """Receives on a thread of its own, from the first second on. Make it in the main thread.
+
+    `messages` gets None at the end. A start that runs then is ended by `_StartEnded`, raised in the main thread
+    wherever it is: it waits for ranks and other nodes, which may take minutes.
+    """
+
+    def __init__(self, link: _Link) -> None:
+        self.messages: SimpleQueue[tuple[ipc.Kind, Any] | Exception | None] = SimpleQueue()
+        self._link = link
+        self._is_starting = True
+        self._is_heard = threading.Event()
+        # Not SIGINT or SIGTERM, which reach this process from others.
+        signal.signal(signal.SIGUSR2, self._on_signal)
+        threading.Thread(target=self._listen, name="inbox", daemon=True).start()
+
+    def finish_start(self) -> None:
+        """From now on `messages` are read."""
+        self._is_starting = False
+
+    def _listen(self) -> None:
+        try:
+            while (message := self._link.receive()) is not None:
+                self.messages.put(message)
+        except (ipc.WireError, OSError) as error:
+            print(f"engine core: {error}", file=sys.stderr)
+        finally:
+            self.messages.put(None)
+            if self._is_starting:
+                self._end_start()
+
+    def _end_start(self) -> None:
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR2)
+        if not self._is_heard.wait(DEAF_SECONDS):
+            # The ranks here die with this process, and those elsewhere with their connection to it.
+            os._exit(0)
+
+    def _on_signal(self, *_: object) -> None:
+        self._is_heard.set()
+        if self._is_starting:
+            self._is_starting = False
+            raise _StartEnded
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="engine.core_process")
     parser.add_argument("--fd", type=int, required=True)
@@ -77,7 +126,15 @@ def main() -> int:
     # Ctrl-C reaches the whole foreground group; the API process decides when this one ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    link = _Link(arguments.fd)
+    try:
+        return _run(_Link(arguments.fd), arguments.desk_fd)
+    except _StartEnded:
+        # What there was has been given back; a library's threads may be anywhere.
+        os._exit(0)
+
+
+def _run(link: _Link, desk_fd: int | None) -> int:
+    """Start an engine and serve it; returns once the API process has closed the socket."""
     phase = "config"
 
     def report(name: str, state: str, fraction: float | None, detail: str) -> None:
@@ -93,12 +150,14 @@ def main() -> int:
         if kind is not ipc.Kind.CONFIG:
             raise ipc.WireError(f"the first frame is {kind.name}, not CONFIG")
         config = EngineConfig.from_json(text)
+        inbox = _Inbox(link)
         report("import", "begin", None, "torch")
-        core = _import_and_start(config, report, arguments.desk_fd)
+        core = _import_and_start(config, report, desk_fd)
+        inbox.finish_start()
     except Exception as error:  # noqa: BLE001 - the process border: a bad checkpoint, a missing package, no memory
         _fail(link, phase, error)
     try:
-        _serve(link, core)
+        _serve(link, core, inbox.messages)
     except Exception as error:  # noqa: BLE001 - the process border: the cause travels, then the process ends
         _fail(link, "serve", error, core)
     return 0
@@ -145,21 +204,9 @@ def _fatal(phase: str, error: BaseException) -> ipc.FatalMessage:
     )
 
 
-def _serve(link: _Link, core: Any) -> None:
+def _serve(link: _Link, core: Any, inbox: SimpleQueue[tuple[ipc.Kind, Any] | Exception | None]) -> None:
     """Run the loop: drain the inbox, step, publish; park on the inbox when there is nothing to do."""
-    inbox: SimpleQueue[tuple[ipc.Kind, Any] | Exception | None] = SimpleQueue()
     core.on_failure(inbox.put)
-
-    def listen() -> None:
-        try:
-            while (message := link.receive()) is not None:
-                inbox.put(message)
-        except (ipc.WireError, OSError) as error:
-            print(f"engine core: {error}", file=sys.stderr)
-        finally:
-            inbox.put(None)
-
-    threading.Thread(target=listen, name="inbox", daemon=True).start()
     facts = core.facts
     link.send(
         ipc.Kind.READY,

@@ -78,6 +78,7 @@ class MultiNodeExecutor:
         self._facts = facts
         self._on_nodes = on_nodes
         self._is_stopped = False
+        self._is_warm = False
         self._steps = StepsInFlight(
             timeout_seconds=config.step_timeout_seconds, has_stages=placement.pipeline_parallel_size > 1
         )
@@ -95,8 +96,7 @@ class MultiNodeExecutor:
                 self._host.spawn(self._roster.hear)
             self._answering = self._find_answering()
         except BaseException:
-            # Nothing was served, and ranks that still import would not hear a request to end for seconds.
-            self._end(0.0)
+            self.stop()
             raise
 
     @property
@@ -126,6 +126,7 @@ class MultiNodeExecutor:
     def warm_up(self) -> None:
         """Run a few small steps on all ranks together, so that the first request finds everything ready."""
         self._call(Kind.WARM_UP, None)
+        self._is_warm = True
 
     def submit(self, plan: ExecutionPlan) -> None:
         """Send a plan to all ranks. Blocks only while a ring is full of unread plans."""
@@ -145,9 +146,6 @@ class MultiNodeExecutor:
 
     def stop(self) -> None:
         """End all ranks on all nodes and give everything back. Idempotent; no process of this node is left then."""
-        self._end(STOP_SECONDS)
-
-    def _end(self, grace_seconds: float) -> None:
         if self._is_stopped:
             return
         self._is_stopped = True
@@ -156,8 +154,9 @@ class MultiNodeExecutor:
         parts: list[RankHost | RemoteNode] = [*self._remote.values()]
         if self._host is not None:
             parts.insert(0, self._host)
-        if self._roster.failure is None and grace_seconds:
-            grace = grace_seconds
+        # Ranks that still import or load would not hear a request to end for as long, and have nothing to finish.
+        if self._roster.failure is None and self._is_warm:
+            grace = STOP_SECONDS
             for part in parts:
                 part.begin_stop()
         deadline = time.monotonic() + grace

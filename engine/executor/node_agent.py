@@ -35,12 +35,12 @@ from engine.comm.node_messages import (
     encode,
     own_facts,
 )
-from engine.comm.node_secret import SECRET_FILE_VARIABLE, SecretError, read_secret
 from engine.comm.secure_link import LinkLost, LinkRefused, NodeLinkError, SecureLink, connect
 from engine.config import MAX_CONFIG_BYTES, ConfigError, EngineConfig, resolve_model_folder
 from engine.executor.multiproc_watch import describe_end
 from engine.executor.node_host import HostTask
 from engine.model_digest import digest_of
+from engine.node_secret import SECRET_FILE_VARIABLE, SecretError, read_secret
 from engine.process import StatusPipe, dump_stacks_on_signal, follow_parent
 
 EXIT_OK = 0
@@ -53,6 +53,10 @@ RETRY_SECONDS = 1.0
 HOST_GRACE_SECONDS = 8.0
 """What a host whose engine has ended gets to end its ranks before it is killed; it gives them five."""
 _TICK_SECONDS = 0.2
+
+
+class _Leaving(BaseException):
+    """A signal came while the head was being reached."""
 
 
 class NodeEnd(Exception):
@@ -93,7 +97,14 @@ class NodeAgent:
         self._model = ""
         self._is_ready = False
         self._phase = ""
-        self.is_leaving = False
+        self._is_leaving = False
+        self._is_joining = False
+
+    def leave(self) -> None:
+        """End soon, from a signal's handler: a head that does not answer is waited for no longer."""
+        self._is_leaving = True
+        if self._is_joining:
+            raise _Leaving
 
     def run(self) -> None:
         """Join, serve, join again. Raises: NodeEnd unless the head ended it, or a signal did."""
@@ -101,9 +112,11 @@ class NodeAgent:
         deadline = time.monotonic() + self._nodes.join_timeout_seconds
         self._enter("join", f"{self._name}, head {head}")
         try:
-            while not self.is_leaving:
+            while not self._is_leaving:
                 try:
                     link = self._join()
+                except _Leaving:
+                    return
                 except LinkRefused as error:
                     raise _refused(error, head) from error
                 except LinkLost as error:
@@ -133,6 +146,13 @@ class NodeAgent:
             self._end_hosts()
 
     def _join(self) -> SecureLink:
+        self._is_joining = True
+        try:
+            return self._come_in()
+        finally:
+            self._is_joining = False
+
+    def _come_in(self) -> SecureLink:
         nodes = self._nodes
         link = connect(nodes.head_host, nodes.head_port, self._secret, bind=self._own_address)
         try:
@@ -168,7 +188,7 @@ class NodeAgent:
     def _serve(self, link: SecureLink) -> bool:
         """Do what the head orders until the link ends. Returns whether it is over for good."""
         while True:
-            if self.is_leaving:
+            if self._is_leaving:
                 with contextlib.suppress(NodeLinkError):
                     link.send(NodeKind.GOODBYE)
                 return True
@@ -282,7 +302,7 @@ class NodeAgent:
 
     def _pause(self, seconds: float) -> None:
         until = time.monotonic() + seconds
-        while not self.is_leaving and time.monotonic() < until:
+        while not self._is_leaving and time.monotonic() < until:
             time.sleep(min(_TICK_SECONDS, seconds))
 
 
@@ -337,7 +357,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         agent = _make(arguments.config, status)
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: setattr(agent, "is_leaving", True))
+            signal.signal(number, lambda *_: agent.leave())
         agent.run()
     except NodeEnd as end:
         status.fatal(end.phase, type(end).__name__, end.message, end.hint, end.exit_code)

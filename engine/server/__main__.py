@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import errno
 import logging
+import signal
 import sys
 import traceback
 from dataclasses import dataclass
@@ -38,6 +39,10 @@ class _Fatal(Exception):
     exit_code: int = EXIT_FAILED
 
 
+class _Asked(BaseException):
+    """A signal asked this process to end before it serves, which is when HTTP's drain takes the signals over."""
+
+
 def main() -> int:
     """Serve until a signal, the parent's death or a fatal cause; returns the exit code."""
     parser = argparse.ArgumentParser(prog="engine.server", description="Serve one model over HTTP.")
@@ -51,6 +56,8 @@ def main() -> int:
     # uvicorn tells its life under the name of an error log; ours is told by the status pipe.
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     status = StatusPipe(arguments.status_fd)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _end_the_start)
     try:
         config = _read_config(arguments.config)
         import uvloop
@@ -61,7 +68,17 @@ def main() -> int:
         status.fatal(fatal.phase, fatal.error_type, fatal.message, fatal.hint, fatal.exit_code)
         print(f"error: {fatal.message}" + (f"\nhint: {fatal.hint}" if fatal.hint else ""), file=sys.stderr)
         return fatal.exit_code
+    except _Asked:
+        pass
     return EXIT_OK
+
+
+def _end_the_start(number: int, _: object) -> None:
+    # Once: the engine is stopped now, and a second signal is for the impatient.
+    for each in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(each, signal.SIG_DFL)
+    print(f"{signal.Signals(number).name} during the start", file=sys.stderr, flush=True)
+    raise _Asked
 
 
 def _read_config(path: Path) -> EngineConfig:
