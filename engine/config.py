@@ -134,7 +134,7 @@ class NodesConfig:
     `names` are the placement's nodes, the head's own first; this one's is `names[rank]`. `addresses` are theirs, where
     they are known. Nodes come to `head_host`:`head_port`, the one address that the head listens on for them (port 0: a
     free one, told by who starts them). The secret that they share is never here: it is in a file or a variable
-    (`engine.comm.node_secret`). A node that says nothing for `silence_seconds` is lost. With Ray, whose cluster is at
+    (`engine.node_secret`). A node that says nothing for `silence_seconds` is lost. With Ray, whose cluster is at
     `ray_address` (empty: this node's), ranks must find their places within `placement_timeout_seconds`.
     """
 

@@ -35,10 +35,10 @@ from engine.comm.node_messages import (
     encode,
     own_facts,
 )
-from engine.comm.node_secret import SecretError, read_secret
 from engine.comm.secure_link import LinkRefused, NodeLinkError, SecureLink
 from engine.config import ConfigError, EngineConfig
 from engine.model_digest import digest_of
+from engine.node_secret import SecretError, read_secret
 from engine.placement import Placement
 
 MAX_MESSAGE_BYTES = 128 << 10

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from engine.config import EngineConfig, NodesConfig
+from engine.node_secret import SECRET_FILE_VARIABLE, SECRET_VARIABLE, SecretError, read_secret
 from engine.placement import HostSpec, ParallelSizes, Placement, RankSpec
 from launcher.addresses import host_and_port
 from launcher.errors import DoesNotFit, HlaunchError, PreflightError, UsageError
@@ -19,7 +20,6 @@ from launcher.plan.inventory import Gpu, Inventory
 from launcher.plan.placing import this_host
 
 DEFAULT_HEAD_PORT = 29540
-SECRET_VARIABLES = ("HLAUNCH_NODE_SECRET", "HLAUNCH_NODE_SECRET_FILE")
 MAX_NODES = 64
 _ANY_ADDRESS = ("0.0.0.0", "::", "*")
 
@@ -100,24 +100,21 @@ def node_problems(nodes: NodesConfig, sizes: ParallelSizes, placement: Placement
 
 
 def secret_blockers(environ: Mapping[str, str]) -> list[HlaunchError]:
-    """Say that the nodes' secret is missing; what is in it the engine looks at."""
-    if any(environ.get(name) for name in SECRET_VARIABLES):
-        return []
-    return [
-        PreflightError(
-            "several nodes need a secret that they share, and none is set",
-            hint="on one node: (umask 077; openssl rand -hex 32 > node.secret); copy it to all; "
-            "on each: export HLAUNCH_NODE_SECRET_FILE=node.secret",
-        )
-    ]
+    """Say what keeps the nodes' secret from being used: none, two, a file that others may read, one too short."""
+    try:
+        read_secret(environ)
+    except SecretError as error:
+        return [PreflightError(str(error), hint=error.hint)]
+    return []
 
 
 def secret_variables(environ: Mapping[str, str]) -> tuple[Variable, ...]:
     """Hand the secret's place on to the engine, which starts in another folder."""
     found = []
-    for name in SECRET_VARIABLES:
+    for name in (SECRET_VARIABLE, SECRET_FILE_VARIABLE):
         if value := environ.get(name):
-            found.append(Variable(name, str(Path(value).absolute()) if name.endswith("_FILE") else value, "inherited"))
+            place = str(Path(value).absolute()) if name == SECRET_FILE_VARIABLE else value
+            found.append(Variable(name, place, "inherited"))
     return tuple(found)
 
 

@@ -12,7 +12,7 @@ from e2e_support import HLAUNCH, ROOT
 
 from engine.config import EngineConfig, NodesConfig
 from launcher.errors import UsageError
-from launcher.plan.joined_nodes import DEFAULT_HEAD_PORT, parse_nodes
+from launcher.plan.joined_nodes import DEFAULT_HEAD_PORT, parse_nodes, secret_blockers, secret_variables
 
 NAMES = ("node0", "node1")
 
@@ -74,9 +74,27 @@ def up(folder: Path, *options: str, secret: str = "") -> subprocess.CompletedPro
 def test_without_a_secret_nothing_starts(tmp_path: Path) -> None:
     done = up(tmp_path, "--node-rank", "0", "--set", "pp=2")
     assert done.returncode == 5
-    assert done.stderr.splitlines()[0] == "error: several nodes need a secret that they share, and none is set"
+    assert done.stderr.splitlines()[0] == "error: nodes need a secret that they share, and none is set"
     assert "export HLAUNCH_NODE_SECRET_FILE=node.secret" in done.stderr
     assert not (tmp_path / "instances").exists()
+
+
+def test_a_secret_that_the_engine_would_refuse_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    assert (secret_blockers({"HLAUNCH_NODE_SECRET": "x" * 16}), len(secret_variables({}))) == ([], 0)
+    file = tmp_path / "node.secret"
+    file.write_text("x" * 64)
+    file.chmod(0o644)
+    for environ, words, fix in (
+        ({"HLAUNCH_NODE_SECRET_FILE": str(file)}, "can be read by others (mode 0644)", f"run: chmod 600 {file}"),
+        ({"HLAUNCH_NODE_SECRET_FILE": str(tmp_path / "none")}, "No such file", "every node needs the file"),
+        ({"HLAUNCH_NODE_SECRET": "short"}, "has 5 bytes, not 16 to 4096", "make one: openssl rand -hex 32"),
+        ({"HLAUNCH_NODE_SECRET": "x" * 16, "HLAUNCH_NODE_SECRET_FILE": "f"}, "are both set", "unset one of them"),
+    ):
+        (error,) = secret_blockers(environ)
+        assert words in error.message
+        assert (error.hint, error.exit_code) == (fix, 5)
+    done = up(tmp_path, "--node-rank", "1", secret="short")
+    assert (done.returncode, "has 5 bytes, not 16" in done.stderr) == (5, True)
 
 
 def test_one_rank_is_nothing_for_two_nodes(tmp_path: Path) -> None:

@@ -34,10 +34,10 @@ from engine.comm.node_messages import (
     decode,
     encode,
 )
-from engine.comm.node_secret import SecretError, read_secret
 from engine.comm.secure_link import LinkLost, LinkState, SecureLink, connect
 from engine.config import ConfigError, EngineConfig
 from engine.node_desk import NodeDesk
+from engine.node_secret import SecretError, read_secret
 from engine.placement import ParallelSizes
 
 SECRET = "a secret of the test, long enough"
