@@ -15,6 +15,7 @@ from __future__ import annotations
 import errno
 import keyword
 import os
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from importlib import import_module
@@ -202,7 +203,10 @@ def _bench_profile(args: Sequence[str]) -> list[str]:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run one command and exit the process. No exception gets past it."""
-    sys.exit(run(list(sys.argv[1:] if args is None else args)))
+    code = run(list(sys.argv[1:] if args is None else args))
+    # All is done and said: a late Ctrl-C has nothing left to end, and would only print a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.exit(code)
 
 
 def run(args: Sequence[str]) -> int:

@@ -146,7 +146,8 @@ class Client:
                 # A kept connection that the server closed meanwhile fails on first use: one fresh try.
                 if attempt == 2 or isinstance(error, ConnectionRefusedError):
                     raise EngineFailed(
-                        f"no answer from {self.base_url}: {error}", hint="is it running? see: hlaunch ps"
+                        f"no answer from {self.base_url}: {getattr(error, 'strerror', None) or error}",
+                        hint="is it running? see: hlaunch ps",
                     ) from error
         if response.status >= 400:
             raw = response.read()

@@ -125,7 +125,7 @@ class UnknownName(HlaunchError):
     exit_code = ExitCode.UNKNOWN_MODEL
 
     def __init__(self, message: str, *, available: Sequence[str], hint: str = "") -> None:
-        super().__init__(message, hint=hint, details=(f"available: {', '.join(available) or 'none'}",))
+        super().__init__(message, hint=hint, details=(f"available: {', '.join(available)}",) if available else ())
         self.available = tuple(available)
 
 

@@ -22,7 +22,10 @@ if TYPE_CHECKING:
     from launcher.benchmark.report import LevelFigures
     from launcher.commands import Invocation
 
-COLUMNS = ("IN FLIGHT", "REQUESTS", "OUT TOK/S", "DECODE TOK/S", "TTFT p50", "p99", "TPOT p50", "ITL p99", "ERRORS")
+COLUMNS = (
+    ">IN FLIGHT", ">REQS", ">TOK/S", ">DECODE/S", ">TTFT p50", ">TTFT p99", ">TPOT p50", ">ITL p99", ">ERRORS",
+)  # fmt: skip
+UNITS = "tokens per second; latencies in ms: TTFT first token, TPOT and ITL per token"
 OFFLINE_COLUMNS = (">REQUESTS", ">DECODE TOK/S", ">PREFILL TOK/S", ">TPOT ms", ">EXPERTS", ">% FLOOR")
 PROFILE_COLUMNS = ("OP", "KERNEL", ">CALLS", ">US/STEP", ">SHARE", ">MB", ">% FLOOR")
 
@@ -89,7 +92,7 @@ def register(app: typer.Typer) -> None:
                 console.data()
                 console.table(PROFILE_COLUMNS, _profile_rows(item), title=_profile_title(item))
         else:
-            console.table(COLUMNS, [_row(level) for level in outcome.levels])
+            console.table(COLUMNS, [_row(level) for level in outcome.levels], title=UNITS)
         if offline and outcome.data["device"].get("kind") == "cpu":
             copy = outcome.data["device"]["copy_bytes_per_second"] / 1e9
             console.note(f"floor: bytes at this machine's copy, {copy:.0f} GB/s; what its caches hold can go faster")
@@ -338,8 +341,8 @@ def _levels(text: str) -> list[int]:
 def _row(level: LevelFigures) -> tuple[str, ...]:
     return (
         str(level.concurrency),
-        str(level.requests),
-        f"{level.output_tokens_per_second:.0f}",
+        f"{level.requests:,}",
+        f"{level.output_tokens_per_second:,.0f}",
         _number(level.decode_tokens_per_second, 0),
         _number(level.ttft_ms_p50, 1),
         _number(level.ttft_ms_p99, 1),

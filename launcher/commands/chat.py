@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
@@ -50,10 +51,11 @@ def register(app: typer.Typer) -> None:
                 {key: value for key, value in options.items() if value is not None},
                 system,
             )
-            if message is None:
-                conversation.run()
-            elif not conversation.ask(message):
-                return ExitCode.INTERRUPTED
+            with contextlib.closing(client):
+                if message is None:
+                    conversation.run()
+                elif not conversation.ask(message):
+                    return ExitCode.INTERRUPTED
         return ExitCode.OK
 
 

@@ -33,6 +33,8 @@ def register(app: typer.Typer) -> None:
 
         The API key is never printed: the configuration says where it is.
         """
+        import textwrap
+
         from launcher.connect import TOOLS
         from launcher.errors import UsageError
         from launcher.registry.suggest import did_you_mean
@@ -67,7 +69,8 @@ def register(app: typer.Typer) -> None:
             return
         for line in recipe.text.splitlines():
             console.data(line)
-        console.note(f"# {recipe.goes_to}")
+        for line in textwrap.wrap(recipe.goes_to, 78, break_long_words=False, break_on_hyphens=False):
+            console.note(f"# {line}")
         for warning in warnings:
             console.warning(warning)
 

@@ -60,4 +60,6 @@ def _named(invocation: Invocation, name: str) -> InstanceFolder:
         return InstanceFolder(root, invocation.resolve(name).name)
     except HlaunchError as error:
         running = [recorded.name for recorded in _recorded(invocation)]
-        raise UnknownModel(f"nothing runs under the name '{name}'", available=running, hint="hlaunch ps") from error
+        raise UnknownModel(
+            f"nothing runs under the name '{name}'", available=running, hint="hlaunch ps shows what runs"
+        ) from error

@@ -42,7 +42,7 @@ def register(app: typer.Typer) -> None:
             invocation.console.note("nothing runs; start with: hlaunch up NAME")
             return
         invocation.console.table(
-            ("NAME", "MODEL", "STATE", ">PID", "ENDPOINT", ">MEM", ">UPTIME"), [_row(fact) for fact in facts]
+            ("NAME", "MODEL", "STATE", ">PID", "ENDPOINT", ">MEMORY", ">UPTIME"), [_row(fact) for fact in facts]
         )
 
 
@@ -74,11 +74,11 @@ def _row(fact: dict[str, Any]) -> tuple[str, ...]:
         str(fact["pid"]),
         fact["url"],
         size(fact["memory_bytes"]),
-        _uptime(fact["uptime_seconds"]),
+        uptime(fact["uptime_seconds"]),
     )
 
 
-def _uptime(seconds: float) -> str:
+def uptime(seconds: float) -> str:
     """Write an age with its two largest units: `42s`, `3m10s`, `5h02m`, `2d07h`."""
     whole = int(seconds)
     if whole < 60:

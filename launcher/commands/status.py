@@ -101,8 +101,9 @@ def _here(folder: InstanceFolder, state: InstanceState) -> dict[str, Any]:
 
 def _show(console: Console, facts: dict[str, Any]) -> None:
     from launcher.commands import cluster
+    from launcher.commands.ps import uptime
 
-    console.table(
-        ("NAME", "MODEL", "STATE", "ENDPOINT"), [tuple(facts[key] for key in ("name", "model", "state", "url"))]
-    )
+    row = (facts["name"], facts["model"], facts["state"], str(facts["pid"]), facts["url"])
+    columns = ("NAME", "MODEL", "STATE", ">PID", "ENDPOINT", ">UPTIME")
+    console.table(columns, [(*row, uptime(facts["uptime_seconds"]))])
     cluster.transports(console, facts["transports"])

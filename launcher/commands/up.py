@@ -190,7 +190,7 @@ def _take_lock(folder: InstanceFolder, is_replacing: bool) -> int:
     if lock_fd is None:
         where = f" (pid {state.launcher.pid}, {state.url})" if state is not None else ""
         raise PreflightError(
-            f"{folder.name} is already running{where}; run: hlaunch down {folder.name}, or add --replace"
+            f"{folder.name} is already running{where}", hint=f"run: hlaunch down {folder.name}, or add --replace"
         )
     if state is not None:
         clean_stale(folder, state)
@@ -208,16 +208,36 @@ def _conclude(console: Console, view: LaunchView, outcome: Outcome) -> int:
     from launcher.redaction import Redaction
 
     view.fail()
-    if outcome.log_tail:
+    shown = _without_stacks(outcome) if outcome.hint else outcome.log_tail
+    if shown:
         console.note("last lines of the engine's log:")
     redaction = Redaction(os.environ)
-    for line in outcome.log_tail:
+    for line in shown:
         console.note(f"  | {redaction.line(line)}")
+    if len(shown) < len(outcome.log_tail):
+        console.note(f"the whole log: hlaunch logs {view.name}")
     for found in worst(outcome.log_tail):
         console.note(f"{found.severity}[{found.code}]: {found.cause}; fix: {found.fix or 'hlaunch doctor'}")
     if outcome.hint:
         console.note(f"hint: {outcome.hint}")
     raise EngineFailed(redaction.line(outcome.cause), exit_code=int(outcome.exit_code))
+
+
+def _without_stacks(outcome: Outcome) -> list[str]:
+    """Leave out of the log's end what a failure with a remedy of its own does not need: stacks, and itself again."""
+    again = (f"hint: {outcome.hint}", f"error: {outcome.cause.rpartition('phase ')[2].partition(': ')[2]}")
+    # The end of a log may begin inside a stack.
+    is_stack = outcome.log_tail[:1] != () and outcome.log_tail[0].startswith(" ")
+    kept = []
+    for line in outcome.log_tail:
+        if line.startswith("Traceback (most recent call last):"):
+            is_stack = True
+        elif is_stack:
+            # The first line that is not indented is the error, which ends the stack.
+            is_stack = line.startswith(" ")
+        elif line.strip() and line not in again:
+            kept.append(line)
+    return kept
 
 
 class LaunchView:
@@ -234,6 +254,10 @@ class LaunchView:
         self._echo: Echo | None = None
         self._lines = LineSplitter()
 
+    @property
+    def name(self) -> str:
+        return self._plan.name
+
     def started(self, pid: int) -> None:
         """The engine is on its way: now there is time to draw."""
         self._summary()
@@ -241,7 +265,7 @@ class LaunchView:
         self._view.__enter__()
 
     def phase(self, phase: Phase) -> None:
-        if self._view is None:
+        if self._view is None or phase.name == "ready":
             return
         if phase.state == "begin":
             self._began[phase.name] = phase.at
@@ -367,7 +391,7 @@ class LaunchView:
 
         total = timeline.total_seconds
         rows = [
-            (row.name, f"{row.seconds:.2f} s", span_bar(row.began_seconds, row.seconds, total), row.detail)
+            (row.name, f"{row.seconds:.2f} s", span_bar(row.began_seconds, row.seconds, total, 24), row.detail)
             for row in timeline.rows()
             if row.name != "ready"
         ]

@@ -27,7 +27,6 @@ Mask = Callable[[str], str]
 _UNFOLDED = re.compile(
     r"^(error|hint|warning|info|note|  fix|  looked in|[\w.]+yml:\d+:|curl |sudo |[-+ ]  )|(FOLDER|PYTHON|ROOT)"
 )
-_CONTROLS = re.compile(r"\x1b\[[0-9;]*m")
 _OWN_VARIABLES = (
     "HLAUNCH_",
     "HF_",
@@ -64,10 +63,15 @@ class Screens:
     reviewed: Path
     monkeypatch: pytest.MonkeyPatch
 
-    def check(self, name: str, args: Sequence[str], code: int = 0, *masks: Mask) -> None:
-        """Run a command twice, into a pipe and at a terminal: both say what was reviewed."""
+    def check(self, name: str, args: Sequence[str], code: int = 0, *masks: Mask, drawn: str = "") -> None:
+        """Run a command twice, into a pipe and at a terminal: both say what was reviewed.
+
+        `drawn` matches lines of a pipe for which a terminal has bars that go away.
+        """
         plain = self.shown(args, Pipe, masks)
         self.compare(name, plain, code)
+        if drawn:
+            plain = re.sub(rf"^({drawn}).*\n", "", plain, flags=re.MULTILINE)
         assert self.shown(args, Terminal, masks) == plain, "a terminal shows other words"
 
     def compare(self, name: str, text: str, code: int = 0) -> None:
@@ -91,7 +95,7 @@ class Screens:
             patch.setenv("COLUMNS", "80")
             patch.setenv("TERM", "xterm-256color")
             code = run(list(args))
-        words, messages = (_CONTROLS.sub("", part.getvalue()) for part in (out, err))
+        words, messages = (last_picture(part.getvalue()) for part in (out, err))
         return self.screen(args, words, messages, int(code or 0), masks)
 
     def screen(self, args: Sequence[str], out: str, err: str, code: int, masks: Iterable[Mask] = ()) -> str:
@@ -130,10 +134,30 @@ def same_width(pattern: str, word: str, *, is_right: bool = False) -> Mask:
     """Make a mask that keeps the width of what it hides, so that no column moves."""
 
     def put(match: re.Match[str]) -> str:
-        width = len(match[0])
-        return word.rjust(width) if is_right else word.ljust(width)
+        return word.rjust(len(match[0])) if is_right else word.ljust(len(match[0]))
 
     return masked(pattern, put)
+
+
+def column(name: str, word: str, width: int) -> Mask:
+    """Make a mask of a right-aligned column, whose width differs with its values; all of them must end in one place."""
+
+    def relay(text: str) -> str:
+        lines = text.split("\n")
+        for top, header in enumerate(lines):
+            if (found := re.search(rf"(?<=  ){name}(?=$|  )", header)) is None:
+                continue
+            end = found.end()
+            size = next((k for k, line in enumerate(lines[top:]) if not line or line.startswith("---")), 0)
+            cells = [line[:end].rpartition("  ")[2].lstrip() for line in lines[top : top + size]]
+            assert not [line for line in lines[top : top + size] if line[end : end + 1].strip()], "not aligned"
+            begin = end - max(map(len, cells))
+            for at, cell in enumerate(cells, start=top):
+                put = cell if at == top else word
+                lines[at] = f"{lines[at][:begin]}{put:>{width}}{lines[at][end:]}"
+        return "\n".join(lines)
+
+    return relay
 
 
 def reviewed_names(folder: Path) -> set[str]:
@@ -141,26 +165,25 @@ def reviewed_names(folder: Path) -> set[str]:
     return {path.stem for path in folder.glob("*.txt")}
 
 
-def last_picture(said: str, columns: int = 80) -> str:
+def last_picture(said: str) -> str:
     """What a terminal shows in the end of what was written to it: lines drawn over others are gone."""
     lines: list[list[str]] = [[]]
-    row = column = 0
+    row = at = 0
     for part in re.findall(r"\x1b\[[0-9;?]*[A-Za-z]|[^\x1b]", said):
         if part == "\n":
-            row += 1
+            row, at = row + 1, 0
             if row == len(lines):
                 lines.append([])
         elif part == "\r":
-            column = 0
-        elif part.startswith("\x1b["):
-            count, kind = int(re.sub(r"\D", "", part) or 1), part[-1]
-            if kind == "A":
-                row = max(0, row - count)
-            elif kind == "K":
-                lines[row] = []
-        else:
-            line = lines[row]
-            line += [" "] * (column + 1 - len(line))
-            line[column] = part
-            column += 1
-    return "\n".join("".join(line).rstrip() for line in lines)
+            at = 0
+        elif part[0] != "\x1b":
+            lines[row] += [" "] * (at + 1 - len(lines[row]))
+            lines[row][at] = part
+            at += 1
+        elif part[-1] == "A":
+            row = max(0, row - int(re.sub(r"\D", "", part) or 1))
+        elif part[-1] == "K":
+            lines[row] = []
+    while len(lines) > 1 and not lines[-1] and not lines[-2]:
+        lines.pop()
+    return "\n".join("".join(line) for line in lines)

@@ -152,7 +152,7 @@ def test_two_of_one_name_are_refused_and_replace_takes_over(hlaunch: Launcher) -
     hlaunch.ready()
     code, lines = hlaunch.fail_up("ok")
     assert code == 5
-    assert "tiny-oss is already running (pid" in lines[-1]
+    assert "tiny-oss is already running (pid" in lines[-2]
     second = hlaunch.up("ok", "--replace")
     wait_for(lambda: (hlaunch.record() or {}).get("launcher", {}).get("pid") == second.pid)
     hlaunch.ready()
@@ -173,7 +173,7 @@ def test_detached_round_trip(hlaunch: Launcher) -> None:
     assert (fact["name"], fact["state"], fact["url"]) == ("tiny-oss", "ready", record["url"])
     assert fact["memory_bytes"] > 1 << 20
     table = hlaunch.cli("ps").stdout.splitlines()
-    assert table[0].split() == ["NAME", "MODEL", "STATE", "PID", "ENDPOINT", "MEM", "UPTIME"]
+    assert table[0].split() == ["NAME", "MODEL", "STATE", "PID", "ENDPOINT", "MEMORY", "UPTIME"]
     assert str(record["launcher"]["pid"]) in table[1]
     assert "stand-in: hello" in hlaunch.cli("logs", "tiny").stdout, "an alias works"
 
