@@ -27,15 +27,16 @@ import engine
 from launcher.errors import HlaunchError
 from launcher.exit_codes import ExitCode
 from launcher.supervise import procfs
-from launcher.supervise.cluster_view import ClusterView, ViewProcess
+from launcher.supervise.cluster_view import ViewProcess
 from launcher.supervise.control import ControlServer
 from launcher.supervise.engine_process import EngineProcess
+from launcher.supervise.membership import Membership
+from launcher.supervise.node_child import NodeChild
 from launcher.supervise.node_engine import EngineStory
 from launcher.supervise.node_fabric import look, shown_environment
 from launcher.supervise.node_report import NodeReport
 from launcher.supervise.node_spec import NodeSpec
 from launcher.supervise.ray_process import ray_argv, ray_cause, ray_environment
-from launcher.supervise.status import LineSplitter
 from launcher.supervise.supervisor import STOP_SIGNALS, signal_wakeups
 
 TICK_SECONDS = 0.5
@@ -72,16 +73,12 @@ class NodeSupervisor:
         self.report = NodeReport(spec)
         self._selector = selectors.DefaultSelector()
         self._view: ViewProcess | None = None
-        self._last_view = ClusterView(error="unreachable", message="not asked yet")
-        self._ray: EngineProcess | None = None
-        self._engine: EngineProcess | None = None
+        self._members = Membership(spec.peers, spec.ip, self._tell)
+        self._ray: NodeChild | None = None
+        self._engine: NodeChild | None = None
         self._ray_lines: deque[str] = deque(maxlen=NUM_LAST_LINES)
         self._story = EngineStory(self.report, self._tell)
-        self._splitters: dict[int, LineSplitter] = {}
         self._num_signals = 0
-        self._seen: dict[str, frozenset[str]] = {}
-        self._lost_since: float | None = None
-        self._ghosts: frozenset[str] = frozenset()
         self._stage = self._await_head if spec.ray is not None and not spec.is_head else self._start_ray
         self._deadline = time.monotonic() + spec.join_timeout_seconds
 
@@ -149,7 +146,7 @@ class NodeSupervisor:
 
     def _await_head(self) -> None:
         """Workers: no Ray before the head answers and takes our token."""
-        view = self._last_view
+        view = self._members.view
         if view.error == "refused":
             raise _Failure(view.message, "copy the head's ray_token here; all nodes share one", ExitCode.PREFLIGHT)
         if not view.error and view.is_alive(self._spec.head.ip):
@@ -170,18 +167,17 @@ class NodeSupervisor:
             self._start_engine()
             return
         self.report.begin("ray", "starting")
-        # A node that was killed stands in the list for a while; its ghost must not be taken for what starts now.
-        self._ghosts = self._last_view.ids(spec.ip)
-        self._ray = EngineProcess.start(ray_argv(spec), self._environ, self._working_folder, what="Ray")
-        self.report.processes["ray"] = self._ray.identity
-        self._selector.register(self._ray.output_fd, selectors.EVENT_READ)
+        self._members.begin_to_join()
+        process = EngineProcess.start(ray_argv(spec), self._environ, self._working_folder, what="Ray")
+        self.report.processes["ray"] = process.identity
+        self._ray = NodeChild(process, self._selector, {process.output_fd: self._on_ray_line})
         self._deadline = time.monotonic() + RAY_START_SECONDS
         self._stage = self._await_ray
         self._say(f"node: {' '.join(ray_argv(spec))}")
 
     def _await_ray(self) -> None:
         spec = self._spec
-        if self._last_view.ids(spec.ip) - self._ghosts:
+        if self._members.has_joined:
             self.report.end("ray", f"{spec.ip} joined")
             if spec.is_head:
                 self.report.begin("nodes")
@@ -193,31 +189,26 @@ class NodeSupervisor:
         elif time.monotonic() > self._deadline:
             raise _Failure(
                 f"Ray did not bring {spec.ip} into the cluster within {RAY_START_SECONDS:g} s: "
-                f"{self._last_view.message or 'no word from it'}",
+                f"{self._members.view.message or 'no word from it'}",
                 "see the ray lines of the log",
                 ExitCode.NOT_READY,
             )
 
     def _await_nodes(self) -> None:
         """Head: every declared node is alive under its address, with the GPUs it was declared with."""
-        spec, view = self._spec, self._last_view
-        missing = view.missing(spec.peers)
-        short = view.short_of_gpus(spec.peers)
-        num_here = len(spec.peers) - len(missing)
-        if not missing and not short:
-            self.report.end("nodes", f"{num_here} of {len(spec.peers)}")
+        spec, members = self._spec, self._members
+        num_here, num_nodes = members.num_here, len(spec.peers)
+        if members.is_complete:
+            self.report.end("nodes", f"{num_here} of {num_nodes}")
             self._start_engine()
             return
-        waiting = ", ".join([f"{peer.name} ({peer.ip})" for peer in missing] + list(short))
-        self.report.progress(
-            "nodes", num_here / len(spec.peers), f"{num_here} of {len(spec.peers)}; waiting: {waiting}"
-        )
+        awaited = members.awaited()
+        self.report.progress("nodes", num_here / num_nodes, f"{num_here} of {num_nodes}; waiting: {awaited}")
         if time.monotonic() > self._deadline:
-            reasons = [f"{peer.name}: {words}" for peer in missing if (words := view.last_words(peer.ip))]
-            strangers = view.strangers(spec.peers)
+            strangers = members.view.strangers(spec.peers)
             raise _Failure(
-                f"{num_here} of {len(spec.peers)} nodes joined within {spec.join_timeout_seconds:g} s; not there: "
-                f"{waiting}" + "".join(f"; {reason}" for reason in reasons),
+                f"{num_here} of {num_nodes} nodes joined within {spec.join_timeout_seconds:g} s; not there: "
+                + "; ".join([awaited, *members.reasons()]),
                 f"undeclared nodes are there: {', '.join(strangers)}; wrong ip?" if strangers else "hlaunch logs NAME",
                 ExitCode.NOT_READY,
             )
@@ -227,16 +218,16 @@ class NodeSupervisor:
             self._serve()
             return
         argv = (sys.executable, "-m", "engine.server", "--config", str(self._engine_config))
-        self._engine = EngineProcess.start(argv, self._environ, self._working_folder)
-        self.report.processes["engine"] = self._engine.identity
-        for fd in (self._engine.status_fd, self._engine.output_fd):
-            self._selector.register(fd, selectors.EVENT_READ)
+        process = EngineProcess.start(argv, self._environ, self._working_folder)
+        self.report.processes["engine"] = process.identity
+        hears = {process.status_fd: self._on_engine_record, process.output_fd: self._on_engine_line}
+        self._engine = NodeChild(process, self._selector, hears)
         self._deadline = time.monotonic() + self._spec.ready_timeout_seconds
         self._stage = self._await_engine
 
     def _await_engine(self) -> None:
         if time.monotonic() > self._deadline and self._engine is not None:
-            self._engine.send_all(signal.SIGUSR1)
+            self._engine.process.send_all(signal.SIGUSR1)
             time.sleep(0.5)
             raise _Failure(
                 f"the engine was not ready after {self._spec.ready_timeout_seconds:g} s",
@@ -251,18 +242,15 @@ class NodeSupervisor:
 
     def _watch_cluster(self) -> None:
         """Name who comes and goes; end only when this node itself is lost."""
-        spec, view = self._spec, self._last_view
-        if spec.ray is None or view.error:
+        spec, members = self._spec, self._members
+        if spec.ray is None or members.view.error:
             return
         if spec.is_head:
-            missing = view.missing(spec.peers)
-            self.report.state = "degraded" if missing or self._story.is_restarting else "ready"
-        if view.is_alive(spec.ip):
-            self._lost_since = None
-        elif self._lost_since is None:
-            self._lost_since = time.monotonic()
-        elif time.monotonic() - self._lost_since > LOST_SECONDS:
-            raise _Failure(f"the cluster lost this node: {view.last_words(spec.ip) or 'it is no longer listed'}")
+            is_degraded = members.num_here < len(spec.peers) or self._story.is_restarting
+            self.report.state = "degraded" if is_degraded else "ready"
+        if members.seconds_lost(time.monotonic()) > LOST_SECONDS:
+            words = members.view.last_words(spec.ip) or "it is no longer listed"
+            raise _Failure(f"the cluster lost this node: {words}")
 
     # The loop.
 
@@ -284,14 +272,15 @@ class NodeSupervisor:
                 self._num_signals += sum(1 for number in numbers if number in STOP_SIGNALS)
             elif self._view is not None and key.fd == self._view.fd:
                 self._read_view()
-            elif not self._read_child(key.fd):
-                self._selector.unregister(key.fd)
+            elif isinstance(key.data, NodeChild):
+                key.data.on_event(key.fd)
 
     def _read_view(self) -> None:
         assert self._view is not None
         views, is_there = self._view.read()
         for view in views:
-            self._on_view(view)
+            if self._members.take(view):
+                self.report.nodes = self._members.to_data()
         if not is_there:
             self._selector.unregister(self._view.fd)
             self._view.close()
@@ -299,82 +288,39 @@ class NodeSupervisor:
             if self._num_signals == 0 and self.report.cause == "":
                 raise _Failure("the Ray view ended", "is Ray installed here? pip install 'hlaunch[ray]'")
 
-    def _on_view(self, view: ClusterView) -> None:
-        self._last_view = view
-        if view.error:
-            return
-        for peer in self._spec.peers:
-            ids, before = view.ids(peer.ip), self._seen.get(peer.ip)
-            who = f"{peer.role} {peer.name} ({peer.ip})"
-            if before is None and ids:
-                self._tell(f"{who} joined")
-            elif before and not ids:
-                words = view.last_words(peer.ip)
-                self._tell(f"{who} left" + (f": {words}" if words else ""))
-            elif before is not None and ids - before:
-                self._tell(f"{who} was restarted and joined again")
-            if ids or before is not None:
-                self._seen[peer.ip] = ids
-        self.report.nodes = [
-            {"name": peer.name, "ip": peer.ip, "role": peer.role, "is_alive": view.is_alive(peer.ip)}
-            for peer in self._spec.peers
-        ]
-
     def _tell(self, text: str) -> None:
         self.report.event(text)
         self._say(f"node: {text}")
 
-    def _read_child(self, fd: int) -> bool:
-        """Take what a child's pipe holds. Returns False at its end."""
-        try:
-            data = os.read(fd, 1 << 16)
-        except BlockingIOError:
-            return True
-        except OSError:
-            return False
-        splitter = self._splitters.setdefault(fd, LineSplitter())
-        for line in splitter.feed(data):
-            self._on_line(fd, line)
-        return bool(data)
+    def _on_engine_record(self, line: bytes) -> None:
+        self._story.take(line)
+        if self._story.is_ready and self._stage == self._await_engine:
+            self._serve()
 
-    def _on_line(self, fd: int, line: bytes) -> None:
-        if self._engine is not None and fd == self._engine.status_fd:
-            self._story.take(line)
-            if self._story.is_ready and self._stage == self._await_engine:
-                self._serve()
-            return
+    def _on_engine_line(self, line: bytes) -> None:
+        self._say(f"engine: {line.decode('utf-8', errors='replace')}")
+
+    def _on_ray_line(self, line: bytes) -> None:
         text = line.decode("utf-8", errors="replace")
-        if self._ray is not None and fd == self._ray.output_fd:
-            self._ray_lines.append(text)
-            self._say(f"ray: {text}")
-        else:
-            self._say(f"engine: {text}")
+        self._ray_lines.append(text)
+        self._say(f"ray: {text}")
 
     def _check_children(self) -> None:
         """A child that is gone ends the node, with the child's own words where it left some."""
-        if self._engine is not None and (status := self._engine.poll()) is not None:
-            self._drain(self._engine)
+        if self._engine is not None and (status := self._engine.process.poll()) is not None:
+            self._engine.drain()
             fatal = self._story.fatal
             if fatal is not None:
                 raise _Failure(f"engine failed: {fatal.message}", fatal.hint, fatal.exit_code)
-            raise _Failure(f"the engine {self._engine.describe_exit(status)}")
+            raise _Failure(f"the engine {self._engine.process.describe_exit(status)}")
         deadline = self._story.fatal_deadline
         if deadline is not None and time.monotonic() > deadline and self._engine is not None:
-            self._engine.send_all(signal.SIGKILL)
-        if self._ray is not None and (status := self._ray.poll()) is not None:
-            self._drain(self._ray)
-            cause = ray_cause(self._ray_lines, self._ray.describe_exit(status))
+            self._engine.process.send_all(signal.SIGKILL)
+        if self._ray is not None and (status := self._ray.process.poll()) is not None:
+            self._ray.drain()
+            cause = ray_cause(self._ray_lines, self._ray.process.describe_exit(status))
             code = ExitCode.PREFLIGHT if cause.is_permanent else ExitCode.ENGINE_FAILED
             raise _Failure(cause.text, "the ray lines of the log say more", code)
-
-    def _drain(self, child: EngineProcess) -> None:
-        for fd in (child.status_fd, child.output_fd):
-            while self._read_child(fd):
-                with selectors.DefaultSelector() as ready:
-                    with contextlib.suppress(OSError, ValueError):
-                        ready.register(fd, selectors.EVENT_READ)
-                    if not ready.get_map() or not ready.select(0):
-                        break
 
     # The end.
 
@@ -405,19 +351,14 @@ class NodeSupervisor:
             if self._spec.ray is not None:
                 shutil.rmtree(self._spec.ray_folder, ignore_errors=True)
 
-    def _stop(self, child: EngineProcess, wakeups: socket.socket, seconds: float) -> None:
+    def _stop(self, child: NodeChild, wakeups: socket.socket, seconds: float) -> None:
         deadline = time.monotonic() + seconds
         began_with = self._num_signals
-        if child.poll() is None:
-            child.send(signal.SIGTERM)
-        while child.poll() is None and time.monotonic() < deadline:
+        if child.process.poll() is None:
+            child.process.send(signal.SIGTERM)
+        while child.process.poll() is None and time.monotonic() < deadline:
             with contextlib.suppress(_Failure):
                 self._step(wakeups, min(0.1, TICK_SECONDS))
             if self._num_signals > max(began_with, 1):
                 break
-        self._drain(child)
-        child.kill_all()
-        for fd in (child.status_fd, child.output_fd):
-            with contextlib.suppress(KeyError, ValueError):
-                self._selector.unregister(fd)
-        child.close()
+        child.end()
