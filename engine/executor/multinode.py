@@ -12,6 +12,7 @@ import secrets
 import select
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 
 import msgspec
 
@@ -186,14 +187,27 @@ class MultiNodeExecutor:
             self._remote[order.node] = RemoteNode(
                 arrivals[order.node], order.ranks, roster, self._config.nodes.silence_seconds
             )
-        for node in self._remote.values():
-            with self._blaming(node):
-                store = node.prepare(message, PREPARE_SECONDS).store or store
+        store = self._prepare(message) or store
         if host is not None and not host.pids:
             host.spawn(roster.hear, store)
         for node in self._remote.values():
             with self._blaming(node):
                 node.spawn(store)
+
+    def _prepare(self, message: Prepare) -> tuple[str, int] | None:
+        """Have all nodes make what their ranks share, at the same time; returns where ranks meet, if one keeps that."""
+        store = None
+        with ThreadPoolExecutor(len(self._remote), "prepare") as pool:
+            asked = {pool.submit(node.prepare, message, PREPARE_SECONDS): node for node in self._remote.values()}
+            try:
+                for answered in as_completed(asked):
+                    with self._blaming(asked[answered]):
+                        store = answered.result().store or store
+            except BaseException:
+                for node in self._remote.values():
+                    node.close()  # nobody waits for what the others answer
+                raise
+        return store
 
     def _on_lost(self, node: str, why: str) -> None:
         """The starter knows that a host is gone."""

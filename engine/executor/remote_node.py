@@ -97,6 +97,10 @@ class RemoteNode:
         with contextlib.suppress(NodeLinkError):
             self._link.send(NodeKind.GOODBYE)
 
+    def close(self) -> None:
+        """End the link, whoever waits on it. The host then kills its ranks."""
+        self._link.close()
+
     def stop(self, grace_seconds: float = 0.0) -> None:
         """Give a host that was asked to end the time to, and close the link: then it kills what is left."""
         if self._thread is not None:

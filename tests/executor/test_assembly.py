@@ -11,7 +11,7 @@ import pytest
 from executor_support import CONFIG, STAND_IN, leftovers, wait_until
 from nodes_support import SECRET, HostStarter, nodes_config, nodes_placement
 
-from engine.comm.node_messages import Hello, NodeKind, encode, own_facts
+from engine.comm.node_messages import Hello, NodeKind, Prepared, encode, own_facts
 from engine.comm.secure_link import LinkLost, connect
 from engine.executor.messages import FaultReport, encode_report
 from engine.executor.multinode import MultiNodeExecutor
@@ -23,10 +23,15 @@ THREE = ParallelSizes(1, 3, 1)
 
 
 class Hosts(HostStarter):
-    """Hosts of which node1's cannot prepare, and node2's would wait for as long as its link lives."""
+    """Hosts of which that of `failing` cannot prepare, and the others would wait for as long as their links live.
 
-    def __init__(self) -> None:
+    Where none fails, each answers once all have been asked, and leaves once it is to start its ranks.
+    """
+
+    def __init__(self, failing: str = "") -> None:
         super().__init__()
+        self.failing = failing
+        self.asked = threading.Barrier(2)
         self.ends: dict[str, str] = {}
         self.threads: list[threading.Thread] = []
 
@@ -43,22 +48,39 @@ class Hosts(HostStarter):
         link.send(NodeKind.HELLO, encode(Hello(order.node, order.order_id, own_facts())))
         try:
             while (frame := link.receive(30)) is not None:
-                if order.node == "node1" and frame[0] == NodeKind.PREPARE:
-                    link.send(*encode_report(FaultReport(1, "spawn", "OSError", "no more memory files")))
+                if frame[0] == NodeKind.PREPARE and not self.failing:
+                    self.asked.wait(5)
+                    link.send(NodeKind.PREPARED, encode(Prepared(("127.0.0.1", 1))))
+                elif frame[0] == NodeKind.PREPARE and self.failing == order.node:
+                    rank = order.ranks[0].rank
+                    link.send(*encode_report(FaultReport(rank, "spawn", "OSError", "no more memory files")))
                     # Its process ends then, which who started it sees at once.
-                    self.lost("node1", "its node host ended by itself with code 2")
+                    self.lost(order.node, "its node host ended by itself with code 2")
         except LinkLost as error:
             self.ends[order.node] = str(error)
         finally:
             link.dispose()
 
 
-def test_a_node_that_cannot_prepare_is_quoted_and_the_others_are_let_go() -> None:
-    before = leftovers()
+def test_nodes_prepare_at_the_same_time() -> None:
     placement = nodes_placement(CONFIG, THREE, 3)
     hosts = Hosts()
+    executor = MultiNodeExecutor(
+        nodes_config(CONFIG, placement), placement, command=STAND_IN, starter=hosts, node=placement.nodes[0]
+    )
+    assert not hosts.asked.broken, "each answers only once both have been asked"
+    executor.stop()
+    for thread in hosts.threads:
+        thread.join()
+
+
+@pytest.mark.parametrize("failing", ["node1", "node2"])
+def test_a_node_that_cannot_prepare_is_quoted_and_the_others_are_let_go(failing: str) -> None:
+    before = leftovers()
+    placement = nodes_placement(CONFIG, THREE, 3)
+    hosts = Hosts(failing)
     began = time.monotonic()
-    with pytest.raises(NodeFailure, match="node node1 .* is lost: cannot prepare its ranks: no more memory files"):
+    with pytest.raises(NodeFailure, match=f"node {failing} .* is lost: cannot prepare its ranks: no more memory files"):
         MultiNodeExecutor(
             nodes_config(CONFIG, placement), placement, command=STAND_IN, starter=hosts, node=placement.nodes[0]
         )
