@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -50,6 +51,8 @@ REACH_SECONDS = 10.0
 EXIT_LOST = 1
 EXIT_REFUSED = 2
 _RESULT_SECONDS = 1.0
+_UNSENT_SECONDS = 0.02
+"""How often to try again to hand on what ranks had no room for."""
 _AGAIN_SECONDS = 0.2
 
 
@@ -120,6 +123,8 @@ class _NodeHost:
         self._is_stopping = threading.Event()
         self._results: threading.Thread | None = None
         self._grace = 0.0
+        self._unsent: deque[tuple[Kind, bytes, float]] = deque()
+        """What the head sent for ranks whose ring is full, each with its deadline."""
 
     def run(self) -> None:
         """Raises: NodeLinkError when the head is lost or refuses."""
@@ -186,31 +191,41 @@ class _NodeHost:
 
     def _serve(self, host: RankHost) -> None:
         while True:
-            frame = self._link.receive()
+            # Never blocked by ranks that read nothing: the head asks just then what they do, and may end it.
+            frame = self._link.receive(_UNSENT_SECONDS if self._unsent else None)
+            self._pass_on(host)
             if frame is None:
                 continue
             kind, body = frame
             if kind < NodeKind.HELLO:
-                self._pass_on(host, Kind(kind), body)
+                self._unsent.append((Kind(kind), body, time.monotonic() + self._timeout))
+                self._pass_on(host)
             elif kind == NodeKind.STATES:
                 self._link.send(NodeKind.STATES, msgspec.msgpack.encode(_lines_of(host)))
             elif kind == NodeKind.STACKS:
                 host.dump_stacks()
             elif kind == NodeKind.GOODBYE:
-                host.begin_stop()
-                self._grace = STOP_SECONDS
+                if not self._unsent:
+                    host.begin_stop()
+                    self._grace = STOP_SECONDS
                 return
             else:
                 raise LinkRefused(f"the head sent a message of kind {kind} while serving")
 
-    def _pass_on(self, host: RankHost, kind: Kind, body: bytes) -> None:
-        try:
-            host.write(body, kind, self._timeout)
-        except RingTimeout as error:
-            slow = host.ranks[error.readers[0]]
-            self._report(FaultReport(slow.rank, "serve", "RingTimeout", f"reads no plans for {self._timeout:.0f} s"))
-        except RingError:
-            pass  # the ranks are gone: the watch says how
+    def _pass_on(self, host: RankHost) -> None:
+        """Give the ranks what was sent to them, as far as they have room for it."""
+        while self._unsent:
+            kind, body, deadline = self._unsent[0]
+            try:
+                host.write(body, kind, 0.0)
+            except RingTimeout as error:
+                if time.monotonic() < deadline:
+                    return
+                slow, text = host.ranks[error.readers[0]], f"reads no plans for {self._timeout:.0f} s"
+                self._report(FaultReport(slow.rank, "serve", "RingTimeout", text))
+            except RingError:
+                pass  # the ranks are gone: the watch says how
+            self._unsent.popleft()
 
     def _carry_results(self, results: RingReader) -> None:
         with contextlib.suppress(RingClosed, NodeLinkError):
