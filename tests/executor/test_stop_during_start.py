@@ -161,7 +161,7 @@ def test_a_server_is_stopped_while_it_starts(phase: str, number: signal.Signals,
 @pytest.mark.parametrize("phase", ["nodes", "load"])
 def test_a_launch_on_two_nodes_is_stopped_while_it_starts(phase: str, launched: Launched) -> None:
     base = replace(CONFIG, server=replace(CONFIG.server, port=0))
-    config = nodes_config(base, nodes_placement(base, ParallelSizes(2, 1, 1)))
+    config = nodes_config(base, nodes_placement(base, ParallelSizes(1, 2, 1)))
     head_nodes = replace(config.nodes, head_port=free_port())
     head, records = launched.start("engine.server", replace(config, nodes=head_nodes))
     until(records, "nodes")
