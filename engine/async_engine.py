@@ -48,9 +48,13 @@ class EngineUnavailable(Exception):
 
 
 class RequestStream(Protocol):
-    """Outputs of one request, in order; iteration ends after the one that carries a finish reason."""
+    """Outputs of one request, in order; iteration ends after the one that carries a finish reason.
+
+    `engine` is the data-parallel rank of the engine that has it.
+    """
 
     request_id: str
+    engine: int
 
     def __aiter__(self) -> AsyncIterator[RequestOutput]: ...
 
@@ -84,8 +88,9 @@ class EngineClient(Protocol):
 class OutputStream:
     """The engine's `RequestStream`. Outputs that pile up behind a slow reader are merged into one."""
 
-    def __init__(self, request_id: str, on_abort: Callable[[str], None]) -> None:
+    def __init__(self, request_id: str, on_abort: Callable[[str], None], engine: int = 0) -> None:
         self.request_id = request_id
+        self.engine = engine
         self._on_abort = on_abort
         self._pending: RequestOutput | None = None
         self._arrived = asyncio.Event()
@@ -215,7 +220,7 @@ class AsyncEngine:
         if request.request_id in self._streams:
             raise ValueError(f"request id {request.request_id!r} is in use")
         frame = ipc.encode(ipc.Kind.ADD, request)
-        stream = OutputStream(request.request_id, self._abort)
+        stream = OutputStream(request.request_id, self._abort, self.config.data_parallel_rank)
         self._streams[request.request_id] = stream
         self._writer.write(frame)
         return stream

@@ -119,12 +119,10 @@ async def create_completion(app: App, exchange: Exchange) -> None:
     info.check_accepting(app)
     data = await exchange.read_json(app.config.server.max_body_bytes)
     plan = await app.run_text(exchange.body_bytes, _plan, app, data)
-    app.metrics.params_n.observe(plan.num_per_prompt)
     if not plan.requests:
         pieces = [choice.only_echo() for choice in plan.choices]
         await _answer_pieces(app, exchange, plan, _replay(pieces))
         return
-    app.metrics.params_max_tokens.observe(plan.requests[0].max_tokens)
     async with Generation(app, exchange, plan.requests) as generation:
         await _answer_pieces(app, exchange, plan, _pieces(plan, generation))
 

@@ -20,6 +20,7 @@ from engine.core.request import EngineRequest, FinishReason, RequestOutput
 from engine.server import errors
 from engine.server.errors import ApiError, ClientDisconnected
 from engine.server.http import Exchange
+from engine.server.metrics import EngineMetrics
 
 if TYPE_CHECKING:
     from engine.server.app import App
@@ -38,6 +39,7 @@ class Generation:
         salt = f"{exchange.tenant}/" if exchange.tenant else ""
         self._requests = [_of_tenant(item, salt) for item in requests] if salt else requests
         self._streams: dict[int, RequestStream] = {}
+        self._metrics: dict[int, EngineMetrics] = {}
         self._task: asyncio.Task[object] | None = None
         self._watcher: asyncio.Task[None] | None = None
         self._pumps: list[asyncio.Task[None]] = []
@@ -62,9 +64,10 @@ class Generation:
             raise errors.draining()
         try:
             for index, request in enumerate(self._requests):
-                self._streams[index] = self._app.engine.submit(request)
-                metrics.num_prompt_tokens += len(request.prompt_token_ids)
-                metrics.prompt_tokens.observe(len(request.prompt_token_ids))
+                self._streams[index] = stream = self._app.engine.submit(request)
+                self._metrics[index] = of_engine = metrics.of_engine(stream.engine)
+                of_engine.num_prompt_tokens += len(request.prompt_token_ids)
+                of_engine.prompt_tokens.observe(len(request.prompt_token_ids))
         except EngineUnavailable as error:
             self._abort_all()
             metrics.count_refusal(error.code)
@@ -72,6 +75,10 @@ class Generation:
         except BaseException:
             self._abort_all()
             raise
+        # Options of the whole request, whose sequences may be several engines': the first one's.
+        first = self._requests[0]
+        self._metrics[0].params_n.observe(first.params.n)
+        self._metrics[0].params_max_tokens.observe(first.max_tokens)
         metrics.prepare_seconds.observe(time.monotonic() - self._exchange.started_at)
         self._app.lifecycle.enter(self)
         self._watcher = asyncio.create_task(self._watch_client())
@@ -172,7 +179,7 @@ class Generation:
 
         Raises: ApiError for a sequence that ended in an error.
         """
-        metrics = self._app.metrics
+        metrics = self._metrics[index]
         now = time.monotonic()
         num_new = len(output.new_token_ids)
         if num_new:
@@ -192,12 +199,12 @@ class Generation:
         self._streams.pop(index, None)
         self._finish(index, reason.value)
         if reason is FinishReason.ERROR:
-            raise _engine_error(output.error or "", self._app)
+            raise _engine_error(output.error or "", self._app, metrics)
         if reason is FinishReason.ABORT:
             raise errors.internal_error()
 
     def _finish(self, index: int, reason: str) -> None:
-        metrics = self._app.metrics
+        metrics = self._metrics[index]
         now = time.monotonic()
         metrics.finished[reason] = metrics.finished.get(reason, 0) + 1
         metrics.generation_tokens.observe(self._num_tokens[index])
@@ -240,7 +247,7 @@ def _joined(first: RequestOutput, second: RequestOutput) -> RequestOutput:
     )
 
 
-def _engine_error(text: str, app: App) -> ApiError:
+def _engine_error(text: str, app: App, metrics: EngineMetrics) -> ApiError:
     """Map the engine's `code: message` to an answer; its message stays in the log."""
     code = text.partition(":")[0]
     if code in ("too_long", "never_fits", "empty_prompt", "bad_token"):
@@ -256,7 +263,7 @@ def _engine_error(text: str, app: App) -> ApiError:
         app.metrics.count_refusal(code)
         return errors.overloaded()
     if code == "numerical_error" or "not finite" in text:
-        app.metrics.num_nan += 1
+        metrics.num_nan += 1
         return errors.numerical_error()
     if code in ("engine_dead", "draining"):
         return errors.unavailable(code)

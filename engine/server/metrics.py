@@ -1,9 +1,8 @@
 """What the server counts, in Prometheus text: vLLM's names where vLLM has them, ours under `hlaunch_`.
 
-Knows: names, buckets, labels. What an engine counts carries its data-parallel rank as `engine`, as in vLLM; what this
-process counts of requests, whichever engine had them, carries `engine="0"` where there is one and `engine="all"` where
-there are several. The hot path pays an integer addition or a bisection per token; names and labels are put
-together only when somebody scrapes.
+Knows: names, buckets, labels. What an engine counts, and what this process counts of the requests that an engine had,
+carries its data-parallel rank as `engine`, as in vLLM; what belongs to no engine alone has no such label. The hot path
+pays an integer addition or a bisection per token; names and labels are put together only when somebody scrapes.
 """
 
 from __future__ import annotations
@@ -70,11 +69,10 @@ class Histogram:
         return found
 
 
-class Metrics:
-    """Counters of one API process. All methods run on the event loop."""
+class EngineMetrics:
+    """What this process counts of the requests that one engine had, through all its restarts."""
 
-    def __init__(self, model_name: str) -> None:
-        self._model_name = model_name
+    def __init__(self) -> None:
         self.time_to_first_token = Histogram(_TTFT)
         self.inter_token_latency = Histogram(_ITL)
         self.time_per_output_token = Histogram(_ITL)
@@ -83,15 +81,29 @@ class Metrics:
         self.generation_tokens = Histogram(_TOKENS)
         self.params_n = Histogram(_N)
         self.params_max_tokens = Histogram(_TOKENS)
-        self.prepare_seconds = Histogram(_OWN)
         self.num_prompt_tokens = 0
         self.num_generation_tokens = 0
         self.num_cached_tokens = 0
         self.finished: dict[str, int] = {"stop": 0, "length": 0, "abort": 0, "error": 0}
+        self.num_nan = 0
+
+
+class Metrics:
+    """Counters of one API process. All methods run on the event loop."""
+
+    def __init__(self, model_name: str) -> None:
+        self._model_name = model_name
+        self._by_engine: list[EngineMetrics] = []
+        self.prepare_seconds = Histogram(_OWN)
         self.refused: dict[str, int] = {}
         self.num_disconnects = 0
-        self.num_nan = 0
         self.responses: dict[tuple[str, int], int] = {}
+
+    def of_engine(self, rank: int) -> EngineMetrics:
+        """Return the counters of one engine's requests."""
+        while len(self._by_engine) <= rank:
+            self._by_engine.append(EngineMetrics())
+        return self._by_engine[rank]
 
     def count_response(self, route: str, status: int) -> None:
         key = (route, status)
@@ -110,31 +122,14 @@ class Metrics:
         return generate_latest(registry)
 
     def _collect(self, engines: Sequence[SchedulerStats], num_open: int, state: str) -> Iterator[Metric]:
-        labels = {"model_name": self._model_name, "engine": "0" if len(engines) == 1 else "all"}
         yield from self._collect_engines(engines)
-        counters = (
-            ("vllm:prompt_tokens", "Prompt tokens of admitted requests.", self.num_prompt_tokens),
-            ("vllm:generation_tokens", "Generated tokens.", self.num_generation_tokens),
-            ("vllm:prompt_tokens_cached", "Prompt tokens found in the prefix cache.", self.num_cached_tokens),
-            ("vllm:corrupted_requests", "Requests that ended on a value that is not finite.", self.num_nan),
-            ("hlaunch_nan", "Rows whose logits were not finite.", self.num_nan),
-            ("hlaunch_client_disconnects", "Generations whose client left.", self.num_disconnects),
-        )
-        for name, text, value in counters:
-            counter = CounterMetricFamily(name, text, labels=list(labels))
-            counter.add_metric(list(labels.values()), value)
-            yield counter
-        finished = CounterMetricFamily(
-            "vllm:request_success", "Finished sequences.", labels=[*labels, "finished_reason"]
-        )
-        for reason, count in self.finished.items():
-            finished.add_metric([*labels.values(), reason], count)
-        yield finished
+        yield from self._collect_requests([self.of_engine(rank) for rank in range(len(engines))])
+        labels, values = ("model_name",), (self._model_name,)
         refused = CounterMetricFamily(
             "vllm:admission_rejections", "Requests refused before the engine.", labels=[*labels, "reason"]
         )
         for code, count in self.refused.items():
-            refused.add_metric([*labels.values(), code], count)
+            refused.add_metric([*values, code], count)
         yield refused
         responses = CounterMetricFamily(
             "hlaunch_http_responses", "Answers by route and status.", labels=["route", "status"]
@@ -142,28 +137,76 @@ class Metrics:
         for (route, status), count in self.responses.items():
             responses.add_metric([route, str(status)], count)
         yield responses
+        left = CounterMetricFamily("hlaunch_client_disconnects", "Generations whose client left.", labels=labels)
+        left.add_metric(values, self.num_disconnects)
+        yield left
         is_open = GaugeMetricFamily(
-            "hlaunch_open_generations", "Generations under way in the API process.", labels=list(labels)
+            "hlaunch_open_generations", "Generations under way in the API process.", labels=labels
         )
-        is_open.add_metric(list(labels.values()), num_open)
+        is_open.add_metric(values, num_open)
         yield is_open
         state_metric = GaugeMetricFamily("hlaunch_state", "1 for the state the server is in.", labels=["state"])
         state_metric.add_metric([state], 1)
         yield state_metric
-        histograms = (
-            ("vllm:time_to_first_token_seconds", "From arrival to the first token.", self.time_to_first_token),
-            ("vllm:inter_token_latency_seconds", "Between two tokens of a sequence.", self.inter_token_latency),
-            ("vllm:request_time_per_output_token_seconds", "Mean per token, by request.", self.time_per_output_token),
-            ("vllm:e2e_request_latency_seconds", "From arrival to the last token.", self.e2e_latency),
-            ("vllm:request_prompt_tokens", "Prompt tokens by sequence.", self.prompt_tokens),
-            ("vllm:request_generation_tokens", "Generated tokens by sequence.", self.generation_tokens),
-            ("vllm:request_params_n", "`n` by request.", self.params_n),
-            ("vllm:request_params_max_tokens", "`max_tokens` by request.", self.params_max_tokens),
-            ("hlaunch_prepare_seconds", "From arrival to submission: parse, render, tokenize.", self.prepare_seconds),
+        prepare = HistogramMetricFamily(
+            "hlaunch_prepare_seconds", "From arrival to submission: parse, render, tokenize.", labels=labels
         )
-        for name, text, histogram in histograms:
-            family = HistogramMetricFamily(name, text, labels=list(labels))
-            family.add_metric(list(labels.values()), histogram.buckets(), histogram.sum)
+        prepare.add_metric(values, self.prepare_seconds.buckets(), self.prepare_seconds.sum)
+        yield prepare
+
+    def _collect_requests(self, engines: Sequence[EngineMetrics]) -> Iterator[Metric]:
+        """What this process counts of each engine's requests."""
+        names = ("model_name", "engine")
+        counters: tuple[tuple[str, str, Callable[[EngineMetrics], float]], ...] = (
+            ("vllm:prompt_tokens", "Prompt tokens of admitted requests.", lambda own: own.num_prompt_tokens),
+            ("vllm:generation_tokens", "Generated tokens.", lambda own: own.num_generation_tokens),
+            (
+                "vllm:prompt_tokens_cached",
+                "Prompt tokens found in the prefix cache.",
+                lambda own: own.num_cached_tokens,
+            ),
+            ("vllm:corrupted_requests", "Requests that ended on a value that is not finite.", lambda own: own.num_nan),
+            ("hlaunch_nan", "Rows whose logits were not finite.", lambda own: own.num_nan),
+        )
+        for name, text, read in counters:
+            counter = CounterMetricFamily(name, text, labels=names)
+            for rank, own in enumerate(engines):
+                counter.add_metric((self._model_name, str(rank)), read(own))
+            yield counter
+        finished = CounterMetricFamily(
+            "vllm:request_success", "Finished sequences.", labels=[*names, "finished_reason"]
+        )
+        for rank, own in enumerate(engines):
+            for reason, count in own.finished.items():
+                finished.add_metric([self._model_name, str(rank), reason], count)
+        yield finished
+        histograms: tuple[tuple[str, str, Callable[[EngineMetrics], Histogram]], ...] = (
+            (
+                "vllm:time_to_first_token_seconds",
+                "From arrival to the first token.",
+                lambda own: own.time_to_first_token,
+            ),
+            (
+                "vllm:inter_token_latency_seconds",
+                "Between two tokens of a sequence.",
+                lambda own: own.inter_token_latency,
+            ),
+            (
+                "vllm:request_time_per_output_token_seconds",
+                "Mean per token, by request.",
+                lambda own: own.time_per_output_token,
+            ),
+            ("vllm:e2e_request_latency_seconds", "From arrival to the last token.", lambda own: own.e2e_latency),
+            ("vllm:request_prompt_tokens", "Prompt tokens by sequence.", lambda own: own.prompt_tokens),
+            ("vllm:request_generation_tokens", "Generated tokens by sequence.", lambda own: own.generation_tokens),
+            ("vllm:request_params_n", "`n` by request.", lambda own: own.params_n),
+            ("vllm:request_params_max_tokens", "`max_tokens` by request.", lambda own: own.params_max_tokens),
+        )
+        for name, text, pick in histograms:
+            family = HistogramMetricFamily(name, text, labels=names)
+            for rank, own in enumerate(engines):
+                histogram = pick(own)
+                family.add_metric((self._model_name, str(rank)), histogram.buckets(), histogram.sum)
             yield family
 
     def _collect_engines(self, engines: Sequence[SchedulerStats]) -> Iterator[Metric]:

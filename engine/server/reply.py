@@ -173,8 +173,6 @@ async def replying(app: App, exchange: Exchange, plan: ReplyPlan) -> AsyncIterat
 
     Raises: ApiError when the engine takes no request or fails; ClientDisconnected.
     """
-    app.metrics.params_n.observe(plan.params.n)
-    app.metrics.params_max_tokens.observe(plan.requests[0].max_tokens)
     choices = [Choice(app, plan, index) for index in range(plan.params.n)]
     async with Generation(app, exchange, plan.requests) as generation:
         yield _pieces(plan, choices, generation)

@@ -53,6 +53,8 @@ def test_two_engines_say_what_one_says_and_share_the_load() -> None:
         assert engine.facts["num_blocks"] == 2 * 256
         found = await asyncio.gather(*(answer(engine, item) for item in items))
         shares = [part.stats().generation_tokens for part in engine.engines]
+        one = [replace(items[0], request_id=f"of {rank}", max_tokens=1) for rank in range(2)]
+        assert [part.submit(item).engine for part, item in zip(engine.engines, one, strict=True)] == [0, 1]
         await engine.stop()
         assert not causes
         # Eight requests of 32 tokens each.

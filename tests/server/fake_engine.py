@@ -47,6 +47,7 @@ class FakeEngine:
     aborted: list[str] = field(default_factory=list)
     live: dict[str, asyncio.Task[None]] = field(default_factory=dict)
     num_tokens: int = 0
+    num_engines: int = 1
 
     def submit(self, request: EngineRequest) -> OutputStream:
         if self.refusal is not None:
@@ -54,7 +55,8 @@ class FakeEngine:
         if request.request_id in self.live:
             raise ValueError("duplicate request id")
         self.submitted.append(request)
-        stream = OutputStream(request.request_id, self._abort)
+        # Several engines take turns.
+        stream = OutputStream(request.request_id, self._abort, (len(self.submitted) - 1) % self.num_engines)
         task = asyncio.get_running_loop().create_task(self._run(request, self.write(request), stream))
         self.live[request.request_id] = task
         return stream
@@ -63,7 +65,7 @@ class FakeEngine:
         return SchedulerStats(num_running=len(self.live), num_blocks=64, num_used_blocks=len(self.live))
 
     def stats_by_engine(self) -> list[SchedulerStats]:
-        return [self.stats()]
+        return [self.stats()] * self.num_engines
 
     def _abort(self, request_id: str) -> None:
         task = self.live.pop(request_id, None)

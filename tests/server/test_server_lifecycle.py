@@ -56,7 +56,7 @@ def test_a_client_that_leaves_aborts_its_sequences(is_streaming: bool, moment: s
         assert len(server.engine.aborted) == 2
         assert wait_for(lambda: not server.app.lifecycle.num_running)
         assert server.app.metrics.num_disconnects == 1
-        assert server.app.metrics.finished["abort"] == 2
+        assert server.app.metrics.of_engine(0).finished["abort"] == 2
 
 
 def test_disconnects_at_random_moments_leave_nothing_behind() -> None:

@@ -86,7 +86,8 @@ def test_every_engine_has_its_own_label() -> None:
         SchedulerStats(num_running=5, num_blocks=100, num_used_blocks=50, num_preemptions=2),
     ]
     metrics = Metrics("m")
-    metrics.num_generation_tokens = 11
+    metrics.of_engine(1).num_generation_tokens = 11
+    metrics.of_engine(0).time_to_first_token.observe(0.3, 2)
     found: dict[str, dict[str, float]] = {}
     for family in text_string_to_metric_families(metrics.render(engines, 8, "ready").decode()):
         for sample in family.samples:
@@ -96,8 +97,11 @@ def test_every_engine_has_its_own_label() -> None:
     assert found["vllm:kv_cache_usage_perc"] == {"0": 0.25, "1": 0.5}
     assert found["vllm:num_preemptions_total"] == {"0": 0, "1": 2}
     assert found["hlaunch_engine_steps_total"] == {"0": 7, "1": 0}
-    assert found["vllm:generation_tokens_total"] == {"all": 11}
-    # `hlaunch top` shows a row for each, and none for what is of all.
+    assert found["vllm:generation_tokens_total"] == {"0": 0, "1": 11}
+    assert found["vllm:time_to_first_token_seconds_count"] == {"0": 2, "1": 0}
+    ours = {"hlaunch_open_generations", "hlaunch_prepare_seconds_sum", "hlaunch_client_disconnects_total"}
+    assert {name for name, by_engine in found.items() if name in ours and list(by_engine) == [""]} == ours
+    # `hlaunch top` shows a row for each.
     reading = read(parse(metrics.render(engines, 8, "ready").decode()))
     assert [row.engine for row in reading.rows] == ["0", "1"]
     assert (reading.values["running"], reading.values["generated_tokens"]) == (8, 11)
@@ -105,5 +109,24 @@ def test_every_engine_has_its_own_label() -> None:
 
 def test_a_single_engine_is_number_0() -> None:
     text = Metrics("m").render([SchedulerStats()], 0, "ready").decode()
-    assert 'engine="all"' not in text
     assert 'vllm:generation_tokens_total{engine="0",model_name="m"} 0.0' in text
+
+
+def test_what_came_of_requests_is_told_by_engine() -> None:
+    with running(scripted(WORDS)) as server, server.http() as client:
+        server.engine.num_engines = 2
+        body = {"model": "tiny-oss", "prompt": [5, 6, 7], "max_tokens": 4, "n": 3}
+        assert client.post("/v1/completions", json=body).status_code == 200
+        found: dict[str, dict[str, float]] = {}
+        for family in text_string_to_metric_families(client.get("/metrics").text):
+            for sample in family.samples:
+                if sample.name.startswith("vllm:") and sample.value:
+                    found.setdefault(sample.name, {})[sample.labels.get("engine", "")] = sample.value
+    # Engine 0 has the first and the third sequence; options of the whole request are told once.
+    assert found["vllm:prompt_tokens_total"] == {"0": 6, "1": 3}
+    assert found["vllm:generation_tokens_total"] == {"0": 8, "1": 4}
+    assert found["vllm:request_success_total"] == {"0": 2, "1": 1}
+    for name in ("time_to_first_token_seconds", "e2e_request_latency_seconds", "request_generation_tokens"):
+        assert found[f"vllm:{name}_count"] == {"0": 2, "1": 1}
+    assert found["vllm:inter_token_latency_seconds_count"] == {"0": 6, "1": 3}
+    assert found["vllm:request_params_n_count"] == {"0": 1}
