@@ -165,11 +165,14 @@ class Console:
         """Write a table to stderr: one that belongs to the messages."""
         self._table(self._stderr, columns, rows)
 
-    def phases(self) -> PhaseView:
-        """Return the view of a start, on stderr: live bars on a terminal, plain lines elsewhere."""
+    def phases(self, width: int = 10) -> PhaseView:
+        """Return the view of a start, on stderr: live bars on a terminal, plain lines elsewhere.
+
+        The names of the phases take `width` columns.
+        """
         from launcher.console_phases import LivePhases, PlainPhases
 
-        return LivePhases(self) if self.is_live else PlainPhases(self)
+        return LivePhases(self, width) if self.is_live else PlainPhases(self, width)
 
     def _hint(self, hint: str) -> None:
         if hint:

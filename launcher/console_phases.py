@@ -1,4 +1,4 @@
-"""The phases of a start, on stderr: live bars on a terminal, plain lines elsewhere, then the time-to-ready table.
+"""The phases of a start, on stderr: live bars on a terminal, plain lines elsewhere.
 
 Knows: what is drawn of a phase, and when. Refuses to know: which phases there are, where their news come from.
 """
@@ -22,8 +22,7 @@ __all__ = ["LivePhases", "PhaseView", "PlainPhases"]
 class PhaseView(Protocol):
     """Shows the phases of a start. Use as a context manager; leaving it stops any live drawing.
 
-    `begin`, `progress` and `end` come in any number and order per phase; `fail` marks the phase that broke.
-    After leaving, `summary` prints the time-to-ready table. Not thread-safe: one thread calls it.
+    `begin`, `progress` and `end` come in any number and order per phase. Not thread-safe: one thread calls it.
     """
 
     def __enter__(self) -> Self: ...
@@ -38,18 +37,14 @@ class PhaseView(Protocol):
 
     def end(self, phase: str, seconds: float, detail: str = "") -> None: ...
 
-    def fail(self, phase: str, detail: str = "") -> None: ...
-
-    def summary(self, total_seconds: float) -> None: ...
-
 
 class _Phases:
-    """What both views remember: each phase's time and last detail, in order of appearance."""
+    """What both views remember: each phase's last detail. Names take `width` columns."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, width: int) -> None:
         self._console = console
+        self._width = width
         self._details: dict[str, str] = {}
-        self._seconds: dict[str, float] = {}
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -60,32 +55,14 @@ class _Phases:
         if detail or phase not in self._details:
             self._details[phase] = detail
 
-    def summary(self, total_seconds: float) -> None:
-        """Write the time-to-ready table to stderr."""
-        known = sum(self._seconds.values())
-        rows = [(phase, f"{seconds:.2f}", _share(seconds, total_seconds)) for phase, seconds in self._seconds.items()]
-        if total_seconds - known >= 0.005:
-            rows.append(("(between)", f"{total_seconds - known:.2f}", _share(total_seconds - known, total_seconds)))
-        rows.append(("ready", f"{total_seconds:.2f}", ""))
-        details = [self._details.get(row[0], "") for row in rows]
-        self._console.note_table(
-            ("PHASE", ">SECONDS", "SHARE", "DETAIL"),
-            [(*row, detail) for row, detail in zip(rows, details, strict=True)],
-        )
-
-
-def _share(seconds: float, total: float) -> str:
-    """A bar of up to ten marks: readable in any terminal."""
-    return "#" * max(1, round(10 * seconds / total)) if total > 0 and seconds > 0 else ""
-
 
 class PlainPhases(_Phases):
     """Plain lines: one when a phase ends, and one every few seconds while it runs."""
 
     EVERY_SECONDS = 5.0
 
-    def __init__(self, console: Console) -> None:
-        super().__init__(console)
+    def __init__(self, console: Console, width: int) -> None:
+        super().__init__(console, width)
         self._spoke_at = time.monotonic()
 
     def __enter__(self) -> Self:
@@ -101,24 +78,19 @@ class PlainPhases(_Phases):
         if now - self._spoke_at >= self.EVERY_SECONDS:
             self._spoke_at = now
             percent = "" if fraction is None else f" {100 * min(1.0, max(0.0, fraction)):3.0f}%"
-            self._console.note(f"  {phase:<10}{percent} {detail}".rstrip())
+            self._console.note(f"  {phase:<{self._width}}{percent} {detail}".rstrip())
 
     def end(self, phase: str, seconds: float, detail: str = "") -> None:
         self._note(phase, detail)
-        self._seconds[phase] = self._seconds.get(phase, 0.0) + seconds
         self._spoke_at = time.monotonic()
-        self._console.note(f"  {phase:<10} {seconds:6.2f} s  {self._details[phase]}".rstrip())
-
-    def fail(self, phase: str, detail: str = "") -> None:
-        self._note(phase, detail)
-        self._console.note(f"  {phase:<10} failed  {detail}".rstrip())
+        self._console.note(f"  {phase:<{self._width}} {seconds:6.2f} s  {self._details[phase]}".rstrip())
 
 
 class LivePhases(_Phases):
     """One live line per phase: a mark, the name, a bar, the seconds, the last detail."""
 
-    def __init__(self, console: Console) -> None:
-        super().__init__(console)
+    def __init__(self, console: Console, width: int) -> None:
+        super().__init__(console, width)
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
         self._progress: rich.progress.Progress = Progress(
@@ -149,7 +121,7 @@ class LivePhases(_Phases):
     def begin(self, phase: str) -> None:
         self._note(phase, "")
         if phase not in self._tasks:
-            self._tasks[phase] = self._progress.add_task(f"{phase:<10}", total=None, mark="…", detail="")
+            self._tasks[phase] = self._progress.add_task(f"{phase:<{self._width}}", total=None, mark="…", detail="")
 
     def progress(self, phase: str, fraction: float | None, detail: str = "") -> None:
         self.begin(phase)
@@ -162,13 +134,6 @@ class LivePhases(_Phases):
     def end(self, phase: str, seconds: float, detail: str = "") -> None:
         self.begin(phase)
         self._note(phase, detail)
-        self._seconds[phase] = self._seconds.get(phase, 0.0) + seconds
         shown = f"{seconds:.2f} s  {self._details[phase]}".rstrip()
         self._progress.update(self._tasks[phase], total=1.0, completed=1.0, mark="✓", detail=visible(shown))
-        self._progress.stop_task(self._tasks[phase])
-
-    def fail(self, phase: str, detail: str = "") -> None:
-        self.begin(phase)
-        self._note(phase, detail)
-        self._progress.update(self._tasks[phase], mark="✗", detail=visible(self._details[phase]))
         self._progress.stop_task(self._tasks[phase])

@@ -9,11 +9,12 @@ import os
 import subprocess
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from launcher.commands import Invocation
-from launcher.errors import EngineFailed, PreflightError, UsageError
+from launcher.commands.ps import uptime
+from launcher.errors import EngineFailed, HlaunchError, PreflightError, UsageError
 
 if TYPE_CHECKING:
     from launcher.commands.log_view import LogView
@@ -62,16 +63,22 @@ def _start_on(
         down(invocation.console, folder, running, invocation.environ)
     console, began = invocation.console, time.monotonic()
     for node in plan.nodes:
-        ranks = f"{len(node.ranks)} rank(s)" if node.ranks else "no rank"
+        ranks = f"{len(node.ranks)} rank{'s' * (len(node.ranks) != 1)}" if node.ranks else "no rank"
         console.note(f"{node.name} ({'head' if node.is_head else 'worker'}, {node.node.ip}): {ranks}, by {runtime}")
+    width = max(len(node.name) for node in plan.nodes)
     try:
-        with console.phases() as view:
-            run = start(
-                plan, RUNTIMES[runtime], folder, invocation.environ, _Phases(view).take, console.note
-            )  # fmt: skip
+        with console.phases(width + 8) as view:
+            phases = _Phases(view, width)
+            run = start(plan, RUNTIMES[runtime], folder, invocation.environ, phases.take, console.note)
+    except HlaunchError:
+        for label in phases.unfinished():
+            console.note(f"  {label} was not over")
+        raise
     except KeyboardInterrupt:
         console.note(f"detached; the nodes go on. stop with: hlaunch down {plan.name}")
         return ExitCode.INTERRUPTED
+    if rows := phases.rows([node.name for node in plan.nodes]):
+        console.table(("NODE", "PHASE", ">TIME", "DETAIL"), rows)
     console.data(f"{plan.name} is ready at {run.url} on {_count(run)} after {time.monotonic() - began:.1f} s")
     for line in summary(run.transports):
         console.data(f"transport {line}")
@@ -82,11 +89,13 @@ def _start_on(
 
 
 class _Phases:
-    """Every node's phases in one view, each told once."""
+    """Every node's phases in one view, each told once. Names of nodes have at most `width` characters."""
 
-    def __init__(self, view: PhaseView) -> None:
+    def __init__(self, view: PhaseView, width: int) -> None:
         self._view = view
+        self._width = width
         self._told: dict[tuple[str, str], tuple[str, str]] = {}
+        self._seconds: dict[tuple[str, str], float] = {}
 
     def take(self, said: NodeSaid) -> None:
         for phase in said.report.get("phases", ()):
@@ -96,15 +105,33 @@ class _Phases:
             state, detail = str(phase.get("state", "")), str(phase.get("detail", ""))
             if self._told.get(key) == (state, detail):
                 continue
-            label = " ".join(key)
+            label = self._label(key)
             if key not in self._told:
                 self._view.begin(label)
             self._told[key] = (state, detail)
             seconds, fraction = phase.get("seconds"), phase.get("fraction")
             if state == "end":
-                self._view.end(label, float(seconds) if isinstance(seconds, int | float) else 0.0, detail)
+                self._seconds[key] = float(seconds) if isinstance(seconds, int | float) else 0.0
+                self._view.end(label, self._seconds[key], detail)
             else:
                 self._view.progress(label, float(fraction) if isinstance(fraction, int | float) else None, detail)
+
+    def rows(self, nodes: Sequence[str]) -> list[tuple[str, str, str, str]]:
+        """One row per phase that is over, node by node; a node's name stands in its first row."""
+        rows: list[tuple[str, str, str, str]] = []
+        for node in nodes:
+            of_node = [key for key in self._told if key[0] == node and key in self._seconds]
+            rows += [
+                ("" if i else node, key[1], f"{self._seconds[key]:.2f} s", self._told[key][1])
+                for i, key in enumerate(of_node)
+            ]
+        return rows
+
+    def unfinished(self) -> list[str]:
+        return [self._label(key) for key in self._told if key not in self._seconds]
+
+    def _label(self, key: tuple[str, str]) -> str:
+        return f"{key[0]:<{self._width}} {key[1]}"
 
 
 def down(console: Console, folder: InstanceFolder, run: ClusterRun, environ: Mapping[str, str]) -> None:
@@ -161,13 +188,22 @@ def table(console: Console, launches: list[dict[str, Any]]) -> None:
 def status(console: Console, launch: dict[str, Any]) -> None:
     """Nodes, then what happened on each, newest last."""
     table(console, [launch])
+    rows = []
     for node in launch["nodes"]:
         previous = node.get("previous") or {}
         if previous.get("cause"):
-            console.data(f"{node['name']}: restarted {previous.get('restarts', 1)} time(s), after: {previous['cause']}")
+            rows.append((node["name"], "", f"restarted {_times(previous)}, after: {previous['cause']}"))
         for event in node.get("events") or ():
-            console.data(f"{node['name']}: {event.get('age_seconds', 0):.0f} s ago: {event.get('text', '')}")
+            rows.append((node["name"], uptime(event.get("age_seconds", 0)), str(event.get("text", ""))))
+    if rows:
+        console.data()
+        console.table(("NODE", ">AGO", "EVENT"), rows)
     transports(console, launch["transports"])
+
+
+def _times(previous: Mapping[str, Any]) -> str:
+    count = previous.get("restarts", 1)
+    return "once" if count == 1 else f"{count} times"
 
 
 def environment(console: Console, launch: dict[str, Any]) -> None:
@@ -185,7 +221,7 @@ def environment(console: Console, launch: dict[str, Any]) -> None:
             continue
         mark = "by node" if may_differ else "DIFFERS"
         rows += [(name, node, value, mark) for node, value in values.items()]
-    console.table(("NAME", "NODE", "VALUE", ""), rows)
+    console.table(("NAME", "NODE", "VALUE", "NOTE"), rows)
 
 
 def transports(console: Console, pairs: list[dict[str, Any]]) -> None:
@@ -201,7 +237,7 @@ def transports(console: Console, pairs: list[dict[str, Any]]) -> None:
     ]
     if rows:
         console.data()
-        console.table(("RANKS", "NODES", "TRANSPORT", "SAID"), rows)
+        console.table(("RANKS", "NODES", "TRANSPORT", "EVIDENCE"), rows)
 
 
 def logs(view: LogView, run: ClusterRun, environ: Mapping[str, str], num_lines: int, *, follow: bool) -> None:
@@ -232,5 +268,9 @@ def logs(view: LogView, run: ClusterRun, environ: Mapping[str, str], num_lines: 
             thread.join()
             process.wait()
     finally:
-        for process, _ in processes:
+        for process, thread in processes:
             process.terminate()
+            process.wait()
+            thread.join(timeout=1.0)
+            if process.stdout is not None and not thread.is_alive():
+                process.stdout.close()

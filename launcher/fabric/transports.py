@@ -176,7 +176,10 @@ def silence(pairs: Sequence[PairTransport], cluster: Cluster) -> str:
     quiet = [pair for pair in pairs if pair.transport == NOT_TOLD and pair.crosses_nodes]
     if not quiet or cluster.fabric.rdma != "required":
         return ""
-    return f"{len(quiet)} pair(s) of ranks say nothing of their transport: {ENVIRONMENT_FIX}"
+    of_which = "1 pair of ranks says nothing of its"
+    if len(quiet) > 1:
+        of_which = f"{len(quiet)} pairs of ranks say nothing of their"
+    return f"{of_which} transport: {ENVIRONMENT_FIX}"
 
 
 def summary(pairs: Sequence[PairTransport]) -> list[str]:

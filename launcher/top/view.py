@@ -39,7 +39,7 @@ def screen(
     if trouble:
         lines.append([("! ", "bold red"), (_cut(trouble, width - 2), "red")])
     if figures.num_restarts:
-        lines.append([(f"restarted {figures.num_restarts} time(s) while watched", "yellow")])
+        lines.append([(f"restarts while watched: {figures.num_restarts}", "yellow")])
     lines.append([])
     for word, label, style in (("generated_tokens", "generated", "cyan"), ("prompt_tokens", "prompt", "blue")):
         if word in values:

@@ -167,7 +167,7 @@ def test_two_containers_from_up_to_nothing_left(deployment: Deployment) -> None:
     kill = "import os, signal\nfor p in os.listdir('/proc'):\n if p.isdigit() and b'raylet/raylet\\0' in "
     kill += "open(f'/proc/{p}/cmdline','rb').read(): os.kill(int(p), signal.SIGKILL)"
     assert docker("exec", WORKER, "python", "-c", kill).returncode == 0
-    wait_for(lambda: "restarted 1 time(s), after: Ray's raylet died" in deployment.cli("status", "tiny-oss").stdout, 90)
+    wait_for(lambda: "restarted once, after: Ray's raylet died" in deployment.cli("status", "tiny-oss").stdout, 90)
     wait_for(lambda: deployment.states() == ["ready", "ready"], 90)
     wait_for(lambda: "joined again" in deployment.cli("status", "tiny-oss").stdout, 60)
     assert deployment.stream() == "200 data: [DONE]"

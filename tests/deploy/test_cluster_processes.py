@@ -106,7 +106,7 @@ def test_up_ps_status_logs_kill_down(cluster: Cluster) -> None:
         if b"raylet/raylet\0" in Path(f"/proc/{pid}/cmdline").read_bytes()
     )
     os.kill(raylet, signal.SIGKILL)
-    wait_for(lambda: "restarted 1 time(s), after: Ray's raylet died" in cluster.cli("status", "tiny-oss").stdout, 60)
+    wait_for(lambda: "restarted once, after: Ray's raylet died" in cluster.cli("status", "tiny-oss").stdout, 60)
     wait_for(lambda: json.loads(cluster.cli("ps", "--json").stdout)[0]["state"] == "ready", 60)
     told = "worker two (10.77.0.2) was restarted and joined again"
     wait_for(lambda: told in cluster.cli("status", "tiny-oss").stdout, 60)

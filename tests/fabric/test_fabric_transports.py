@@ -229,7 +229,7 @@ def test_a_launch_and_its_status_show_what_is_in_use(tmp_path: Path) -> None:
     ]
     table = stand_ins.cli("status", "tiny-oss").out.splitlines()
     assert [line.split() for line in table[-2:]] == [
-        ["RANKS", "NODES", "TRANSPORT", "SAID"], ["0-1", "one", "-", "two", "RDMA", "NET/IB/0"],
+        ["RANKS", "NODES", "TRANSPORT", "EVIDENCE"], ["0-1", "one", "-", "two", "RDMA", "NET/IB/0"],
     ]  # fmt: skip
     # The lines have left the log: the record still knows them.
     for log in (tmp_path / ".local/state/hlaunch/nodes").glob("*/node.log"):
@@ -282,7 +282,7 @@ def test_without_counters_and_lines_it_is_said(tmp_path: Path) -> None:
         (tmp_path / f"{name}.log").write_text("nothing of NCCL\n")
     assert summary(stand_ins.start().transports) == ["one - two: not told, ranks 0-1"]
     assert stand_ins.notes == [
-        "warning: 1 pair(s) of ranks say nothing of their transport: "
+        "warning: 1 pair of ranks says nothing of its transport: "
         "NCCL_DEBUG=INFO and NCCL_DEBUG_SUBSYS=INIT let NCCL say it"
     ]
     assert stand_ins.cli("down", "tiny-oss").code == 0

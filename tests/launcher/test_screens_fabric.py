@@ -46,20 +46,26 @@ CASES: dict[str, tuple[list[str], int]] = {
 }
 
 
-@pytest.fixture
-def screens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Screens:
-    (tmp_path / "model_registry.yml").write_text(REGISTRY)
+@pytest.fixture(scope="module")
+def trees(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("fabric")
+    (folder / "model_registry.yml").write_text(REGISTRY)
     for number in (1, 2):
-        healthy(tmp_path / f"healthy/spark-0{number}", number)
-    healthy(tmp_path / "broken/spark-01", 1)
-    second = healthy(tmp_path / "broken/spark-02", 2)
+        healthy(folder / f"healthy/spark-0{number}", number)
+    healthy(folder / "broken/spark-01", 1)
+    second = healthy(folder / "broken/spark-02", 2)
     second.set("sys/class/net/enP2p1s0f0np0/mtu", "1500\n")
     second.set("etc/nccl.conf", "NCCL_IB_TC=8\n")
     second.set("sys/class/infiniband/roceP2p1s0f0/ports/1/state", "1: DOWN\n")
     second.gid("rocep1s0f0", 3, EMPTY_GID, "", "")
     second.listen(6380, 4242, "redis-server *:6380")
-    prepare(tmp_path, monkeypatch)
-    return Screens(tmp_path, REVIEWED, monkeypatch)
+    return folder
+
+
+@pytest.fixture
+def screens(trees: Path, monkeypatch: pytest.MonkeyPatch) -> Screens:
+    prepare(trees, monkeypatch)
+    return Screens(trees, REVIEWED, monkeypatch)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -228,7 +228,7 @@ def _gpus(root: Path, nvml: Any, unified_memory: tuple[int, int]) -> GpuReading:
         return GpuReading()
     finding = Finding(
         "nvml-missing",
-        f"{len(listed)} NVIDIA GPU(s) are here, but their memory and capability cannot be read without nvidia-ml-py",
+        f"{len(listed)} x NVIDIA GPU here, whose memory and capability cannot be read without nvidia-ml-py",
         "run: pip install nvidia-ml-py",
     )
     return GpuReading(listed, _listed_driver(root), (finding,))
