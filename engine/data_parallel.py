@@ -166,13 +166,18 @@ class DataParallelEngine:
             engine.abort_all(error)
 
     async def stop(self) -> None:
-        """End all cores; returns once they are gone."""
+        """End all cores and let the other nodes go; returns once that is done. Raises: what one of the cores raised."""
         self._is_ending = True
         for task in list(self._tasks):
             task.cancel()
-        await asyncio.gather(*(engine.stop() for engine in self.engines))
-        if self._desk is not None:
-            self._desk.close()
+        try:
+            ends = await asyncio.gather(*(engine.stop() for engine in self.engines), return_exceptions=True)
+        finally:
+            if self._desk is not None:
+                self._desk.close()
+        for end in ends:
+            if end is not None:
+                raise end
 
     def _spawn(self, rank: int) -> AsyncEngine:
         return AsyncEngine(

@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import time
 from dataclasses import replace
 
+import pytest
 from executor_support import is_running, wait_until
+from nodes_support import nodes_config, nodes_placement
 from test_async_ranks import CONFIG
 from test_parallel_tokens import BASE, requests, run
 
@@ -17,6 +20,7 @@ from engine.async_engine import EngineState
 from engine.core.request import EngineRequest, FinishReason, RequestOutput
 from engine.data_parallel import DataParallelEngine
 from engine.engine_core import EngineCore
+from engine.placement import ParallelSizes
 
 TWO = replace(BASE, data_parallel_size=2, cpu_threads=1)
 
@@ -114,3 +118,41 @@ def test_an_engine_that_cannot_start_ends_everything() -> None:
     cause = asyncio.run(serve())
     assert cause.message.startswith("engine ")
     assert "positions" in cause.message
+
+
+class Part:
+    """An engine of which only the end matters."""
+
+    folder = model = None
+
+    def __init__(self, error: Exception | None) -> None:
+        self.error = error
+        self.is_stopped = False
+
+    async def stop(self) -> None:
+        if self.error is not None:
+            raise self.error
+        await asyncio.sleep(0.05)
+        self.is_stopped = True
+
+
+def test_an_engine_that_cannot_be_stopped_keeps_neither_the_others_nor_the_nodes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    parts = [Part(PermissionError("not this one")), Part(None)]
+    monkeypatch.setenv("HLAUNCH_NODE_SECRET", "a secret of the test, long enough")
+    monkeypatch.setattr(DataParallelEngine, "_spawn", lambda _, rank: parts[rank])
+    config = nodes_config(BASE, nodes_placement(BASE, ParallelSizes(2, 1, 1)))
+
+    async def serve() -> None:
+        engine = DataParallelEngine(config, lambda _: None, lambda _: None)
+        assert engine._desk is not None
+        port = engine._desk.port
+        socket.create_connection(("127.0.0.1", port), 5).close()
+        with pytest.raises(PermissionError, match="not this one"):
+            await engine.stop()
+        assert parts[1].is_stopped
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", port), 5)
+
+    asyncio.run(serve())
