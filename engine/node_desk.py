@@ -74,7 +74,8 @@ class NodeDesk:
         self._names = nodes.names[1:]
         self._model = config.server.served_model_names[0] if config.server.served_model_names else config.model
         self._engines = _engines_by_node(config)
-        self._facts = facts or own_facts(digest_of(config.model, config.load_format))
+        self._config = config
+        self._facts = facts
         self._silence = nodes.silence_seconds
         self._lock = threading.Lock()
         self._nodes: dict[str, _Node] = {}
@@ -130,6 +131,8 @@ class NodeDesk:
     # Who comes in at the door.
 
     def _receive(self) -> None:
+        # Samples of the weights are read here: cores start meanwhile, and only a node that has come already waits.
+        facts = self._facts or own_facts(digest_of(self._config.model, self._config.load_format))
         while not self._is_closed:
             arrival = self._listener.accept(1.0)
             if arrival is None:
@@ -137,7 +140,7 @@ class NodeDesk:
             if arrival.hello.order_id:
                 self._hand_over(arrival)
             else:
-                self._take_in(arrival)
+                self._take_in(arrival, facts)
 
     def _hand_over(self, arrival: NodeArrival) -> None:
         """Give a host's connection to the engine that ordered it."""
@@ -155,14 +158,14 @@ class NodeDesk:
         finally:
             os.close(fd)
 
-    def _take_in(self, arrival: NodeArrival) -> None:
+    def _take_in(self, arrival: NodeArrival, facts: NodeFacts) -> None:
         """Let a node join, or say why not."""
         hello, link = arrival.hello, arrival.link
         node = _Node(hello.node, hello.facts.hostname or link.peer, link)
         try:
             if hello.node not in self._names:
                 raise LinkRefused(f"no node is called {hello.node}; expected: {', '.join(self._names)}")
-            check_facts(self._facts, hello.node, hello.facts)
+            check_facts(facts, hello.node, hello.facts)
         except LinkRefused as error:
             _say(f"{link.peer} cannot join: {error}")
             return refuse(link, Refusal(str(error), "the same hlaunch, torch and model files on all nodes"))

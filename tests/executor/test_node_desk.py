@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -33,6 +34,7 @@ from engine.comm.node_messages import (
     Welcome,
     decode,
     encode,
+    own_facts,
 )
 from engine.comm.secure_link import LinkLost, LinkState, SecureLink, connect
 from engine.config import ConfigError, EngineConfig
@@ -130,6 +132,36 @@ def test_a_node_that_comes_late_finds_its_orders(desk: NodeDesk) -> None:
     assert frame[0] == NodeKind.GOODBYE
     core.close()
     link.dispose()
+
+
+def test_nothing_waits_for_the_models_digest_but_who_joins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights on a slow disk: the engine's start goes on meanwhile."""
+    is_read = threading.Event()
+
+    def digest(model: str, load_format: str) -> str:
+        assert is_read.wait(30)
+        return f"{model} {load_format}"
+
+    monkeypatch.setenv("HLAUNCH_NODE_SECRET", SECRET)
+    monkeypatch.setattr(node_desk, "digest_of", digest)
+    desk = NodeDesk(config_of(ParallelSizes(2, 1, 1)))
+    ours = own_facts("tiny-oss auto")
+    try:
+        link = connect("127.0.0.1", desk.port, SECRET.encode())
+        link.send(NodeKind.HELLO, encode(Hello("node1", "", ours)))
+        assert link.receive(0.2) is None
+        is_read.set()
+        frame = link.receive(5)
+        assert frame is not None
+        assert frame[0] == NodeKind.WELCOME
+        link.dispose()
+        assert wait_until(lambda: desk.joined == (), 5)
+        link, kind, body = come(desk, Hello("node1", "", msgspec.structs.replace(ours, model_digest="another")))
+        assert (kind, "has other weights" in decode(body, Refusal).message) == (NodeKind.REFUSED, True)
+        link.dispose()
+    finally:
+        is_read.set()
+        desk.close()
 
 
 def test_no_order_comes_before_the_welcome(desk: NodeDesk, monkeypatch: pytest.MonkeyPatch) -> None:
