@@ -12,6 +12,7 @@ and `--resume` adds what is missing, so that one comparison may take several cal
     --sides vllm-triton,vllm-marlin    only vLLM's; `--resume` then joins the files
     --starts 2                         start every side twice: the second start finds its caches warm
     --points 1,8,16x8192               only these rows
+    --tensor-parallel-size 2           both sides over two GPUs
 """
 
 from __future__ import annotations
@@ -87,6 +88,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--starts", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda:0")
+    parser.add_argument("--tensor-parallel-size", type=int, default=1, help="GPUs that each side splits the model over")
     parser.add_argument("--max-num-batched-tokens", type=int, default=16384, help="of hlaunch")
     parser.add_argument("--block-size", type=int, default=64, help="of hlaunch")
     parser.add_argument("--max-model-len", type=int, default=16384)
@@ -94,6 +96,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--vllm-python", default=sys.executable, help="the Python that has vLLM")
     parser.add_argument("--vllm-path", default="", help="PYTHONPATH of that Python, where vLLM was unpacked")
     parser.add_argument("--vllm-quick", action="store_true", help="fewer CUDA graphs for vLLM: starts a minute sooner")
+    parser.add_argument("--vllm-options", type=json.loads, default={}, help="more arguments of vllm.LLM, as JSON")
     parser.add_argument("--deadline-seconds", type=float, help="nothing begins that would not end by then")
     parser.add_argument(
         "--grace-seconds", type=float, default=30.0, help="a side gets no less than this, and half of it to end"
@@ -164,6 +167,7 @@ def engine_config(options: argparse.Namespace) -> EngineConfig:
     return EngineConfig(
         model=str(options.checkpoint.resolve()),
         device=options.device,
+        tensor_parallel_size=options.tensor_parallel_size,
         max_model_len=options.max_model_len,
         scheduler=SchedulerConfig(
             max_num_seqs=max(16, *(n for n, _, _ in options.points)),
@@ -184,8 +188,10 @@ def vllm_request(side: str, options: argparse.Namespace) -> dict[str, Any]:
         "vocab_size": load_model_config(options.checkpoint).vocab_size,
         "max_model_len": options.max_model_len,
         "max_num_seqs": max(16, *(n for n, _, _ in options.points)),
+        "tensor_parallel_size": options.tensor_parallel_size,
         "gpu_memory_utilization": options.gpu_memory_utilization,
         "graph_sizes": MARLIN_GRAPHS if options.vllm_quick or backend == "marlin" else None,
+        "options": options.vllm_options,
     }
 
 
@@ -235,8 +241,11 @@ def write_result(options: argparse.Namespace, known: Sequence[dict[str, Any]]) -
             "runs": options.runs,
             "seed": options.seed,
             "max_model_len": options.max_model_len,
+            "tensor_parallel_size": options.tensor_parallel_size,
             "gpu_memory_utilization": options.gpu_memory_utilization,
             "hlaunch": {"max_num_batched_tokens": options.max_num_batched_tokens, "block_size": options.block_size},
+            "vllm_options": options.vllm_options,
+            "vllm_environment": {name: value for name, value in os.environ.items() if name.startswith("VLLM_")},
             "vllm_graph_sizes": MARLIN_GRAPHS if options.vllm_quick else "vLLM's own (marlin: seven sizes)",
         },
         "rows": rows,
@@ -256,6 +265,7 @@ def floors(
     limits = floor.find_device(device["name"]) or floor.Device(device["name"], None, None, None)
     if device.get("copy_bytes_per_second"):
         limits = replace(limits, copy=device["copy_bytes_per_second"])
+    limits = limits.times(options.tensor_parallel_size)
     found: dict[str, dict[str, Any]] = {}
     for row, (n, length, out) in zip(make_rows({"hlaunch": sides.get("hlaunch", [])}, {}), _order(sides), strict=False):
         if row["hlaunch"] is None or row["unit"] != "tok/s":

@@ -1,8 +1,8 @@
 """vLLM's side of the comparison: one JSON request on stdin, JSON lines on stdout. Runs under vLLM's own Python.
 
     in   {"model", "points": [[requests, input, output], …], "runs", "warm_up", "seed", "started", "deadline_seconds",
-          "backend": "triton" | "marlin", "vocab_size", "max_model_len", "max_num_seqs", "gpu_memory_utilization",
-          "graph_sizes": [..] or null}
+          "backend": "triton" | "marlin", "vocab_size", "tensor_parallel_size", "max_model_len", "max_num_seqs",
+          "gpu_memory_utilization", "graph_sizes": [..] or null, "options": more arguments of vllm.LLM}
 
 Stands alone: nothing of hlaunch is imported, so that neither side's packages reach the other. The prompts are those of
 `engine.benchmark.protocol.random_prompts`, and a test holds the two functions against each other.
@@ -35,6 +35,7 @@ def engine_options(request: dict[str, Any]) -> dict[str, Any]:
         "skip_tokenizer_init": True,
         "max_model_len": request["max_model_len"],
         "max_num_seqs": request["max_num_seqs"],
+        "tensor_parallel_size": request.get("tensor_parallel_size", 1),
         "gpu_memory_utilization": request["gpu_memory_utilization"],
         "enable_prefix_caching": False,
         "disable_log_stats": True,
@@ -43,7 +44,7 @@ def engine_options(request: dict[str, Any]) -> dict[str, Any]:
         options["compilation_config"] = {"cudagraph_capture_sizes": request["graph_sizes"]}
     if request["backend"] == "marlin":
         options["moe_backend"] = "marlin"
-    return options
+    return options | request.get("options", {})
 
 
 def run(request: dict[str, Any]) -> None:

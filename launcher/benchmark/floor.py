@@ -38,6 +38,13 @@ class Device:
     def bandwidth(self, basis: Literal["spec", "copy"]) -> float | None:
         return self.spec if basis == "spec" else self.copy
 
+    def times(self, count: int) -> Device:
+        """So many of it, over which a model is split evenly."""
+        if count == 1:
+            return self
+        spec, copy, flops = (None if limit is None else count * limit for limit in (self.spec, self.copy, self.flops))
+        return Device(f"{count} x {self.name}", spec, copy, flops)
+
 
 # Matched by the first key that the device's own name contains. Copy and peak: measured on H100 SXM and H200.
 DEVICES: dict[str, Device] = {
