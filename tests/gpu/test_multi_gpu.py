@@ -379,8 +379,8 @@ def test_split_models_say_what_one_gpu_says() -> None:
         print(f"{name}: {share:.3f} of the requests have equal tokens; the others turn at near-ties of", flush=True)
         print("   " + " ".join(f"{gap:.3f}" for gap in sorted(gaps)), flush=True)
         # bfloat16 turns near-ties, and a batch of another size alone turns some: stages have one GPU's arithmetic.
-        assert share >= 0.6, name
-        assert max(gaps, default=0.0) < 0.25, name
+        assert share >= 0.75, name
+        assert max(gaps, default=0.0) < 0.05, name
 
 
 def test_a_killed_rank_is_named_at_once_and_nothing_is_left() -> None:
