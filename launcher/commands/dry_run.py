@@ -37,6 +37,7 @@ def _print(console: Console, plan: LaunchPlan) -> None:
         show_topology,
     )
     from launcher.plan.drawing import base_url, fit_lines
+    from launcher.plan.settings import shown_config
 
     rows = entry_rows(plan.entry, with_defaults=True)
     console.table(("KEY", "VALUE", "ORIGIN"), rows, title=f"{plan.name}: resolved entry")
@@ -68,7 +69,7 @@ def _print(console: Console, plan: LaunchPlan) -> None:
     )
     console.data()
     console.heading(f"engine.json ({plan.argv[plan.argv.index('--config') + 1]})")
-    for line in plan.config.to_json().splitlines():
+    for line in shown_config(plan.config).splitlines():
         console.raw(line + "\n")
     console.data()
     console.heading(f"command (in {plan.working_folder}; N is the status pipe)")

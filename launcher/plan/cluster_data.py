@@ -8,6 +8,7 @@ from typing import Any
 
 from launcher.plan.cluster_plan import ClusterPlan
 from launcher.plan.drawing import entry_values, error_data
+from launcher.plan.settings import shown_config
 
 
 def cluster_plan_data(plan: ClusterPlan) -> dict[str, Any]:
@@ -33,7 +34,7 @@ def cluster_plan_data(plan: ClusterPlan) -> dict[str, Any]:
                 "ranks": [rank.rank for rank in node.ranks],
                 "ports": [asdict(port) for port in node.ports],
                 "environment": {item.name: {"value": item.shown, "origin": item.origin} for item in node.environment},
-                "engine_config": json.loads(node.config.to_json()),
+                "engine_config": json.loads(shown_config(node.config)),
             }
             for node in plan.nodes
         ],

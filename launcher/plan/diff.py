@@ -1,25 +1,32 @@
 """What would change: files that a plan makes against those in a folder, or one text against another.
 
 Knows: bytes. Refuses to know: who made them; rendering is deterministic, so a difference in bytes is a difference in
-the plan. Values of variables named like secrets are hidden in what is shown.
+the plan. Values of variables named like secrets are hidden in what is shown, on whatever line they stand.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from launcher.errors import UsageError
-from launcher.registry.values import redacted
+from launcher.registry.values import is_secret_name
 
 Action = Literal["create", "recreate", "remove", "none"]
 MAX_FILE_BYTES = 8 << 20
 _KEY = re.compile(r"\s*(?:- )?\"?([A-Za-z_][\w.-]*)\"?\s*(?::(?:\s|$)|=)")
-_ASSIGNMENT = re.compile(r"(\"?)([A-Za-z_]\w*)(\"?)(\s*[:=]\s*)(\S.*)$")
+_ASSIGNMENT = re.compile(r"\"?(?P<name>[A-Za-z_]\w*)\"?(?P<sign>\s*(?::(?:\s+|$)|=|:(?=[\"'])))")
+_NO_SECRET = re.compile(r"(?:|true|false|null|~|\"\"|''|\[\]|\{.*|\$\{\w.*|\"\$\{\w.*)[,\]}]*")
+"""Values that hide nothing whatever their name: switches, empty ones, references, what opens a mapping."""
+_BLOCK = re.compile(r"(?P<list>\[|)|[|>][-+]?")
+"""A value that stands on the lines below: a list's items, or a text's lines."""
+_ITEM = re.compile(r"(?P<lead>\s*(?:- )?)(?P<value>[^\s,\]}#][^,]*?)(?P<end>,?\s*)")
+_HUNK = re.compile(r"@@ -(\d+)(?:,\d+)? \+(\d+)(?:,\d+)? @@")
+_HIDDEN = "<hidden>"
 _SHOWN_KEYS = 3
 
 
@@ -64,7 +71,7 @@ def diff_text(path: str, old: str | None, new: str | None) -> Change:
         reason = _reason(lines) or "line ends"
     else:
         action, reason = ("create", "no such file") if old is None else ("remove", "no longer planned")
-    return Change(path, action, reason, tuple(_hidden(line) for line in lines))
+    return Change(path, action, reason, tuple(_without_secrets(lines, before, after)))
 
 
 def has_changes(changes: Sequence[Change]) -> bool:
@@ -82,13 +89,63 @@ def _reason(lines: Sequence[str]) -> str:
     return ", ".join(names[:_SHOWN_KEYS]) + more
 
 
-def _hidden(line: str) -> str:
-    """Hide the value of an assignment whose name sounds like a secret."""
-    found = _ASSIGNMENT.search(line)
-    if found is None:
-        return line
-    shown = redacted(found[2], found[5])
-    return line if shown == found[5] else line[: found.start(5)] + shown
+def _without_secrets(lines: Sequence[str], before: Sequence[str], after: Sequence[str]) -> Iterator[str]:
+    """Replace each line of a difference by what may be shown of the same line of its file.
+
+    The whole file decides: the name of a secret may stand above the lines that differ.
+    """
+    shown_before, shown_after = hide_secrets(before), hide_secrets(after)
+    old = new = 0
+    for number, line in enumerate(lines):
+        hunk = _HUNK.match(line)
+        if number < 2:
+            yield line
+        elif hunk is not None:
+            # An empty side is numbered 0; none of its lines follow.
+            old, new = int(hunk[1]) - 1, int(hunk[2]) - 1
+            yield line
+        elif line.startswith("-"):
+            yield "-" + shown_before[old]
+            old += 1
+        else:
+            yield line[:1] + shown_after[new]
+            new += 1
+            old += line.startswith(" ")
+
+
+def hide_secrets(lines: Sequence[str]) -> list[str]:
+    """Return lines of YAML, JSON or `NAME=value` with the values of secret names hidden, those below a name too."""
+    shown: list[str] = []
+    block: tuple[int, bool] | None = None
+    for line in lines:
+        indent = len(line) - len(line.lstrip())
+        if block is not None and line.strip():
+            depth, is_list = block
+            is_below = indent > depth or (is_list and indent == depth and line.lstrip().startswith("- "))
+            item = _ITEM.fullmatch(line)
+            if is_below and item is not None and (not is_list or _ASSIGNMENT.match(item["value"]) is None):
+                shown.append(f"{item['lead']}{_HIDDEN}{item['end']}")
+                continue
+            block = block if is_below else None
+        text, block_kind = _hidden(line)
+        shown.append(text)
+        if block_kind is not None:
+            block = (indent, block_kind == "list")
+    return shown
+
+
+def _hidden(line: str) -> tuple[str, Literal["list", "text"] | None]:
+    """Hide the value of the first assignment to a secret name; say what the lines below are if it stands there."""
+    for found in _ASSIGNMENT.finditer(line):
+        # `secrets:` of a compose file lists names.
+        if not is_secret_name(found["name"]) or found["name"] == "secrets":
+            continue
+        value = line[found.end() :].strip()
+        if (below := _BLOCK.fullmatch(value)) is not None and "=" not in found["sign"]:
+            return line, "text" if below["list"] is None else "list"
+        if _NO_SECRET.fullmatch(value) is None:
+            return line[: found.end()] + _HIDDEN, None
+    return line, None
 
 
 def _read(path: Path) -> str | None:

@@ -14,6 +14,7 @@ from launcher.addresses import host_and_port
 from launcher.errors import HlaunchError
 from launcher.plan.fit import FitReport
 from launcher.plan.launch_plan import LaunchPlan
+from launcher.plan.settings import shown_config
 from launcher.registry.types import ResolvedEntry
 from launcher.sizes import size
 
@@ -117,7 +118,7 @@ def plan_data(plan: LaunchPlan) -> dict[str, Any]:
         ],
         "environment": {item.name: {"value": item.shown, "origin": item.origin} for item in plan.environment},
         "url": base_url(plan),
-        "engine_config": json.loads(plan.config.to_json()),
+        "engine_config": json.loads(shown_config(plan.config)),
         "working_folder": str(plan.working_folder),
         "argv": list(plan.argv),
         "notes": list(plan.notes),

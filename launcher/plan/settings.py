@@ -7,6 +7,7 @@ What the schema allows and the engine cannot serve yet is a clear refusal, never
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
@@ -115,6 +116,13 @@ def engine_config(
         )
     except ConfigError as error:
         raise DoesNotFit(str(error).replace("_", "-"), hint=error.hint) from error
+
+
+def shown_config(config: EngineConfig) -> str:
+    """Return the engine's file as it may be shown: a digest without salt tells a weak key to whoever tries words."""
+    document = json.loads(config.to_json())
+    document["server"]["api_key_sha256"] = ["<hidden>" for _ in config.server.api_key_sha256]
+    return json.dumps(document, indent=2, sort_keys=True)
 
 
 def _scheduler(entry: ResolvedEntry) -> SchedulerConfig:

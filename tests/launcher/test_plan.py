@@ -223,6 +223,8 @@ def test_a_key_that_is_not_set_stops_up_and_is_never_shown(tmp_path: Path) -> No
         plan_of(tmp_path, "keyed").check()
     plan = plan_of(tmp_path, "keyed", TEST_API_KEY="canary-7f3a")
     assert "canary" not in json.dumps(plan_data(plan)) + repr(plan)
+    digest = plan.config.server.api_key_sha256[0]
+    assert digest not in json.dumps(plan_data(plan)), "a digest without salt tells a weak key"
     assert '-H "Authorization: Bearer $TEST_API_KEY"' in curl_line(plan, "http://127.0.0.1:8000")
 
 

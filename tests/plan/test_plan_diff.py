@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from launcher.errors import UsageError
-from launcher.plan.diff import Change, diff_files, diff_text, has_changes
+from launcher.plan.diff import Change, diff_files, diff_text, has_changes, hide_secrets
 
 FILES = {
     "head/docker-compose.yml": b'image: "a:1"\nenvironment:\n  NCCL_DEBUG: "WARN"\n',
@@ -73,6 +73,59 @@ def test_secrets_are_hidden() -> None:
     change = diff_text("f", '  HF_TOKEN: "canary-old"\n', '  HF_TOKEN: "canary-new"\n  MY_KEY=canary-2\n')
     assert "canary" not in "\n".join(change.lines)
     assert change.reason == "HF_TOKEN, MY_KEY"
+
+
+ENGINE_JSON = """{
+  "server": {
+    "host": "127.0.0.1",
+    "api_key_sha256": [
+      "%s"
+    ],
+    "insecure_no_auth": %s
+  }
+}"""
+
+
+def test_a_list_below_a_secret_name_is_hidden_and_a_switch_is_not() -> None:
+    shown = "\n".join(
+        diff_text("engine.json", ENGINE_JSON % ("0ca" * 8, "true"), ENGINE_JSON % ("1ca" * 8, "false")).lines
+    )
+    assert "0ca" not in shown
+    assert "1ca" not in shown
+    assert '-    "insecure_no_auth": true' in shown
+    assert '+    "insecure_no_auth": false' in shown
+    assert '     "api_key_sha256": [' in shown
+
+
+def test_a_value_far_below_its_name_is_hidden() -> None:
+    old = "api_key:\n" + "".join(f"  - canary-{number}\n" for number in range(12)) + "port: 1\n"
+    new = old.replace("canary-11", "canary-x").replace("port: 1", "port: 2")
+    lines = diff_text("f", old, new).lines
+    assert "canary" not in "\n".join(lines)
+    assert "-port: 1" in lines
+    assert "+port: 2" in lines
+
+
+@pytest.mark.parametrize(
+    ("line", "shown"),
+    [
+        ('"insecure_no_auth": true,', '"insecure_no_auth": true,'),
+        ("api_key: null", "api_key: null"),
+        ("  - MY_TOKEN=canary", "  - MY_TOKEN=<hidden>"),
+        ('{"a": {"HF_TOKEN": "canary"}}', '{"a": {"HF_TOKEN": <hidden>'),
+        ("HF_TOKEN: ${HF_TOKEN:?export it}", "HF_TOKEN: ${HF_TOKEN:?export it}"),
+        ("secrets: [hf_token]", "secrets: [hf_token]"),
+        ("PASSWORD: 'true'", "PASSWORD: <hidden>"),
+        ("model: openai/gpt-oss-20b", "model: openai/gpt-oss-20b"),
+    ],
+)
+def test_what_may_be_shown_of_a_line(line: str, shown: str) -> None:
+    assert hide_secrets([line]) == [shown]
+
+
+def test_a_text_of_several_lines_is_hidden() -> None:
+    shown = hide_secrets(["key: |", "  canary one: 1", "", "  canary two", "model: m"])
+    assert shown == ["key: |", "  <hidden>", "", "  <hidden>", "model: m"]
 
 
 @given(st.none() | st.text(max_size=200), st.none() | st.text(max_size=200))
