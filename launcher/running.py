@@ -1,7 +1,7 @@
 """Which server a command means: the one model that runs, the one named, or an address.
 
-Knows: the records of `up`, on this host and on clusters, and by which reference a server's API key is reached. Refuses
-to know: how anything is started (`launcher.session`), what is asked of the server.
+Knows: by which reference a server's API key is reached. Refuses to know: where launches are recorded
+(`launcher.launches`), how anything is started (`launcher.session`), what is asked of the server.
 """
 
 from __future__ import annotations
@@ -9,17 +9,17 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from launcher.commands import Invocation
-from launcher.errors import EngineFailed, HlaunchError, UsageError
+from launcher.errors import EngineFailed, HlaunchError, PreflightError, UsageError
+from launcher.launches import Launch, running_launch, running_names
 from launcher.registry.values import BadValue, SecretRef
-from launcher.supervise.cluster_run import read_run, recorded_runs
-from launcher.supervise.instance import InstanceFolder, state_root
-from launcher.supervise.stopping import instance_folders, running_instances
+from launcher.supervise.cluster_run import read_run
+from launcher.supervise.instance import state_root
 
 KEY_VARIABLE = "HLAUNCH_API_KEY"
 """The variable whose key goes before the registry's, and that stands in where no reference is known."""
+_OURS = SecretRef("env", KEY_VARIABLE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +38,15 @@ class RunningServer:
         except BadValue:
             return None
 
+    def require_key(self, invocation: Invocation) -> str | None:
+        """Read the key, if the registry says that there is one. Raises: PreflightError when it cannot be read."""
+        try:
+            return self.key.reveal(invocation.environ)
+        except BadValue as error:
+            if self.key == _OURS:
+                return None
+            raise PreflightError(f"api-key: {error.message}", hint=error.hint) from error
+
 
 def running_server(invocation: Invocation, name: str | None, url: str | None = None) -> RunningServer:
     """Find the server that `name` (a model or alias), `url`, or the fact that only one runs, stands for.
@@ -50,34 +59,24 @@ def running_server(invocation: Invocation, name: str | None, url: str | None = N
         return RunningServer(
             name or "", url.rstrip("/").removesuffix("/v1").rstrip("/"), _key(invocation, name), lambda: True
         )
-    root = state_root(invocation.environ)
     if name is None:
-        local = [state.name for _, state in running_instances(list(instance_folders(root)))]
-        names = sorted({*local, *(run.name for _, run in recorded_runs(root))})
+        names = running_names(state_root(invocation.environ))
         if not names:
             raise EngineFailed("nothing runs", hint="start a model: hlaunch up NAME, or give an address: --url URL")
         if len(names) > 1:
             raise UsageError(f"{len(names)} models run: {', '.join(names)}", hint="say which one: NAME")
         name = names[0]
-    found = _recorded(invocation, root, name)
-    if found is None:
-        # An alias, or a name to be refused with the names that exist.
-        canonical = invocation.resolve(name).name
-        found = _recorded(invocation, root, canonical)
-        if found is None:
-            raise EngineFailed(f"{canonical} is not running", hint=f"start it: hlaunch up {canonical} -d")
-    return found
+    return server_of(invocation, running_launch(invocation, name))
 
 
-def _recorded(invocation: Invocation, root: Path, name: str) -> RunningServer | None:
-    folder = InstanceFolder(root, name)
-    if (run := read_run(folder)) is not None:
-        if not run.url:
+def server_of(invocation: Invocation, launch: Launch) -> RunningServer:
+    """Say where a launch that runs is served. Raises: EngineFailed when it is not ready."""
+    name, folder, state = launch.name, launch.folder, launch.state
+    if state is None:
+        url = "" if launch.run is None else launch.run.url
+        if not url:
             raise EngineFailed(f"{name} is not ready yet", hint=f"see: hlaunch status {name}")
-        return RunningServer(name, run.url, _key(invocation, name), lambda: read_run(folder) is not None)
-    state = folder.read()
-    if state is None or not state.is_alive:
-        return None
+        return RunningServer(name, url, _key(invocation, name), lambda: read_run(folder) is not None)
     if state.state not in ("ready", "draining"):
         raise EngineFailed(f"{name} is {state.state}", hint="try again in a moment, or see: hlaunch ps")
 
@@ -90,9 +89,8 @@ def _recorded(invocation: Invocation, root: Path, name: str) -> RunningServer | 
 
 def _key(invocation: Invocation, name: str | None) -> SecretRef:
     """Say where the key of a model is. A key that the registry itself holds has no reference but our variable."""
-    ours = SecretRef.parse(f"${{{KEY_VARIABLE}}}")
     if name is None or invocation.environ.get(KEY_VARIABLE):
-        return ours
+        return _OURS
     reference = None
     # A server may run from a registry that is not at hand; its name is then all we know.
     with contextlib.suppress(HlaunchError):
@@ -100,4 +98,4 @@ def _key(invocation: Invocation, name: str | None) -> SecretRef:
 
         entry = resolve(invocation.load_registry(), name, invocation.environ, (), profiles=invocation.profiles)
         reference = entry.secret("api-key")
-    return reference or ours
+    return reference or _OURS

@@ -12,7 +12,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from launcher.commands import Invocation
-from launcher.errors import EngineFailed, UsageError
+from launcher.errors import EngineFailed, UnknownModel, UsageError
+from launcher.launches import Launch, find_launch
+from launcher.running import running_server, server_of
 from launcher.supervise.instance import InstanceFolder, state_root
 from launcher.supervise.stopping import stop_instance
 
@@ -31,32 +33,43 @@ def server_for(invocation: Invocation, name: str, *, url: str | None, overrides:
 
     Raises: UnknownModel, and everything that `hlaunch up` fails with.
     """
-    entry = invocation.resolve(name, overrides)
-    secret = entry.secret("api-key")
-    api_key = invocation.environ.get("HLAUNCH_API_KEY") or (secret.reveal(invocation.environ) if secret else None)
     if url is not None:
-        yield Server(url.rstrip("/"), api_key)
+        server = running_server(invocation, name, url)
+        yield Server(server.url, server.require_key(invocation))
         return
-    folder = InstanceFolder(state_root(invocation.environ), entry.name)
-    state = folder.read()
-    if state is not None and state.is_alive:
+    launch = _launch(invocation, name)
+    if launch is not None and launch.is_running:
         if overrides:
             raise UsageError(
-                f"{entry.name} is running already; --set cannot change it", hint=f"stop it: hlaunch down {entry.name}"
+                f"{launch.name} is running already; --set cannot change it", hint=f"stop it: hlaunch down {launch.name}"
             )
-        if state.state != "ready":
-            raise EngineFailed(f"{entry.name} is {state.state}", hint="try again in a moment, or see: hlaunch ps")
-        yield Server(state.url, api_key)
+        server = server_of(invocation, launch)
+        yield Server(server.url, server.require_key(invocation))
         return
+    entry = invocation.resolve(name, overrides)
+    if entry.cluster_name is not None:
+        # Other machines are not taken and given back for the sake of one command.
+        raise EngineFailed(
+            f"{entry.name} is not running on cluster {entry.cluster_name}", hint=f"start it: hlaunch up {entry.name}"
+        )
     invocation.console.note(f"{entry.name} is not running; starting it for this command")
     _start(invocation, entry.name, overrides)
+    folder = InstanceFolder(state_root(invocation.environ), entry.name)
     try:
-        started = folder.read()
-        if started is None or not started.is_alive:
+        started = Launch.of(folder)
+        if not started.is_running:
             raise EngineFailed(f"{entry.name} ended right after its start", hint=f"see: hlaunch logs {entry.name}")
-        yield Server(started.url, api_key)
+        server = server_of(invocation, started)
+        yield Server(server.url, server.require_key(invocation))
     finally:
         stop_instance(folder)
+
+
+def _launch(invocation: Invocation, name: str) -> Launch | None:
+    """Find what may run; a name without a record is the registry's to know, since it can be started."""
+    with contextlib.suppress(UnknownModel):
+        return find_launch(invocation, name)
+    return None
 
 
 def _start(invocation: Invocation, name: str, overrides: Sequence[str]) -> None:
@@ -64,6 +77,7 @@ def _start(invocation: Invocation, name: str, overrides: Sequence[str]) -> None:
     argv = [sys.executable, "-m", "launcher.cli"]
     if invocation.registry_file is not None:
         argv += ["--file", str(invocation.registry_file)]
+    argv += [part for profile in invocation.profiles for part in ("--profile", profile)]
     argv += ["up", "--detach", *(part for item in overrides for part in ("--set", item)), "--", name]
     process = subprocess.Popen(argv, env=dict(invocation.environ), stdout=subprocess.DEVNULL)
     try:

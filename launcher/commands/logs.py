@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import contextlib
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from launcher.commands import invocation_of
+from launcher.commands import Invocation, invocation_of
+
+if TYPE_CHECKING:
+    from launcher.launches import Launch
+    from launcher.supervise.instance import InstanceFolder
 
 
 def register(app: typer.Typer) -> None:
@@ -24,11 +29,7 @@ def register(app: typer.Typer) -> None:
         """Show the log of a running or past model, without secrets, and what its known failures mean."""
         from launcher.commands import cluster
         from launcher.commands.log_view import LogView
-        from launcher.errors import HlaunchError, UnknownModel
-        from launcher.supervise.cluster_run import read_run
-        from launcher.supervise.instance import InstanceFolder, state_root
         from launcher.supervise.logfile import follow, tail
-        from launcher.supervise.stopping import instance_folders
 
         invocation = invocation_of(ctx)
 
@@ -42,21 +43,19 @@ def register(app: typer.Typer) -> None:
                 width=width,
             )
 
-        root = state_root(invocation.environ)
-        folder = InstanceFolder(root, name)
-        if (run := read_run(folder)) is not None:
+        launch = _find(invocation, name)
+        if (run := launch.run) is not None:
             view = made_view(max(len(node.name) for node in run.nodes))
             cluster.logs(view, run, invocation.environ, num_lines, follow=is_following)
             view.conclude()
             return
-        if not folder.log_file.is_file():
-            try:
-                folder = InstanceFolder(root, invocation.resolve(name).name)
-            except HlaunchError:
-                folder = InstanceFolder(root, name)
-        if not folder.log_file.is_file():
-            known = [item.name for item in instance_folders(root) if item.log_file.is_file()]
-            raise UnknownModel(f"'{name}' has no log", available=known, hint="a log begins with: hlaunch up NAME")
+        folder = launch.folder
+        if lines := _kept(launch, num_lines):
+            view = made_view(max(len(node) for node, _ in lines))
+            for node, line in lines:
+                view.show(line, node)
+            view.conclude()
+            return
         view = made_view(0)
         position = folder.log_file.stat().st_size
         for line in tail(folder.log_file, num_lines, position):
@@ -71,3 +70,35 @@ def register(app: typer.Typer) -> None:
 
         for line in follow(folder.log_file, position, is_over):
             view.show(line)
+
+
+def _find(invocation: Invocation, name: str) -> Launch:
+    """Find the launch whose log is meant, running or past. Raises: UnknownModel with the names that have a log."""
+    from launcher.errors import UnknownModel
+    from launcher.launches import find_launch
+    from launcher.supervise.instance import instance_folders, state_root
+
+    with contextlib.suppress(UnknownModel):
+        launch = find_launch(invocation, name)
+        if launch.run is not None or _has_log(launch.folder):
+            return launch
+    known = [folder.name for folder in instance_folders(state_root(invocation.environ)) if _has_log(folder)]
+    raise UnknownModel(f"'{name}' has no log", available=known, hint="a log begins with: hlaunch up NAME")
+
+
+def _has_log(folder: InstanceFolder) -> bool:
+    from launcher.supervise.kept_logs import kept_file
+
+    return folder.log_file.is_file() or kept_file(folder).is_file()
+
+
+def _kept(launch: Launch, num_lines: int) -> list[tuple[str, str]]:
+    """Return what was kept of a launch on nodes, if that was the last one of its name."""
+    from launcher.supervise.kept_logs import kept_file, kept_lines
+
+    kept, own = kept_file(launch.folder), launch.folder.log_file
+    if launch.state is not None or not kept.is_file():
+        return []
+    if own.is_file() and own.stat().st_mtime > kept.stat().st_mtime:
+        return []
+    return kept_lines(launch.folder, num_lines)

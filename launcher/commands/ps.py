@@ -20,17 +20,22 @@ def register(app: typer.Typer) -> None:
     ) -> None:
         """Show what runs."""
         from launcher.commands import cluster
-        from launcher.supervise.cluster_run import recorded_runs
+        from launcher.launches import recorded_launches
         from launcher.supervise.instance import state_root
-        from launcher.supervise.stopping import clean_stale, instance_folders, running_instances, stale_instances
+        from launcher.supervise.stopping import clean_stale
 
         invocation = invocation_of(ctx)
-        folders = list(instance_folders(state_root(invocation.environ)))
-        for folder, state in stale_instances(folders):
-            clean_stale(folder, state)
-            invocation.console.note(f"{state.name}: its launcher (pid {state.launcher.pid}) is gone; record removed")
-        facts = [_facts(state) for _, state in running_instances(folders)]
-        launches = [cluster.facts(run, invocation.environ) for _, run in recorded_runs(state_root(invocation.environ))]
+        facts, launches = [], []
+        for launch in recorded_launches(state_root(invocation.environ)):
+            if launch.run is not None:
+                launches.append(cluster.facts(launch.run, invocation.environ))
+            elif launch.state is not None and launch.is_running:
+                facts.append(_facts(launch.state))
+            elif (state := launch.state) is not None:
+                clean_stale(launch.folder, state)
+                invocation.console.note(
+                    f"{state.name}: its launcher (pid {state.launcher.pid}) is gone; record removed"
+                )
         if as_json:
             invocation.console.json([*facts, *launches])
             return

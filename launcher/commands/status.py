@@ -1,7 +1,7 @@
 """`hlaunch status`: what each node of a launch says, what happened on it, what connects its ranks.
 
-Knows: where a launch is recorded, on a cluster or on this host. Refuses to know: how nodes are asked
-(`launcher.supervise`), tables (`launcher.commands.cluster`).
+Knows: what is asked of a launch on a cluster, what of one on this host. Refuses to know: where they are recorded
+(`launcher.launches`), how nodes are asked (`launcher.supervise`), tables (`launcher.commands.cluster`).
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
     from launcher.console import Console
     from launcher.fabric.transports import PairTransport
+    from launcher.launches import Launch
     from launcher.supervise.cluster_run import ClusterRun
-    from launcher.supervise.instance import InstanceFolder, InstanceState
 
 
 def register(app: typer.Typer) -> None:
@@ -33,34 +33,22 @@ def register(app: typer.Typer) -> None:
     ) -> None:
         """Show the nodes of a launch, what happened on them, and what connects its ranks."""
         from launcher.commands import cluster
-        from launcher.errors import UnknownModel, UsageError
-        from launcher.supervise.cluster_run import read_run, recorded_runs
-        from launcher.supervise.instance import InstanceFolder, state_root
-        from launcher.supervise.stopping import instance_folders, running_instances
+        from launcher.errors import UsageError
+        from launcher.launches import running_launch
 
         invocation = invocation_of(ctx)
-        root = state_root(invocation.environ)
-        folder = InstanceFolder(root, name)
-        run = read_run(folder)
-        state = folder.read() if run is None else None
-        if run is not None:
-            facts = _on_cluster(run, invocation.environ)
-        elif state is not None and state.is_alive and has_environment:
-            raise UsageError("--env asks the nodes of a cluster", hint=f"on this host: hlaunch env {name}")
-        elif state is not None and state.is_alive:
-            facts = _here(folder, state)
+        launch = running_launch(invocation, name)
+        if (run := launch.run) is not None:
+            facts = (cluster.facts if has_environment else _on_cluster)(run, invocation.environ)
+            show = cluster.environment if has_environment else cluster.status
+        elif has_environment:
+            raise UsageError("--env asks the nodes of a cluster", hint=f"on this host: hlaunch env {launch.name}")
         else:
-            known = [item.name for _, item in recorded_runs(root)]
-            known += [item.name for _, item in running_instances(list(instance_folders(root)))]
-            raise UnknownModel(f"'{name}' does not run", available=known, hint="hlaunch ps shows what runs")
+            facts, show = _here(launch), _show
         if as_json:
             invocation.console.json(facts)
-        elif run is not None and has_environment:
-            cluster.environment(invocation.console, facts)
-        elif run is not None:
-            cluster.status(invocation.console, facts)
         else:
-            _show(invocation.console, facts)
+            show(invocation.console, facts)
 
 
 def _on_cluster(run: ClusterRun, environ: Mapping[str, str]) -> dict[str, Any]:
@@ -83,10 +71,12 @@ def _newer(pair: PairTransport, run: ClusterRun) -> PairTransport:
     return next((known for known in run.transports if known.ranks == pair.ranks), pair)
 
 
-def _here(folder: InstanceFolder, state: InstanceState) -> dict[str, Any]:
+def _here(launch: Launch) -> dict[str, Any]:
     from launcher.supervise.local_ranks import transports_here
     from launcher.supervise.procfs import age_seconds
 
+    state = launch.state
+    assert state is not None, "what runs is on a cluster or has a launcher here"
     return {
         "name": state.name,
         "model": state.model,
@@ -95,15 +85,15 @@ def _here(folder: InstanceFolder, state: InstanceState) -> dict[str, Any]:
         "pid": state.launcher.pid,
         "uptime_seconds": round(age_seconds(state.launcher), 1),
         "ready_seconds": state.ready_seconds,
-        "transports": [pair.to_data() for pair in transports_here(folder)],
+        "transports": [pair.to_data() for pair in transports_here(launch.folder)],
     }
 
 
-def _show(console: Console, facts: dict[str, Any]) -> None:
+def _show(console: Console, launch: dict[str, Any]) -> None:
     from launcher.commands import cluster
     from launcher.commands.ps import uptime
 
-    row = (facts["name"], facts["model"], facts["state"], str(facts["pid"]), facts["url"])
+    row = (launch["name"], launch["model"], launch["state"], str(launch["pid"]), launch["url"])
     columns = ("NAME", "MODEL", "STATE", ">PID", "ENDPOINT", ">UPTIME")
-    console.table(columns, [(*row, uptime(facts["uptime_seconds"]))])
-    cluster.transports(console, facts["transports"])
+    console.table(columns, [(*row, uptime(launch["uptime_seconds"]))])
+    cluster.transports(console, launch["transports"])

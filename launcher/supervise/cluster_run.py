@@ -12,10 +12,9 @@ import queue
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from launcher.errors import HlaunchError, NotReady, PreflightError
@@ -24,9 +23,10 @@ from launcher.fabric.facts import NodeFacts
 from launcher.fabric.transports import PairTransport, check, read_pairs, silence
 from launcher.plan.cluster_plan import ClusterPlan
 from launcher.registry.values import BadValue
-from launcher.supervise.cluster_logs import known_failures, transports_in_use
+from launcher.supervise.cluster_logs import known_failures, last_lines, transports_in_use
 from launcher.supervise.cluster_traffic import check_silent_pairs, read_counters, traffic_lines, traffic_of
-from launcher.supervise.instance import InstanceFolder, instance_folders, write_private
+from launcher.supervise.instance import InstanceFolder, write_private
+from launcher.supervise.kept_logs import KEPT_LINES, forget, keep
 from launcher.supervise.node_spec import HEAD
 from launcher.supervise.node_versions import SHOULD, differences
 from launcher.supervise.runtimes import RUNTIMES, NodeHandle, Runtime, Secrets, handle_of
@@ -82,13 +82,6 @@ def read_run(folder: InstanceFolder) -> ClusterRun | None:
         return None
 
 
-def recorded_runs(root: Path) -> Iterator[tuple[InstanceFolder, ClusterRun]]:
-    """List the launches on clusters that this host started."""
-    for folder in instance_folders(root):
-        if (run := read_run(folder)) is not None:
-            yield folder, run
-
-
 def make_secrets(plan: ClusterPlan, environ: Mapping[str, str]) -> Secrets:
     """Make the cluster's token, 256 bits, and read the API key. Raises: PreflightError when the key is missing."""
     reference = plan.entry.secret("api-key")
@@ -123,6 +116,7 @@ def start(
         # Before the record, which `down` can only take away by the same means.
         runtime.check(shell)
     write_private(folder.path / RECORD, run.to_json())
+    forget(folder)
     try:
         for node in plan.nodes:
             for reason in runtime.stage(shells[node.name], plan, node, keys):
@@ -283,8 +277,11 @@ def stop(run: ClusterRun, folder: InstanceFolder, environ: Mapping[str, str]) ->
     """End every node, the head (whose engine drains) first; return what is left, which should be nothing. Idempotent.
 
     A node that cannot be reached is named among what is left; then the record stays, so that `down` can be said again.
+    The end of every node's log is kept here, since it goes with the node.
     """
     runtime, left = RUNTIMES[run.runtime], []
+    with contextlib.suppress(HlaunchError):
+        keep(folder, last_lines(run.runtime, run.nodes, KEPT_LINES, environ), environ)
     for handle in sorted(run.nodes, key=lambda item: item.role != HEAD):
         shell = Shell(handle.name, handle.ssh, environ)
         try:

@@ -11,7 +11,7 @@ import time
 
 from launcher.errors import HlaunchError
 from launcher.supervise import procfs
-from launcher.supervise.instance import InstanceFolder, InstanceState, instance_folders
+from launcher.supervise.instance import InstanceFolder, InstanceState
 from launcher.supervise.supervisor import STOP_GRACE_SECONDS
 
 _POLL_SECONDS = 0.05
@@ -73,26 +73,3 @@ def _gone_by(state: InstanceState, deadline: float) -> bool:
             return True
         time.sleep(_POLL_SECONDS)
     return False
-
-
-def running_instances(root_folders: list[InstanceFolder]) -> list[tuple[InstanceFolder, InstanceState]]:
-    """List the instances whose launcher lives."""
-    found = []
-    for folder in root_folders:
-        state = folder.read()
-        if state is not None and state.is_alive:
-            found.append((folder, state))
-    return found
-
-
-def stale_instances(root_folders: list[InstanceFolder]) -> list[tuple[InstanceFolder, InstanceState]]:
-    """List the instances whose record outlived their launcher."""
-    found = []
-    for folder in root_folders:
-        state = folder.read()
-        if state is not None and not state.is_alive:
-            found.append((folder, state))
-    return found
-
-
-__all__ = ["Ending", "clean_stale", "instance_folders", "running_instances", "stale_instances", "stop_instance"]

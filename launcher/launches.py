@@ -1,0 +1,91 @@
+"""What runs under which name: one look-up for every command that means a launch.
+
+Knows: the records of `up`, on this host and on clusters, and that a name may be an alias. Refuses to know: how launches
+are started, asked and ended.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from launcher.commands import Invocation
+from launcher.errors import EngineFailed, HlaunchError, UnknownModel
+from launcher.registry.suggest import did_you_mean
+from launcher.supervise.cluster_run import ClusterRun, read_run
+from launcher.supervise.instance import InstanceFolder, InstanceState, instance_folders, state_root
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """What is recorded in one folder. `run`: it is on a cluster; `state`: its launcher on this host, alive or not."""
+
+    folder: InstanceFolder
+    run: ClusterRun | None = None
+    state: InstanceState | None = None
+
+    @classmethod
+    def of(cls, folder: InstanceFolder) -> Launch:
+        run = read_run(folder)
+        return cls(folder, run, None if run is not None else folder.read())
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def is_recorded(self) -> bool:
+        return self.run is not None or self.state is not None
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it is on a cluster, whose nodes say more, or its launcher here lives."""
+        return self.run is not None or (self.state is not None and self.state.is_alive)
+
+
+def recorded_launches(root: Path) -> Iterator[Launch]:
+    """List what is recorded, in name order; what a dead launcher left is among it."""
+    for folder in instance_folders(root):
+        if (launch := Launch.of(folder)).is_recorded:
+            yield launch
+
+
+def running_names(root: Path) -> list[str]:
+    """Name what runs."""
+    return [launch.name for launch in recorded_launches(root) if launch.is_running]
+
+
+def find_launch(invocation: Invocation, name: str) -> Launch:
+    """Find what a name or alias stands for; it may have ended, or never have been started.
+
+    Raises: UnknownModel, with what runs, when neither a record nor the registry has the name.
+    """
+    root = state_root(invocation.environ)
+    own = Launch.of(InstanceFolder(root, name))
+    if own.is_recorded:
+        return own
+    try:
+        from launcher.registry.resolving import find_model
+
+        return Launch.of(InstanceFolder(root, find_model(invocation.load_registry(), name).name))
+    except HlaunchError as error:
+        # A registry that is gone or broken is no reason not to find what was once started.
+        if own.folder.path.is_dir():
+            return own
+        names = running_names(root)
+        hint = did_you_mean(name, names) or "hlaunch ps shows what runs"
+        raise UnknownModel(f"nothing runs under the name '{name}'", available=names, hint=hint) from error
+
+
+def running_launch(invocation: Invocation, name: str) -> Launch:
+    """Find what runs under a name or alias. Raises: UnknownModel; EngineFailed for a model that does not run."""
+    launch = find_launch(invocation, name)
+    if not launch.is_running:
+        names = running_names(state_root(invocation.environ))
+        raise EngineFailed(
+            f"{launch.name} is not running",
+            details=(f"what runs: {', '.join(names)}",) if names else (),
+            hint=f"start it: hlaunch up {launch.name} -d",
+        )
+    return launch

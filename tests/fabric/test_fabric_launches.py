@@ -1,0 +1,94 @@
+"""A launch on a cluster is found by every command, by its name and its alias; what is behind ssh is a stand-in."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from test_fabric_transports import REGISTRY, StandIns
+
+from launcher.supervise.instance import InstanceFolder, InstanceState, state_root
+from launcher.supervise.procfs import ProcessIdentity
+
+NOBODY = "http://127.0.0.1:9"
+ENTRY = "tiny-oss: {model: tiny-oss,"
+
+
+@pytest.fixture
+def stand_ins(tmp_path: Path) -> Iterator[StandIns]:
+    made = StandIns(tmp_path)
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.log").write_text(f"{name} says this\n{name} says that\n")
+    aliased = REGISTRY.replace(ENTRY, f"{ENTRY} aliases: [tiny],")
+    assert aliased != REGISTRY
+    (tmp_path / "model_registry.yml").write_text(aliased)
+    (tmp_path / "one.json").write_text(json.dumps({"url": NOBODY}))
+    made.start()
+    yield made
+    (tmp_path / "model_registry.yml").write_text(aliased)
+    assert made.cli("down", "--all").code == 0
+
+
+def commands(stand_ins: StandIns) -> list[str]:
+    """What was asked of the nodes since the last look."""
+    path = stand_ins.folder / "commands"
+    said = path.read_text().splitlines()
+    path.write_text("")
+    return said
+
+
+def test_an_alias_names_a_launch_for_every_command(stand_ins: StandIns) -> None:
+    assert stand_ins.cli("status", "tiny", "--json").json["name"] == "tiny-oss"
+    assert stand_ins.cli("logs", "tiny").out.splitlines() == [
+        "one | one says this", "one | one says that", "two | two says this", "two | two says that",
+    ]  # fmt: skip
+    for command in (("top", "--once"), ("connect", "env"), ("chat", "-m", "hello")):
+        done = stand_ins.cli(*command, "tiny")
+        assert done.code == 1
+        assert NOBODY in done.err, command
+    # The name stands in the record even where the registry is gone; an alias then names nothing.
+    (stand_ins.folder / "model_registry.yml").unlink()
+    assert stand_ins.cli("status", "tiny-oss").code == 0
+    done = stand_ins.cli("status", "tiny")
+    assert done.code == 4
+    assert done.err.startswith("error: nothing runs under the name 'tiny'\n  available: tiny-oss\n")
+    (stand_ins.folder / "model_registry.yml").write_text(REGISTRY.replace(ENTRY, f"{ENTRY} aliases: [tiny],"))
+    assert stand_ins.cli("down", "tiny").out == "tiny-oss: stopped on 2 nodes, nothing is left\n"
+
+
+def test_a_model_that_does_not_run_is_told_with_what_does(stand_ins: StandIns) -> None:
+    registry = stand_ins.folder / "model_registry.yml"
+    registry.write_text(registry.read_text() + "  other: {model: tiny-oss}\n  far: {model: tiny-oss, cluster: pair}\n")
+    for command in (("status",), ("top", "--once"), ("connect", "env")):
+        done = stand_ins.cli(*command, "other")
+        assert (done.code, done.out) == (1, "")
+        assert done.err.startswith(
+            "error: other is not running\n  what runs: tiny-oss\nhint: start it: hlaunch up other"
+        )
+    done = stand_ins.cli("chat", "-m", "hello", "far")
+    assert (done.code, done.out) == (1, "")
+    assert done.err.startswith("error: far is not running on cluster pair\nhint: start it: hlaunch up far")
+    assert "is not in model_registry.yml" in stand_ins.cli("chat", "-m", "hello", "fra").err
+
+
+def test_what_status_does_not_show_is_not_read(stand_ins: StandIns) -> None:
+    commands(stand_ins)
+    assert stand_ins.cli("status", "tiny-oss", "--env").code == 0
+    asked = commands(stand_ins)
+    assert len(asked) == 2
+    assert not any("node.log" in command for command in asked)
+
+
+def test_what_cannot_be_ended_does_not_keep_the_rest_alive(stand_ins: StandIns) -> None:
+    folder = InstanceFolder(state_root(stand_ins.environ), "zz")
+    folder.create()
+    nobody = ProcessIdentity(2**22 + 1, 0, "no boot of this machine")
+    folder.write(InstanceState("zz", "tiny-oss", "ready", NOBODY, nobody, None, 0.0, 1.0, is_detached=True))
+    (stand_ins.folder / "one.gone").touch()
+    done = stand_ins.cli("down", "--all")
+    assert (done.code, done.out) == (1, "zz: was gone already\n")
+    assert "error: tiny-oss: not everything is gone" in done.err
+    (stand_ins.folder / "one.gone").unlink()
+    assert stand_ins.cli("down", "--all").out == "tiny-oss: stopped on 2 nodes, nothing is left\n"
