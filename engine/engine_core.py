@@ -323,7 +323,23 @@ def place(config: EngineConfig, model: ModelConfig) -> Placement:
         raise ConfigError(
             "placement", f"{placement.sizes}: ranks on {' and '.join(kinds)} do not serve together yet", "use one kind"
         )
+    _check_built(placement)
     return placement
+
+
+def _check_built(placement: Placement) -> None:
+    """Refuse what a placement can say and no worker does. Raises: ConfigError naming it."""
+    if placement.kv_links:
+        links = ", ".join(f"{link.source_dp} to {link.target_dp}" for link in placement.kv_links)
+        raise ConfigError(
+            "placement", f"KV blocks that move between engines ({links}) are not built", "leave kv_links empty"
+        )
+    for rank in placement.ranks:
+        if rank.copied_experts:
+            experts = ", ".join(map(str, rank.copied_experts))
+            raise ConfigError(
+                "placement", f"copied experts ({experts} on rank {rank.rank}) are not built", "place each expert once"
+            )
 
 
 def _place_alone(config: EngineConfig, model: ModelConfig) -> Placement:

@@ -205,8 +205,6 @@ class GpuWorker:
                 "a rank on a GPU has no KV head, no column or no expert",
                 "give every GPU rank a part of each",
             )
-        if self._rank is not None and self._rank.copied_experts:
-            raise GpuError("placement", "copied experts are not served on GPUs", "place each expert once")
 
     def _connect(self) -> None:
         """Make the links of this rank's device beside those of its host. Raises: GroupError, LinkError, GpuError."""

@@ -109,23 +109,40 @@ def show_picture(console: Console, picture: Picture) -> None:
 
 
 def placement_table(console: Console, picture: Picture) -> None:
-    from launcher.plan.picture import rank_span
+    from launcher.plan.picture import rank_span, span
 
     placement = picture.placement
     rows = []
     for rank in placement.ranks:
         place = f"{rank.dp_rank}/{rank.pp_rank}/{rank.tp_rank}"
-        experts = rank_span(range(*rank.experts)) if placement.expert_parallel else f"units {_span(rank.mlp_units)}"
+        experts = rank_span(range(*rank.experts)) if placement.expert_parallel else f"units {span(rank.mlp_units)}"
         if rank.copied_experts:
-            experts += f" + {rank_span(rank.copied_experts)}"
-        rows.append((str(rank.rank), rank.node, rank.device, place, _span(rank.layers), _span(rank.kv_heads), experts))
+            experts += f" + copies of {rank_span(rank.copied_experts)}"
+        rows.append((str(rank.rank), rank.node, rank.device, place, span(rank.layers), span(rank.kv_heads), experts))
     columns = (">RANK", "NODE", "DEVICE", "DP/PP/TP", "LAYERS", "KV HEADS", "EXPERTS")
     console.table(columns, rows, title=f"placement: {placement.sizes}, {_ranks(placement.world_size)}")
+    if picture.placement.kv_links:
+        _kv_table(console, picture)
 
 
-def _span(span: tuple[int, int]) -> str:
-    begin, end = span
-    return "-" if begin == end else str(begin) if end == begin + 1 else f"{begin}-{end - 1}"
+def _kv_table(console: Console, picture: Picture) -> None:
+    from launcher.plan.picture import span
+
+    console.data()
+    rows = [
+        (
+            f"{flow.source} to {flow.target}",
+            f"{route.source} to {route.target}",
+            span(route.layers),
+            span(route.kv_heads),
+            flow.link.name,
+            f"{flow.bytes_per_token / 1000:.2f} kB",
+        )
+        for flow in picture.kv_flows()
+        for route in flow.routes
+    ]
+    columns = ("ENGINE", "RANK", "LAYERS", "KV HEADS", "OVER", ">PER TOKEN")
+    console.table(columns, rows, title="KV blocks move between engines")
 
 
 def _ranks(count: int) -> str:

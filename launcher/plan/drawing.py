@@ -113,7 +113,13 @@ def plan_data(plan: LaunchPlan) -> dict[str, Any]:
         "fit": None if report is None else _fit_data(report),
         "memory": [{**asdict(memory), "required_bytes": memory.required_bytes} for memory in plan.memory],
         "placement": [
-            {"rank": rank.rank, "node": rank.node, "device": rank.device, "layers": list(rank.layers)}
+            {
+                "rank": rank.rank,
+                "node": rank.node,
+                "device": rank.device,
+                "layers": list(rank.layers),
+                "copied_experts": list(rank.copied_experts),
+            }
             for rank in (plan.placement.ranks if plan.placement is not None else ())
         ],
         "environment": {item.name: {"value": item.shown, "origin": item.origin} for item in plan.environment},

@@ -6,11 +6,11 @@ Pure; both the terminal's drawing and the SVG are made from this value, so they 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 from engine.config import ModelConfig
-from engine.placement import Placement, RankSpec, Remark, remarks
+from engine.placement import KVRoute, Placement, RankSpec, Remark, remarks
 from launcher.plan.cluster_plan import ClusterPlan
 from launcher.plan.inventory import Inventory
 from launcher.plan.launch_plan import LaunchPlan
@@ -44,6 +44,18 @@ class Hop:
 
 
 @dataclass(frozen=True, slots=True)
+class KVFlow:
+    """Finished KV blocks on their way from one engine to another: `routes` between ranks, in bfloat16 per token."""
+
+    source: int
+    target: int
+    routes: tuple[KVRoute, ...]
+    nodes: tuple[str, ...]
+    link: Link
+    bytes_per_token: int
+
+
+@dataclass(frozen=True, slots=True)
 class Picture:
     """Everything a drawing needs. `memory` by rank may be empty."""
 
@@ -71,6 +83,22 @@ class Picture:
                 target = placement.stage(engine, stage + 1)[0].node
                 link = by_name[source].inside if source == target else self.between
                 found.append(Hop(engine, stage, source, target, link))
+        return tuple(found)
+
+    def kv_flows(self) -> tuple[KVFlow, ...]:
+        """What every KV link of the placement moves. A head that several ranks keep is counted once per receiver."""
+        placement = self.placement
+        found = []
+        for link in placement.kv_links:
+            alone = replace(placement, kv_links=(link,)).kv_routes()
+            ends = [rank for route in alone for rank in (route.source, route.target)]
+            received = {(route.target, route.layers, route.kv_heads) for route in alone}
+            cells = sum((layers[1] - layers[0]) * (heads[1] - heads[0]) for _, layers, heads in received)
+            nodes = tuple(dict.fromkeys(placement.ranks[rank].node for rank in ends))
+            apart = any(placement.ranks[r.source].node != placement.ranks[r.target].node for r in alone)
+            edge = self.between if apart or not ends else self.group_link(ends[:2])
+            size = 2 * 2 * cells * self.model.head_dim
+            found.append(KVFlow(link.source_dp, link.target_dp, alone, nodes, edge, size))
         return tuple(found)
 
     def group_link(self, ranks: Sequence[int]) -> Link:
@@ -193,3 +221,9 @@ def alike(memory: Mapping[int, RankMemory], ranks: Sequence[int]) -> list[tuple[
 def rank_span(ranks: Sequence[int]) -> str:
     """Write ranks briefly: `0-3, 6`."""
     return device_span([f"r:{rank}" for rank in ranks]).replace("r:", "")
+
+
+def span(bounds: tuple[int, int]) -> str:
+    """Write a half-open range as people count: `0-3`, `5`, and `-` for an empty one."""
+    begin, end = bounds
+    return "-" if begin == end else str(begin) if end == begin + 1 else f"{begin}-{end - 1}"

@@ -5,15 +5,16 @@ Pure text of at most `width` columns; `plain` turns box characters into ASCII fo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from textwrap import wrap
 
-from launcher.plan.picture import Hop, Picture, PictureNode, alike, device_span, rank_span
+from engine.placement import KVRoute, RankSpec
+from launcher.plan.picture import Hop, KVFlow, Picture, PictureNode, alike, device_span, rank_span, span
 from launcher.plan.rank_memory import RankMemory
 from launcher.sizes import GIB
 
 WIDTH = 80
-_ASCII = str.maketrans("─│╭╮╰╯═║▼┊█▓▒░↓→·…", "-|++++=|v:#%+.v>._")
+_ASCII = str.maketrans("─│╭╮╰╯═║▼┊█▓▒░↓→⇒·…", "-|++++=|v:#%+.v>>._")
 BAR_PARTS = (("█", "stored_bytes"), ("▓", "activation_bytes"), ("▒", "runtime_bytes"), ("░", "kv_bytes"))
 LEGEND = "█ weights  ▓ activations  ▒ runtime  ░ KV cache  · free  ! too much"
 
@@ -52,9 +53,15 @@ def _inside(picture: Picture, node: PictureNode, hops: tuple[Hop, ...], width: i
         devices = device_span([rank.device for rank in node.ranks])
         yield f"{len(engines)} engines of one rank each: ranks {rank_span(ranks)} on {devices}"
         yield "".join(f"[{rank}]" for rank in ranks)
+        yield from _copies(node.ranks, width)
+        for engine in engines:
+            yield from _kv(picture, engine, width)
     else:
         for engine in engines:
             yield from _engine(picture, node, engine, hops)
+            yield from _copies([rank for rank in node.ranks if rank.dp_rank == engine], width)
+            if picture.placement.engine(engine)[-1] in node.ranks:
+                yield from _kv(picture, engine, width)
     if not node.ranks:
         yield "no ranks here"
     if node.idle:
@@ -84,6 +91,31 @@ def _engine(picture: Picture, node: PictureNode, engine: int, hops: tuple[Hop, .
         inner = [h for h in hops if h.engine == engine and h.stage == stage and h.source == h.target == node.name]
         if inner and stage + 1 in stages:
             yield f"     ↓ {picture.bytes_per_token / 1000:.2f} kB per token over {inner[0].link.name}"
+
+
+def _copies(ranks: Sequence[RankSpec], width: int) -> Iterator[str]:
+    """Say which experts these ranks hold beside those they own."""
+    for rank in ranks:
+        if rank.copied_experts:
+            words = f"+ [{rank.rank}] holds copies of experts {rank_span(rank.copied_experts)}"
+            yield from wrap(words, width, initial_indent="     ", subsequent_indent="       ")
+
+
+def _kv(picture: Picture, engine: int, width: int) -> Iterator[str]:
+    """Say where this engine's finished KV blocks go, rank by rank."""
+    for flow in picture.kv_flows():
+        if flow.source == engine:
+            yield f"     ⇒ KV blocks to {_kv_words(flow)}"
+            text = ", ".join(_route(route) for route in flow.routes) or "no rank of the one owns what the other needs"
+            yield from wrap(text, width, initial_indent="       ", subsequent_indent="       ")
+
+
+def _kv_words(flow: KVFlow) -> str:
+    return f"engine {flow.target}: {flow.bytes_per_token / 1000:.2f} kB per token over {flow.link.name}"
+
+
+def _route(route: KVRoute) -> str:
+    return f"[{route.source}]→[{route.target}] layers {span(route.layers)} KV heads {span(route.kv_heads)}"
 
 
 def _chain(picture: Picture, node: PictureNode, engine: int) -> Iterator[str]:
@@ -119,6 +151,9 @@ def _between(picture: Picture, upper: PictureNode, lower: PictureNode, hops: tup
         lines.append(f"▼ {who}stage {hop.stage} to {hop.stage + 1}: {size:.2f} kB per token over {link}")
     if len(crossing) > 4:
         lines.append(f"▼ and {len(crossing) - 4} more stage borders")
+    for flow in picture.kv_flows():
+        if len(flow.nodes) > 1 and names <= set(flow.nodes):
+            lines.append(f"▼ KV blocks of engine {flow.source} to {_kv_words(flow)}")
     if not lines:
         lines.append("┊ no tensor crosses here, only requests and answers")
     for line in lines:
@@ -138,12 +173,12 @@ def memory_lines(picture: Picture, width: int = WIDTH) -> Iterator[str]:
         total = sum(picture.memory[rank].required_bytes for rank in ranks if rank in picture.memory)
         budget = sum(picture.memory[rank].budget_bytes for rank in ranks if rank in picture.memory)
         yield f"{node.name}: {total / GIB:.1f} of {budget / GIB:.1f} GiB in {len(ranks)} rank{'s' * (len(ranks) != 1)}"
-        for members, memory in groups:
-            yield from _rank_bar(members, memory, width)
+        labels = [f"{'rank' if len(members) == 1 else 'ranks'} {rank_span(members)}" for members, _ in groups]
+        for label, (_, memory) in zip(labels, groups, strict=True):
+            yield from _rank_bar(f"  {label:<{max(map(len, labels))}} ", memory, width)
 
 
-def _rank_bar(members: list[int], memory: RankMemory, width: int) -> Iterator[str]:
-    label = f"  {'rank' if len(members) == 1 else 'ranks'} {rank_span(members)} "
+def _rank_bar(label: str, memory: RankMemory, width: int) -> Iterator[str]:
     tail = f" {memory.budget_bytes / GIB:.1f} GiB"
     yield label + "[" + bar(memory, max(20, width - len(label) - len(tail) - 2)) + "]" + tail
     parts = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Iterator
 from dataclasses import replace
@@ -23,6 +24,8 @@ from engine.placement import (
     Shares,
     place,
 )
+from launcher.commands.plan import placement_table
+from launcher.console import Console
 from launcher.plan.inventory import declared_inventories
 from launcher.plan.links import RDMA, TCP, between_link
 from launcher.plan.picture import Picture, alike, device_span, picture_of, rank_span
@@ -104,8 +107,55 @@ def test_placements_of_what_comes_next_are_drawn() -> None:
     uneven = place(model, ParallelSizes(pipeline=2), gpu_hosts(2), PlacementOptions(shares=Shares(layers=(14, 10))))
     two = {"n0": replace(hardware["n0"], gpus=hardware["n0"].gpus * 2)}
     assert "layers 0-13" in "\n".join(topology_lines(picture_of("x", uneven, model, two)))
-    linked = replace(place(model, ParallelSizes(data=2), gpu_hosts(2)), kv_links=(KVLink(0, 1),))
-    assert list(topology_lines(picture_of("x", linked, model, two)))
+
+
+def words_of(shown: Picture) -> tuple[str, str]:
+    """The terminal's drawing and the placement table, each as one text."""
+    out = io.StringIO()
+    placement_table(Console(is_plain=True, stdout=out), shown)
+    lines = list(topology_lines(shown))
+    assert all(len(line) <= 80 for line in lines)
+    return "\n".join(lines), out.getvalue()
+
+
+def test_copied_experts_are_drawn_and_stand_in_the_table() -> None:
+    model = shape()
+    hardware = {"n0": replace(HARDWARE["node-0"], gpus=HARDWARE["node-0"].gpus[:2])}
+    base = place(model, ParallelSizes(tensor=2, expert_parallel=True), gpu_hosts(2))
+    copied = replace(base, ranks=(replace(base.ranks[0], copied_experts=(20, 21, 30)), base.ranks[1]))
+    drawn, table = words_of(picture_of("x", copied, model, hardware))
+    assert "+ [0] holds copies of experts 20-21, 30" in drawn
+    assert "0-15 + copies of 20-21, 30" in table
+    plain_drawn, plain_table = words_of(picture_of("x", base, model, hardware))
+    assert "cop" not in plain_drawn + plain_table
+
+
+def test_kv_that_moves_between_engines_is_drawn_and_stands_in_the_table() -> None:
+    model = shape()
+    linked = replace(place(model, ParallelSizes(data=2, tensor=2), gpu_hosts(2, 2)), kv_links=(KVLink(0, 1),))
+    two = {name: replace(HARDWARE["node-0"], gpus=HARDWARE["node-0"].gpus[:2]) for name in ("n0", "n1")}
+    shown = picture_of("x", linked, model, two, between=RDMA)
+    (flow,) = shown.kv_flows()
+    assert flow.bytes_per_token == 24 * 8 * 64 * 2 * 2, "keys and values of all layers, in bfloat16"
+    drawn, table = words_of(shown)
+    assert "⇒ KV blocks to engine 1: 49.15 kB per token over RDMA" in drawn
+    assert "[0]→[2] layers 0-23 KV heads 0-3, [1]→[3] layers 0-23 KV heads 4-7" in drawn
+    assert "▼ KV blocks of engine 0 to engine 1: 49.15 kB per token over RDMA" in drawn
+    assert "no tensor crosses" not in drawn
+    moves = [line.split() for line in table.partition("KV blocks move between engines\n")[2].splitlines()]
+    assert moves[1:] == [
+        ["0", "to", "1", "0", "to", "2", "0-23", "0-3", "RDMA", "49.15", "kB"],
+        ["0", "to", "1", "1", "to", "3", "0-23", "4-7", "RDMA", "49.15", "kB"],
+    ]
+
+
+def test_kv_of_engines_on_one_node_stays_inside_it() -> None:
+    model = shape()
+    linked = replace(place(model, ParallelSizes(data=2), gpu_hosts(2)), kv_links=(KVLink(1, 0),))
+    hardware = {"n0": replace(HARDWARE["node-0"], gpus=HARDWARE["node-0"].gpus[:2])}
+    drawn, _ = words_of(picture_of("x", linked, model, hardware))
+    assert "⇒ KV blocks to engine 0: 49.15 kB per token over NVLink" in drawn
+    assert "[1]→[0]" in drawn
 
 
 # Bars.
