@@ -45,14 +45,25 @@ def known_failures(runtime: str, nodes: Sequence[NodeHandle], environ: Mapping[s
     ]
 
 
+def last_lines(
+    runtime: str, nodes: Sequence[NodeHandle], num_lines: int, environ: Mapping[str, str]
+) -> dict[str, list[str]]:
+    """Fetch the end of every node's log, of all its starts; that of a node that does not answer is empty."""
+    return {node.name: lines for node, lines in zip(nodes, _ends(runtime, nodes, num_lines, environ), strict=True)}
+
+
 def _logs(runtime: str, nodes: Sequence[NodeHandle], num_lines: int, environ: Mapping[str, str]) -> list[list[str]]:
-    """Fetch all nodes' logs side by side; that of a node that does not answer is empty."""
+    return [last_run(lines) for lines in _ends(runtime, nodes, num_lines, environ)]
+
+
+def _ends(runtime: str, nodes: Sequence[NodeHandle], num_lines: int, environ: Mapping[str, str]) -> list[list[str]]:
+    """Fetch all nodes' logs side by side."""
 
     def fetch(node: NodeHandle) -> list[str]:
         shell = Shell(node.name, node.ssh, environ)
         argv = RUNTIMES[runtime].logs_argv(shell, node, num_lines, follow=False)
         try:
-            return last_run(shell.run(argv, seconds=_SECONDS, is_checked=False).splitlines())
+            return shell.run(argv, seconds=_SECONDS, is_checked=False).splitlines()
         except HlaunchError:
             return []
 

@@ -156,7 +156,8 @@ class ProcessRuntime:
         shell.remove(handle.folder)
 
     def leftovers(self, shell: Shell, handle: NodeHandle) -> list[str]:
-        script = 'ls -d "$1" 2>/dev/null; pgrep -af -- "$1" | grep -v "pgrep\\|sh -c" ; true'
+        # Who only asks the node, such as the `watch` of an `up` that ends right now, is no part of it.
+        script = 'ls -d "$1" 2>/dev/null; pgrep -af -- "$1" | grep -v "pgrep\\|sh -c\\|launcher.probe" ; true'
         found = shell.run(["sh", "-c", script, "sh", handle.run_folder], is_checked=False)
         return [line for line in found.splitlines() if line.strip() and " -c " not in line]
 
