@@ -113,6 +113,13 @@ class Console:
         self._stdout.write(_encodable(text, self._stdout))
         self._stdout.flush()
 
+    def difference(self, lines: Iterable[str]) -> None:
+        """Write a unified diff to stdout; a terminal shows what goes and what comes in colour."""
+        styles = {"+": "green", "-": "red", "@": "cyan"}
+        for line in lines:
+            is_head = line.startswith(("+++", "---"))
+            self._write(self._stdout, (line, "bold" if is_head else styles.get(line[:1], "")))
+
     def piece(self, text: str, *, is_muted: bool = False) -> None:
         """Write a piece of a model's running text: to stdout, or dimmed to stderr. Line ends pass, controls do not."""
         stream = self._stderr if is_muted else self._stdout

@@ -6,6 +6,7 @@ child process, since it needs torch.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -75,7 +76,6 @@ def _draw(invocation: Invocation, report: dict[str, Any], name: str | None) -> N
     console = invocation.console
     if "stages" in report:
         _draw_stages(invocation, report)
-        console.data()
     of_model = f", sizes of {name}" if name else ""
     rows = []
     for op in report["ops"]:
@@ -94,21 +94,33 @@ def _draw(invocation: Invocation, report: dict[str, Any], name: str | None) -> N
         ]
         console.table(("OP", "TENSORS (T tokens, B rows, S slots)"), shapes)
     missing = [probe.removeprefix("has_") for probe, is_there in report["probes"].items() if not is_there]
-    console.note("* runs; the highest band that fits wins: reference < portable < optimized < specialized")
+    console.note("* runs: the one of the highest band that fits")
+    console.note("bands: reference < portable < optimized < specialized")
     if missing and report["platform"].startswith("cpu"):
         console.note(f"not in this build of torch: {', '.join(missing)}")
 
 
 def _draw_stages(invocation: Invocation, report: dict[str, Any]) -> None:
     """Draw gpt-oss's stages on a GPU: what serves them, by the tokens of a step, and why."""
-    console = invocation.console
-    headings = []
-    for band in report["bands"]:
-        high = "" if band["high"] is None else f"-{band['high']}"
-        headings.append(f"{band['low']}{high}{'+' if band['high'] is None else ''} TOKENS")
-    rows = [(stage["stage"], *(kernel["kernel"] for kernel in stage["kernels"])) for stage in report["stages"]]
-    console.table(("STAGE", *headings), rows, title="gpt-oss on one Hopper GPU: fused stages")
-    for i, (heading, band) in enumerate(zip(headings, report["bands"], strict=True)):
+    console, bands = invocation.console, report["bands"]
+    rows = []
+    for stage in report["stages"]:
+        kernels = [kernel["kernel"] for kernel in stage["kernels"]]
+        begins = [i for i, kernel in enumerate(kernels) if i == 0 or kernel != kernels[i - 1]]
+        for first, end in zip(begins, [*begins[1:], len(kernels)], strict=True):
+            rows.append((stage["stage"] if first == 0 else "", _tokens(bands[first:end]), kernels[first]))
+    console.table(("STAGE", "TOKENS", "KERNEL"), rows, title="gpt-oss on one Hopper GPU: fused stages")
+    console.data()
+    reasons = []
+    for i, band in enumerate(bands):
         languages = ", ".join(dict.fromkeys(stage["kernels"][i]["language"] for stage in report["stages"]))
-        console.data(f"{heading.lower()} ({languages}): {band['why']}")
+        reasons.append((_tokens([band]), languages, band["why"]))
+    console.table(("TOKENS", "WRITTEN IN", "WHY"), reasons)
+    console.data()
     console.data("other models, and gpt-oss elsewhere, run these ops:")
+
+
+def _tokens(bands: Sequence[Mapping[str, Any]]) -> str:
+    """Name the tokens of a step that neighbouring bands cover: `5-256`, `257+`."""
+    low, high = bands[0]["low"], bands[-1]["high"]
+    return f"{low}+" if high is None else f"{low}-{high}"

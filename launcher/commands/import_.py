@@ -16,6 +16,8 @@ from launcher.errors import RegistryInvalid, UsageError
 if TYPE_CHECKING:
     from launcher.registry.importing import Change, Imported
 
+_ACTIONS = ("kept", "renamed", "dropped")
+
 Output = Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the registry here.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace FILE if it exists.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print registry and report as JSON.")]
@@ -99,10 +101,13 @@ def _finish(invocation: Invocation, imported: Imported, output: Path | None, *, 
         return
     if output is None:
         console.raw(imported.text)
-    for line in _report(imported.changes):
-        console.note(line)
+    if imported.changes:
+        console.note_table(("", "OPTION", "BECOMES, OR WHY NOT"), _rows(imported.changes))
+    console.note(_sum(imported.changes))
     if output is not None:
         console.data(f"wrote {output}; next: hlaunch --file {output} list")
+    else:
+        console.note("to write it: -o model_registry.yml")
 
 
 def _write(path: Path, text: str, *, force: bool) -> None:
@@ -118,13 +123,19 @@ def _write(path: Path, text: str, *, force: bool) -> None:
     write_registry(path, text, before)
 
 
-def _report(changes: tuple[Change, ...]) -> list[str]:
-    """One line per option, grouped by what became of it, and the sum."""
-    lines = []
-    for action in ("kept", "renamed", "dropped"):
-        for change in (item for item in changes if item.action == action):
-            result = f" -> {change.result}" if action == "renamed" else ""
-            reason = f" ({change.reason})" if change.reason else ""
-            lines.append(f"{action:<8}{change.source}{result}{reason}")
-    counts = {action: sum(item.action == action for item in changes) for action in ("kept", "renamed", "dropped")}
-    return [*lines, ", ".join(f"{count} {action}" for action, count in counts.items())]
+def _rows(changes: tuple[Change, ...]) -> list[tuple[str, str, str]]:
+    """One row per option, grouped by what became of it."""
+    return [
+        (action, change.source, "; ".join(part for part in (_result(change), change.reason) if part))
+        for action in _ACTIONS
+        for change in changes
+        if change.action == action
+    ]
+
+
+def _result(change: Change) -> str:
+    return change.result if change.action == "renamed" else ""
+
+
+def _sum(changes: tuple[Change, ...]) -> str:
+    return ", ".join(f"{sum(item.action == action for item in changes)} {action}" for action in _ACTIONS)

@@ -44,7 +44,9 @@ def register(app: typer.Typer) -> None:
             if as_json:
                 console.json({name: json.loads(item.to_json()) for name, item in declared.items()})
             else:
-                for item in declared.values():
+                for number, item in enumerate(declared.values()):
+                    if number:
+                        console.data()
                     _print(console, item)
             return
         found = _found(invocation, saved, measure=measure)
@@ -77,25 +79,28 @@ def _found(invocation: Invocation, saved: Path | None, *, measure: bool) -> Inve
 
 
 def _print(console: Console, found: Inventory) -> None:
-    speed = (
-        f"{found.memory_bandwidth / 1e9:.1f} GB/s read, measured"
-        if found.memory_bandwidth
-        else "not measured (--measure)"
-    )
+    from launcher.plan.inventory.values import THIS_HOST
+
     free, total = found.memory_available_bytes / GIB, found.memory_total_bytes / GIB
-    rows = [
-        ("processor", f"{found.cpu_name}, {found.cpu_cores} cores, {found.numa_nodes} NUMA"),
-        ("features", ", ".join(found.cpu_features) or "none known"),
-        ("memory", f"{free:.1f} of {total:.1f} GiB free, {speed}"),
-    ]
+    nodes = f"{found.numa_nodes} NUMA node{'s' * (found.numa_nodes != 1)}"
+    rows = [("processor", f"{found.cpu_name}, {found.cpu_cores} cores, {nodes}")]
+    if found.cpu_features:
+        rows.append(("features", ", ".join(found.cpu_features)))
+    rows.append(("memory", f"{free:.1f} of {total:.1f} GiB free"))
+    if found.memory_bandwidth:
+        rows.append(("bandwidth", f"{found.memory_bandwidth / 1e9:.1f} GB/s read, measured"))
+    elif found.source == THIS_HOST:
+        rows.append(("bandwidth", "not measured yet: hlaunch inventory --measure"))
     if found.driver_version:
         rows.append(("driver", f"NVIDIA {found.driver_version}"))
     if found.torch_cuda is not None:
         rows.append(("torch", f"built for CUDA {found.torch_cuda}" if found.torch_cuda else "built without CUDA"))
+    if not found.gpus:
+        rows.append(("GPUs", "none"))
     console.table(("WHAT", "HAS"), rows, title=f"{found.node} ({found.source})")
     if found.gpus:
         console.data()
-        console.table((">GPU", "NAME", ">MEMORY", ">FREE", "CC", "BUS", "NUMA", "LINKS"), _gpu_rows(found))
+        console.table(*_told((">GPU", "NAME", ">GIB", ">FREE", "CC", "BUS", "NUMA", "LINKS"), _gpu_rows(found)))
     ports = [
         (port.device, str(port.port), port.state, port.link_layer, f"{port.rate_gbps:g}", port.netdev)
         for port in found.rdma_ports
@@ -111,6 +116,12 @@ def _print(console: Console, found: Inventory) -> None:
         console.table(("NIC", "STATE", ">GBIT/S", ">MTU", "ADDRESSES"), nics)
     for finding in found.findings:
         console.warning(f"{finding.message} [{finding.code}]", hint=finding.fix)
+
+
+def _told(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> tuple[list[str], list[list[str]]]:
+    """Leave out the columns of which no row says anything, as a declared node's do."""
+    kept = [at for at in range(len(columns)) if any(row[at] for row in rows)]
+    return [columns[at] for at in kept], [[row[at] for at in kept] for row in rows]
 
 
 def _number(value: float) -> str:

@@ -237,7 +237,7 @@ def _print_launch(console: Console, plan: LaunchPlan) -> None:
     console.data()
     console.heading(f"what would run (in {plan.working_folder})")
     console.data(shlex.join(plan.argv))
-    console.note("the whole engine.json and environment: hlaunch up NAME --dry-run")
+    console.note(f"the whole engine.json and environment: hlaunch up {plan.name} --dry-run")
 
 
 def _print_cluster(console: Console, plan: ClusterPlan) -> None:
@@ -278,8 +278,7 @@ def show_changes(console: Console, changes: tuple[Change, ...]) -> None:
     for item in changes:
         if item.lines:
             console.data()
-        for line in item.lines:
-            console.data(line)
+        console.difference(item.lines)
 
 
 def _changes(invocation: Invocation, plan: LaunchPlan | ClusterPlan, against: Path | None) -> tuple[Change, ...]:

@@ -158,7 +158,7 @@ def finish(
         )
         return
     if is_dry:
-        invocation.console.raw(_difference(before or "", after, source))
+        invocation.console.difference(_difference(before or "", after, source))
         return
     for edit in edits:
         what = f"{edit.key} " if edit.key else ""
@@ -180,7 +180,7 @@ def _shown(edit: Edit, value: str | None) -> str | None:
     return redacted(edit.key.removeprefix("env."), value) if edit.key.startswith("env.") else value
 
 
-def _difference(before: str, after: str, source: str) -> str:
+def _difference(before: str, after: str, source: str) -> list[str]:
     """The changed lines and two around them, without secrets."""
     import difflib
 
@@ -191,4 +191,4 @@ def _difference(before: str, after: str, source: str) -> str:
         secret_values(before) | {f"new_{name}": value for name, value in secret_values(after).items()}
     )
     lines = difflib.unified_diff(before.splitlines(), after.splitlines(), source, source, lineterm="", n=2)
-    return "".join(f"{redaction.line(line)}\n" for line in lines)
+    return [redaction.line(line) for line in lines]

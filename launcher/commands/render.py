@@ -49,10 +49,12 @@ def register(app: typer.Typer) -> None:
             invocation.console.json({path: content.decode() for path, content in files.items()})
             return ExitCode.OK
         if check:
-            return _check(invocation, files, output)
+            return _check(invocation, files, output, name)
         if for_host:
             files |= _overrides(invocation, files)
         _write(invocation, files, output)
+        invocation.console.note(f"next: hlaunch up {name}")
+        invocation.console.note("or copy each folder to its node, and there: docker compose up -d --wait")
         return ExitCode.OK
 
 
@@ -71,13 +73,17 @@ def cluster_plan_for(invocation: Invocation, name: str, overrides: list[str], cl
     return plan
 
 
-def _check(invocation: Invocation, files: dict[str, bytes], folder: Path) -> int:
+def _check(invocation: Invocation, files: dict[str, bytes], folder: Path, name: str) -> int:
     from launcher.exit_codes import ExitCode
 
     changed = [path for path, content in files.items() if _read(folder / path) != content]
     for path in changed:
         invocation.console.data(f"{folder / path}: {'differs' if (folder / path).is_file() else 'is missing'}")
-    return ExitCode.PLAN_CHANGED if changed else ExitCode.OK
+    if not changed:
+        invocation.console.note(f"{folder} is what the registry says")
+        return ExitCode.OK
+    invocation.console.note(f"line by line: hlaunch plan {name} --diff --against {folder}")
+    return ExitCode.PLAN_CHANGED
 
 
 def _read(path: Path) -> bytes | None:

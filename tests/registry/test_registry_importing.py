@@ -256,7 +256,7 @@ def test_the_commands(here: Here) -> None:
     shown = here("import", "vllm-config", "c.yaml")
     assert shown.code == 0
     parse_registry(shown.out)
-    assert shown.err.splitlines()[-1] == "3 kept, 3 renamed, 8 dropped"
+    assert shown.err.splitlines()[-2] == "3 kept, 3 renamed, 8 dropped"
     assert here("import", "vllm-config", "c.yaml", "--name", "mine", "-o", "model_registry.yml").code == 0
     assert here("validate").out == "model_registry.yml: valid, 1 model\n"
     assert here("show", "mine").code == 0
