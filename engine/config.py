@@ -223,8 +223,26 @@ class EngineConfig:
         """Whether ranks may run on nodes beside this one."""
         return len(self.nodes.names) > 1
 
+    @property
+    def served_name(self) -> str:
+        """What people call the model."""
+        return self.server.served_model_names[0] if self.server.served_model_names else self.model
+
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2, sort_keys=True)
+
+    @classmethod
+    def read(cls, path: Path) -> EngineConfig:
+        """Read a file that holds what `to_json` wrote. Raises: ConfigError, as `from_json`, or naming the file."""
+        try:
+            if path.stat().st_size > MAX_CONFIG_BYTES:
+                raise ConfigError(str(path), f"larger than {MAX_CONFIG_BYTES} bytes")
+            text = path.read_text(encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(str(path), f"cannot be read: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise ConfigError(str(path), f"not UTF-8: {error.reason} at byte {error.start}") from error
+        return cls.from_json(text, str(path))
 
     @classmethod
     def from_json(cls, text: str, where: str = "engine.json") -> EngineConfig:

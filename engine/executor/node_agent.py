@@ -36,7 +36,7 @@ from engine.comm.node_messages import (
     own_facts,
 )
 from engine.comm.secure_link import LinkLost, LinkRefused, NodeLinkError, SecureLink, connect
-from engine.config import MAX_CONFIG_BYTES, ConfigError, EngineConfig, resolve_model_folder
+from engine.config import ConfigError, EngineConfig, resolve_model_folder
 from engine.executor.multiproc_watch import describe_end
 from engine.executor.node_host import HostTask
 from engine.model_digest import digest_of
@@ -368,13 +368,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _make(path: Path, status: StatusPipe) -> NodeAgent:
     try:
-        if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise ConfigError(str(path), f"larger than {MAX_CONFIG_BYTES} bytes")
-        config = EngineConfig.from_json(path.read_text(encoding="utf-8"), str(path))
+        config = EngineConfig.read(path)
     except ConfigError as error:
         raise NodeEnd("config", str(error), error.hint, EXIT_REGISTRY_INVALID) from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise NodeEnd("config", f"{path}: {error}", "", EXIT_REGISTRY_INVALID) from error
     if not config.has_other_nodes or config.nodes.rank == 0:
         raise NodeEnd("config", "this configuration is not that of a node beside the head", "", EXIT_REGISTRY_INVALID)
     if resolve_model_folder(config.model) is None:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine import ipc
-from engine.config import MAX_CONFIG_BYTES, ConfigError, EngineConfig, load_generation_defaults
+from engine.config import ConfigError, EngineConfig, load_generation_defaults
 from engine.data_parallel import DataParallelEngine
 from engine.process import StatusPipe, dump_stacks_on_signal, follow_parent
 
@@ -73,23 +73,18 @@ def main() -> int:
     return EXIT_OK
 
 
-def _end_the_start(number: int, _: object) -> None:
+def _end_the_start(*_: object) -> None:
     # Once: the engine is stopped now, and a second signal is for the impatient.
     for each in (signal.SIGTERM, signal.SIGINT):
         signal.signal(each, signal.SIG_DFL)
-    print(f"{signal.Signals(number).name} during the start", file=sys.stderr, flush=True)
     raise _Asked
 
 
 def _read_config(path: Path) -> EngineConfig:
     try:
-        if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise ConfigError(str(path), f"larger than {MAX_CONFIG_BYTES} bytes")
-        return EngineConfig.from_json(path.read_text(encoding="utf-8"), str(path))
+        return EngineConfig.read(path)
     except ConfigError as error:
         raise _Fatal("config", "ConfigError", str(error), error.hint, EXIT_REGISTRY_INVALID) from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise _Fatal("config", type(error).__name__, f"{path}: {error}", "", EXIT_REGISTRY_INVALID) from error
 
 
 async def _serve(config: EngineConfig, status: StatusPipe) -> None:

@@ -18,6 +18,7 @@ from nodes_support import nodes_config, nodes_placement, ranks_below
 
 from engine.comm.node_listener import NodeArrival, NodeListener
 from engine.comm.node_messages import Ended, NodeKind, Order, Welcome, decode, encode, own_facts
+from engine.config import MAX_CONFIG_BYTES, ConfigError, EngineConfig
 from engine.executor import node_agent
 from engine.executor.node_agent import NodeAgent
 from engine.placement import ParallelSizes
@@ -48,6 +49,33 @@ def node(head: NodeListener, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     yield process
     process.kill()
     process.communicate()
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "cannot be read: No such file or directory"),
+        (b"{" + b" " * MAX_CONFIG_BYTES, f"larger than {MAX_CONFIG_BYTES} bytes"),
+        (b'{"model": "\xff"}', "not UTF-8: invalid start byte at byte 11"),
+        (b"{", "not valid JSON"),
+    ],
+    ids=["missing", "large", "bytes", "half"],
+)
+def test_a_configuration_that_cannot_be_read_is_named(content: bytes | None, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "engine.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ConfigError) as caught:
+        EngineConfig.read(path)
+    assert str(caught.value).startswith(f"{path}: {said}")
+
+
+@pytest.mark.parametrize("module", ["engine.server", "engine.executor.node_agent"])
+def test_a_process_without_its_configuration_ends_with_3(module: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", module, "--config", str(tmp_path / "none.json")]
+    done = subprocess.run(command, cwd=HERE.parents[1], capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == 3
+    assert done.stderr == f"error: {tmp_path}/none.json: cannot be read: No such file or directory\n"
 
 
 def welcome(head: NodeListener) -> NodeArrival:
