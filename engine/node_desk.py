@@ -72,7 +72,7 @@ class NodeDesk:
     def __init__(self, config: EngineConfig, facts: NodeFacts | None = None) -> None:
         nodes = config.nodes
         self._names = nodes.names[1:]
-        self._model = config.server.served_model_names[0] if config.server.served_model_names else config.model
+        self._model = config.served_name
         self._engines = _engines_by_node(config)
         self._config = config
         self._facts = facts
@@ -151,10 +151,9 @@ class NodeDesk:
         if channel is None:
             return refuse(arrival.link, Refusal(f"no host of {hello.node} is wanted for this run of the engine"))
         fd, state = arrival.link.detach()
-        message = Came(hello, state.send_key, state.receive_key, state.sent, state.received, state.unread)
         try:
             with contextlib.suppress(OSError):  # the core is gone; the host will notice the same
-                socket.send_fds(channel.socket, [msgspec.msgpack.encode(message)], [fd])
+                socket.send_fds(channel.socket, [msgspec.msgpack.encode(Came(hello, state))], [fd])
         finally:
             os.close(fd)
 

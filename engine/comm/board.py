@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 import struct
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -110,12 +111,12 @@ def create_board(num_ranks: int) -> Segment:
     return Segment.create("hlaunch-board", LINE * num_ranks)
 
 
-def read_board(segment: Segment, num_ranks: int) -> list[RankState]:
-    """Read all lines."""
+def read_board(segment: Segment, ranks: Sequence[int]) -> list[RankState]:
+    """Read all lines, which are those of `ranks`."""
     now = time.monotonic()
     states = []
-    for rank in range(num_ranks):
-        phase, activity, meetings, step_id, since = _LINE.unpack_from(segment.view, LINE * rank)
+    for line, rank in enumerate(ranks):
+        phase, activity, meetings, step_id, since = _LINE.unpack_from(segment.view, LINE * line)
         seconds = now - since if since else 0.0
         states.append(RankState(rank, PHASES[phase], Activity(activity), step_id, meetings, seconds))
     return states

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import msgspec
 
-from engine.comm.secure_link import LinkRefused
+from engine.comm.secure_link import LinkRefused, LinkState
 
 T = TypeVar("T")
 MAX_HELLO_BYTES = 16 << 10
@@ -103,14 +103,10 @@ class Wanted(msgspec.Struct, frozen=True, tag=True):
 
 
 class Came(msgspec.Struct, frozen=True, tag=True):
-    """Desk to core, with a descriptor: a host has come. The rest is the state of its link."""
+    """Desk to core, with a descriptor: a host has come, and where its link stands."""
 
     hello: Hello
-    send_key: bytes
-    receive_key: bytes
-    sent: int
-    received: int
-    unread: bytes
+    link: LinkState
 
 
 class NodeNews(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
@@ -143,18 +139,6 @@ class Start(msgspec.Struct, frozen=True, omit_defaults=True):
     """Spawn the ranks; `store` is what the keeper's host said."""
 
     store: tuple[str, int] | None = None
-
-
-class RankStateMessage(msgspec.Struct, frozen=True, array_like=True):
-    """One line of a host's board; `kernel` says what keeps the process from running, if anything does."""
-
-    rank: int
-    phase: str
-    activity: int
-    step_id: int
-    num_meetings: int
-    seconds: float
-    kernel: str = ""
 
 
 def own_facts(model_digest: str = "") -> NodeFacts:

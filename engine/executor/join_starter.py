@@ -16,7 +16,7 @@ import msgspec
 
 from engine.comm.node_listener import NodeArrival
 from engine.comm.node_messages import Came, DeskMessage, NodeNews, Wanted
-from engine.comm.secure_link import LinkLost, LinkState, SecureLink
+from engine.comm.secure_link import LinkLost, SecureLink
 from engine.config import EngineConfig
 from engine.executor.base import ExecutorError
 from engine.executor.node_starter import LostCallback, NodeOrder
@@ -59,10 +59,10 @@ class JoinStarter:
             return f"{node} has joined from {self._joined[node]}, its ranks are being started"
         config = self._config
         names = config.nodes.names
-        model = config.server.served_model_names[0] if config.server.served_model_names else config.model
         where = f"{config.nodes.head_host}:{config.nodes.head_port}"
+        rank = names.index(node)
         return (
-            f"run on it: hlaunch up {model} --nnodes {len(names)} --node-rank {names.index(node)} --head-addr {where}"
+            f"run on it: hlaunch up {config.served_name} --nnodes {len(names)} --node-rank {rank} --head-addr {where}"
         )
 
     def stop(self) -> None:
@@ -107,5 +107,4 @@ class JoinStarter:
 
 
 def _arrival(message: Came, fd: int) -> NodeArrival:
-    state = LinkState(message.send_key, message.receive_key, message.sent, message.received, message.unread)
-    return NodeArrival(SecureLink(socket.socket(fileno=fd), state), message.hello)
+    return NodeArrival(SecureLink(socket.socket(fileno=fd), message.link), message.hello)

@@ -28,7 +28,6 @@ from engine.comm.node_messages import (
     NodeKind,
     Prepare,
     Prepared,
-    RankStateMessage,
     Refusal,
     Start,
     decode,
@@ -201,7 +200,8 @@ class _NodeHost:
                 self._unsent.append((Kind(kind), body, time.monotonic() + self._timeout))
                 self._pass_on(host)
             elif kind == NodeKind.STATES:
-                self._link.send(NodeKind.STATES, msgspec.msgpack.encode(_lines_of(host)))
+                lines = [(line.state, line.kernel) for line in host.lines()]
+                self._link.send(NodeKind.STATES, msgspec.msgpack.encode(lines))
             elif kind == NodeKind.STACKS:
                 host.dump_stacks()
             elif kind == NodeKind.GOODBYE:
@@ -239,21 +239,6 @@ class _NodeHost:
         kind, body = encode_report(report)
         with contextlib.suppress(NodeLinkError):  # who receives learns of it
             self._link.send(kind, body)
-
-
-def _lines_of(host: RankHost) -> list[RankStateMessage]:
-    return [
-        RankStateMessage(
-            line.spec.rank,
-            line.state.phase,
-            int(line.state.activity),
-            line.state.step_id,
-            line.state.num_meetings,
-            line.state.seconds,
-            line.kernel,
-        )
-        for line in host.lines()
-    ]
 
 
 def _say(task: HostTask, line: str) -> None:

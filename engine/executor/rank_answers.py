@@ -29,22 +29,16 @@ class Answers:
 
     def __init__(self, answer: Callable[[StepResult, bool], None], fail: Callable[[Exception], None]) -> None:
         self._answer, self._fail = answer, fail
-        self._steps: SimpleQueue[PendingStep | None] = SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="answers", daemon=True)
-        self._thread.start()
+        self._steps: SimpleQueue[PendingStep] = SimpleQueue()
+        threading.Thread(target=self._run, name="answers", daemon=True).start()
 
     def give(self, step: PendingStep) -> None:
         """Have a step's result answered once it is there."""
         self._steps.put(step)
 
-    def close(self) -> None:
-        """Answer what was given, then end."""
-        self._steps.put(None)
-        self._thread.join()
-
     def _run(self) -> None:
         try:
-            while (step := self._steps.get()) is not None:
-                self._answer(step.wait(), self._steps.empty())
+            while True:
+                self._answer(self._steps.get().wait(), self._steps.empty())
         except Exception as error:  # noqa: BLE001 - the thread's border: the process reports it and ends
             self._fail(error)

@@ -118,9 +118,8 @@ class RankHost:
     def lines(self) -> list[RankLine]:
         """Read what each rank does at this moment."""
         if not self._handles:
-            idle = [RankState(index, "spawn", Activity.IDLE, 0, 0, 0.0) for index in range(len(self.ranks))]
-            return [RankLine(spec, state) for spec, state in zip(self.ranks, idle, strict=True)]
-        states = read_board(self._wiring.board, len(self._handles))
+            return [RankLine(spec, RankState(spec.rank, "spawn", Activity.IDLE, 0, 0, 0.0)) for spec in self.ranks]
+        states = read_board(self._wiring.board, [handle.spec.rank for handle in self._handles])
         return [
             RankLine(handle.spec, state, _kernel_state(handle))
             for handle, state in zip(self._handles, states, strict=True)

@@ -13,16 +13,17 @@ from queue import Empty, SimpleQueue
 
 import msgspec
 
-from engine.comm.board import PHASES, Activity, RankState
+from engine.comm.board import PHASES, RankState
 from engine.comm.node_listener import NodeArrival
-from engine.comm.node_messages import NodeKind, Prepare, Prepared, RankStateMessage, Start, decode, encode
+from engine.comm.node_messages import NodeKind, Prepare, Prepared, Start, decode, encode
 from engine.comm.secure_link import LinkLost, LinkRefused, NodeLinkError
 from engine.executor.messages import Kind, MessageError, PhaseReport, decode_report
 from engine.executor.rank_host import RankLine
 from engine.executor.roster import Roster
 from engine.placement import RankSpec
 
-_STATES = msgspec.msgpack.Decoder(list[RankStateMessage])
+_STATES = msgspec.msgpack.Decoder(list[tuple[RankState, str]])
+"""What each rank does, and what keeps its process from running, if anything does."""
 
 
 class RemoteNode:
@@ -35,7 +36,7 @@ class RemoteNode:
         self._link.allow_silence(silence_seconds)
         self._roster = roster
         self._results: SimpleQueue[bytes | None] = SimpleQueue()
-        self._states: SimpleQueue[list[tuple[int, RankState, str]]] = SimpleQueue()
+        self._states: SimpleQueue[list[tuple[RankState, str]]] = SimpleQueue()
         self._gone = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -81,9 +82,9 @@ class RemoteNode:
             self._link.send(NodeKind.STATES)
             by_rank = {rank.rank: rank for rank in self.ranks}
             return [
-                RankLine(by_rank[rank], state, kernel)
-                for rank, state, kernel in self._states.get(timeout=timeout_seconds)
-                if rank in by_rank
+                RankLine(by_rank[state.rank], state, kernel)
+                for state, kernel in self._states.get(timeout=timeout_seconds)
+                if state.rank in by_rank
             ]
         return []
 
@@ -120,7 +121,7 @@ class RemoteNode:
                 if kind == NodeKind.RESULT:
                     self._results.put(body)
                 elif kind == NodeKind.STATES:
-                    self._states.put([(line.rank, _state_of(line), line.kernel) for line in _STATES.decode(body)])
+                    self._states.put(_STATES.decode(body))
                 else:
                     self._hear(kind, body)
         except (NodeLinkError, MessageError, msgspec.DecodeError) as error:
@@ -140,14 +141,6 @@ class RemoteNode:
         self._gone.set()
         self._roster.lose_node(self.ranks, str(error))
         self._link.close()
-
-
-def _state_of(line: RankStateMessage) -> RankState:
-    try:
-        activity = Activity(line.activity)
-    except ValueError as error:
-        raise MessageError(f"a rank's state that there is not: {error}") from None
-    return RankState(line.rank, line.phase, activity, line.step_id, line.num_meetings, line.seconds)
 
 
 def _fault_of(kind: int, body: bytes) -> str:

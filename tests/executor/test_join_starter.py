@@ -10,6 +10,7 @@ from executor_support import CONFIG
 from nodes_support import nodes_config, nodes_placement
 
 from engine.comm.node_messages import Came, Hello, NodeNews, encode
+from engine.comm.secure_link import LinkState
 from engine.executor.join_starter import JoinStarter
 from engine.placement import ParallelSizes
 
@@ -26,7 +27,7 @@ def test_a_host_that_died_on_its_way_is_left_out_and_the_next_news_is_heard() ->
     starter = JoinStarter(core, nodes_config(CONFIG, nodes_placement(CONFIG, ParallelSizes(1, 2, 1))))
     starter.start([], lambda node, why: lost.put((node, why)))
     try:
-        came = Came(Hello("node1", "1"), bytes(32), bytes(32), 0, 0, b"")
+        came = Came(Hello("node1", "1"), LinkState(bytes(32), bytes(32)))
         with taken:
             socket.send_fds(desk, [encode(came)], [taken.fileno()])
         desk.send(encode(NodeNews("node1", lost="was killed", is_host=True)))

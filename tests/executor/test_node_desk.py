@@ -36,7 +36,7 @@ from engine.comm.node_messages import (
     encode,
     own_facts,
 )
-from engine.comm.secure_link import LinkLost, LinkState, SecureLink, connect
+from engine.comm.secure_link import LinkLost, SecureLink, connect
 from engine.config import ConfigError, EngineConfig
 from engine.node_desk import NodeDesk
 from engine.node_secret import SecretError, read_secret
@@ -90,8 +90,7 @@ def test_a_node_joins_gets_orders_and_is_missed(desk: NodeDesk) -> None:
     body, (fd,), _, _ = socket.recv_fds(core, 1 << 16, 1)
     came = msgspec.msgpack.decode(body, type=DeskMessage)
     assert isinstance(came, Came)
-    state = LinkState(came.send_key, came.receive_key, came.sent, came.received, came.unread)
-    handed = SecureLink(socket.socket(fileno=fd), state)
+    handed = SecureLink(socket.socket(fileno=fd), came.link)
     handed.send(NodeKind.PREPARE, b"to the host")
     assert host.receive(5) == (NodeKind.PREPARE, b"to the host")
     host.send(1, b"to the core")

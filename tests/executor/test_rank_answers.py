@@ -22,6 +22,12 @@ class Step:
         return self._result
 
 
+def ended(threads: set[threading.Thread]) -> None:
+    for thread in threads:
+        thread.join(10)
+        assert not thread.is_alive()
+
+
 def test_steps_are_answered_in_order_while_more_are_launched() -> None:
     answered: list[tuple[int, bool]] = []
     all_there = threading.Event()
@@ -40,7 +46,6 @@ def test_steps_are_answered_in_order_while_more_are_launched() -> None:
     steps[0].over.set()
     steps[2].over.set()
     assert all_there.wait(10)
-    answers.close()
     assert answered == [(0, False), (1, False), (2, True)]
 
 
@@ -53,12 +58,14 @@ def test_a_step_that_fails_is_told_once_and_nothing_follows() -> None:
         told.append(error)
         failed.set()
 
+    before = set(threading.enumerate())
     answers = Answers(lambda result, _: answered.append(result.step_id), fail)
+    threads = set(threading.enumerate()) - before
     steps = [Step(0), Step(1, RuntimeError("an illegal address")), Step(2)]
     for step in steps:
         step.over.set()
         answers.give(step)
     assert failed.wait(10)
-    answers.close()
+    ended(threads)
     assert answered == [0]
     assert [str(error) for error in told] == ["an illegal address"]

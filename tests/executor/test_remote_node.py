@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import socket
 import threading
+from dataclasses import replace
 
 import msgspec
 import pytest
 from executor_support import CONFIG
 from nodes_support import SECRET, nodes_placement
 
+from engine.comm.board import Activity, RankState
 from engine.comm.node_listener import NodeArrival
-from engine.comm.node_messages import Hello, NodeKind, RankStateMessage
+from engine.comm.node_messages import Hello, NodeKind
 from engine.comm.secure_link import SecureLink, answer, connect
 from engine.executor.messages import PhaseReport, encode_report
+from engine.executor.rank_host import RankLine
 from engine.executor.remote_node import RemoteNode
 from engine.executor.roster import NodeFailure, Roster
 from engine.placement import ParallelSizes
@@ -21,21 +24,12 @@ from engine.placement import ParallelSizes
 PLACEMENT = nodes_placement(CONFIG, ParallelSizes(1, 2, 1))
 PHASE = encode_report(PhaseReport(1, "nonsense"))
 ALIEN = encode_report(PhaseReport(0, "load"))
-STATES = (int(NodeKind.STATES), msgspec.msgpack.encode([RankStateMessage(1, "serve", 99, 0, 0, 0.0)]))
+STATE = RankState(1, "serve", Activity.WAITS, 7, 2, 0.5)
+STATES = (int(NodeKind.STATES), msgspec.msgpack.encode([(msgspec.to_builtins(STATE) | {"activity": 99}, "")]))
 
 
-@pytest.mark.parametrize(
-    ("frame", "said"),
-    [
-        (PHASE, "a report of phase 'nonsense', which there is not"),
-        (ALIEN, "a report about rank 0, which is not its own"),
-        (STATES, "a rank's state that there is not: 99"),
-        ((int(NodeKind.STATES), b"\xc1"), "malformed"),
-        ((63, b""), "not a report of kind 63"),
-    ],
-    ids=["phase", "alien", "activity", "msgpack", "kind"],
-)
-def test_nonsense_is_the_loss_of_the_node(frame: tuple[int, bytes], said: str) -> None:
+def linked() -> tuple[SecureLink, RemoteNode, Roster]:
+    """A host's end of a link, and the node as the head sees it over the other."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         ends: list[SecureLink] = []
         thread = threading.Thread(target=lambda: ends.append(answer(server.accept()[0], SECRET)))
@@ -43,7 +37,35 @@ def test_nonsense_is_the_loss_of_the_node(frame: tuple[int, bytes], said: str) -
         host = connect("127.0.0.1", server.getsockname()[1], SECRET)
         thread.join()
     roster = Roster(PLACEMENT.engine(0), lambda _: None)
-    node = RemoteNode(NodeArrival(ends[0], Hello("node1", "1")), PLACEMENT.on_node("node1"), roster, 10.0)
+    return host, RemoteNode(NodeArrival(ends[0], Hello("node1", "1")), PLACEMENT.on_node("node1"), roster, 10.0), roster
+
+
+def test_what_ranks_do_arrives_as_it_was_said() -> None:
+    host, node, roster = linked()
+    try:
+        node.spawn(None)
+        elsewhere = replace(STATE, rank=0)
+        host.send(NodeKind.STATES, msgspec.msgpack.encode([(STATE, ", stopped by a signal"), (elsewhere, "")]))
+        assert node.lines(5) == [RankLine(PLACEMENT.ranks[1], STATE, ", stopped by a signal")]
+    finally:
+        node.stop()
+        roster.close()
+        host.dispose()
+
+
+@pytest.mark.parametrize(
+    ("frame", "said"),
+    [
+        (PHASE, "a report of phase 'nonsense', which there is not"),
+        (ALIEN, "a report about rank 0, which is not its own"),
+        (STATES, "Invalid enum value 99"),
+        ((int(NodeKind.STATES), b"\xc1"), "malformed"),
+        ((63, b""), "not a report of kind 63"),
+    ],
+    ids=["phase", "alien", "activity", "msgpack", "kind"],
+)
+def test_nonsense_is_the_loss_of_the_node(frame: tuple[int, bytes], said: str) -> None:
+    host, node, roster = linked()
     try:
         node.spawn(None)
         host.send(*frame)
