@@ -6,8 +6,6 @@ Knows: columns, phases as people see them. Refuses to know: nodes, ssh, Docker (
 from __future__ import annotations
 
 import os
-import subprocess
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -240,37 +238,14 @@ def transports(console: Console, pairs: list[dict[str, Any]]) -> None:
         console.table(("RANKS", "NODES", "TRANSPORT", "EVIDENCE"), rows)
 
 
-def logs(view: LogView, run: ClusterRun, environ: Mapping[str, str], num_lines: int, *, follow: bool) -> None:
-    """Show every node's log, each line with its node's name."""
-    from launcher.supervise.logfile import clean
-    from launcher.supervise.runtimes import RUNTIMES
-    from launcher.supervise.shell import Shell
+def logs(
+    console: Console, view: LogView, run: ClusterRun, environ: Mapping[str, str], num_lines: int, *, follow: bool
+) -> None:
+    """Show every node's log, each line with its node's name, and say whose could not be read."""
+    from launcher.supervise.cluster_logs import node_lines
 
-    lock = threading.Lock()
-
-    def copy(process: subprocess.Popen[str], name: str) -> None:
-        assert process.stdout is not None
-        for line in process.stdout:
-            with lock:
-                view.show(clean(line.rstrip()), name)
-
-    processes = []
-    for node in run.nodes:
-        shell = Shell(node.name, node.ssh, environ)
-        process = shell.popen(RUNTIMES[run.runtime].logs_argv(shell, node, num_lines, follow=follow))
-        thread = threading.Thread(target=copy, args=(process, node.name), daemon=True)
-        thread.start()
-        processes.append((process, thread))
-        if not follow:
-            thread.join()
-    try:
-        for process, thread in processes:
-            thread.join()
-            process.wait()
-    finally:
-        for process, thread in processes:
-            process.terminate()
-            process.wait()
-            thread.join(timeout=1.0)
-            if process.stdout is not None and not thread.is_alive():
-                process.stdout.close()
+    for node, line in node_lines(run.runtime, run.nodes, num_lines, environ, follow=follow):
+        if line is not None:
+            view.show(line, node)
+        else:
+            console.warning(f"the log of {node} cannot be read", hint=f"does it answer? hlaunch status {run.name}")

@@ -46,7 +46,7 @@ def register(app: typer.Typer) -> None:
         launch = _find(invocation, name)
         if (run := launch.run) is not None:
             view = made_view(max(len(node.name) for node in run.nodes))
-            cluster.logs(view, run, invocation.environ, num_lines, follow=is_following)
+            cluster.logs(invocation.console, view, run, invocation.environ, num_lines, follow=is_following)
             view.conclude()
             return
         folder = launch.folder

@@ -6,15 +6,19 @@ Knows: how a node's log is fetched, and where its last start begins in it. Refus
 
 from __future__ import annotations
 
+import queue
 import re
-from collections.abc import Mapping, Sequence
+import subprocess
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeAlias
 
 from engine.placement import Placement
 from launcher.errors import HlaunchError
 from launcher.fabric.log_lines import worst
 from launcher.fabric.transports import PairTransport, transports_of
-from launcher.supervise.logfile import START_LINES
+from launcher.supervise.logfile import START_LINES, clean
 from launcher.supervise.runtimes import RUNTIMES, NodeHandle
 from launcher.supervise.shell import Shell
 from launcher.supervise.status import one_line
@@ -22,6 +26,7 @@ from launcher.supervise.status import one_line
 TAIL_LINES = 400
 """How far back a log is read for the cause of a failure."""
 _SECONDS = 30.0
+_Lines: TypeAlias = "queue.SimpleQueue[tuple[str, str | None] | None]"
 _BEGINS = re.compile(r"=== |keeper: ended with|node: \S+ -m ray\.")
 
 
@@ -43,6 +48,46 @@ def known_failures(runtime: str, nodes: Sequence[NodeHandle], environ: Mapping[s
         for item in worst(lines)
         if item.severity == "error"
     ]
+
+
+def node_lines(
+    runtime: str, nodes: Sequence[NodeHandle], num_lines: int, environ: Mapping[str, str], *, follow: bool
+) -> Iterator[tuple[str, str | None]]:
+    """Yield node and line of all logs, which are asked for at the same time.
+
+    Without `follow` they come node by node in the given order, else as they are written, until closed. None instead of
+    a line: this node's log cannot be read, or no further.
+    """
+    heard: list[_Lines] = [queue.SimpleQueue() for _ in nodes]
+    if follow:
+        heard = heard[:1] * len(nodes)
+    copies: list[tuple[subprocess.Popen[str], threading.Thread]] = []
+    try:
+        for node, into in zip(nodes, heard, strict=True):
+            shell = Shell(node.name, node.ssh, environ)
+            process = shell.popen(RUNTIMES[runtime].logs_argv(shell, node, num_lines, follow=follow))
+            thread = threading.Thread(target=_copy, args=(process, node.name, into), daemon=True)
+            copies.append((process, thread))
+            thread.start()
+        for source in dict.fromkeys(heard):
+            for _ in range(heard.count(source)):
+                yield from iter(source.get, None)
+    finally:
+        for process, thread in copies:
+            process.terminate()
+            thread.join(timeout=1.0)
+            if process.stdout is not None and not thread.is_alive():
+                process.stdout.close()
+
+
+def _copy(process: subprocess.Popen[str], node: str, into: _Lines) -> None:
+    """Hand on what a process writes, then whether that was all, then None."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        into.put((node, clean(line.rstrip())))
+    if process.wait() != 0:
+        into.put((node, None))
+    into.put(None)
 
 
 def last_lines(

@@ -3,7 +3,8 @@
 Every command is noted in `commands` of the given folder, and while `<NODE>.gone` is there that node does not answer.
 `launcher.node start` leaves `<NODE>.log` as the node's log, `launcher.probe` reports a node that is ready,
 `launcher.node stop` notes that it was asked; a look at the host is answered with `<NODE>.facts`, one line each time;
-everything else is run by a shell, as ssh would. With `together` no log is given before all nodes were asked for theirs.
+everything else is run by a shell, as ssh would. With `together` no log is given before all nodes were asked for theirs,
+and that of a node with `<NODE>.slow` a second later.
 """
 
 from __future__ import annotations
@@ -55,6 +56,8 @@ def _meet(folder: Path, node: str) -> None:
         if time.monotonic() > deadline:
             sys.exit(1)
         time.sleep(0.02)
+    if (folder / f"{node}.slow").exists():
+        time.sleep(1.0)
 
 
 def _said(folder: Path, node: str) -> str:

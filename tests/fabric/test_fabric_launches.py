@@ -81,6 +81,22 @@ def test_what_status_does_not_show_is_not_read(stand_ins: StandIns) -> None:
     assert not any("node.log" in command for command in asked)
 
 
+def test_logs_ask_all_nodes_at_once_and_show_them_in_order(stand_ins: StandIns) -> None:
+    (stand_ins.folder / "together").touch()
+    (stand_ins.folder / "one.slow").touch()
+    done = stand_ins.cli("logs", "tiny-oss")
+    assert done.out.splitlines() == [
+        "one | one says this", "one | one says that", "two | two says this", "two | two says that",
+    ]  # fmt: skip
+    assert done.err == ""
+    (stand_ins.folder / "one.gone").touch()
+    (stand_ins.folder / "together").unlink()
+    done = stand_ins.cli("logs", "tiny-oss", "-n", "1")
+    assert (done.code, done.out) == (0, "two | two says that\n")
+    assert done.err == "warning: the log of one cannot be read\nhint: does it answer? hlaunch status tiny-oss\n"
+    (stand_ins.folder / "one.gone").unlink()
+
+
 def test_what_cannot_be_ended_does_not_keep_the_rest_alive(stand_ins: StandIns) -> None:
     folder = InstanceFolder(state_root(stand_ins.environ), "zz")
     folder.create()
