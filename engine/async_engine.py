@@ -168,6 +168,8 @@ class AsyncEngine:
         self.load_fraction = 0.0
         self.facts: dict[str, float | int | str] = {}
         self.ready = asyncio.Event()
+        self.has_served = False
+        """Whether it has answered a request to the end."""
         self._on_phase = on_phase
         self._on_fatal = on_fatal
         self._on_stats = on_stats
@@ -292,6 +294,7 @@ class AsyncEngine:
                 if stream is not None:
                     if output.finish_reason is not None:
                         del self._streams[output.request_id]
+                        self.has_served |= output.finish_reason is not FinishReason.ERROR
                     stream.put(output)
         elif kind is ipc.Kind.PHASE:
             self._phase = body.phase

@@ -15,14 +15,13 @@ import socket
 import sys
 import threading
 import time
-import traceback
 from queue import Empty, SimpleQueue
 from typing import Any, NoReturn
 
 from engine import ipc
 from engine.config import EngineConfig
 from engine.core.request import RequestOutput
-from engine.process import die_with_parent, dump_stacks_on_signal
+from engine.process import die_with_parent, dump_stacks_on_signal, say, say_trace
 
 STATS_INTERVAL_SECONDS = 0.1
 EXIT_FAILED = 1
@@ -96,7 +95,7 @@ class _Inbox:
             while (message := self._link.receive()) is not None:
                 self.messages.put(message)
         except (ipc.WireError, OSError) as error:
-            print(f"engine core: {error}", file=sys.stderr)
+            say(f"engine core: {error}")
         finally:
             self.messages.put(None)
             if self._is_starting:
@@ -166,13 +165,13 @@ def _run(link: _Link, desk_fd: int | None) -> int:
 def _fail(link: _Link, phase: str, error: BaseException, core: Any = None) -> NoReturn:
     """Send the cause and end soon: what still compiles, reads or hangs must not hold back the news, nor memory."""
     link.send(ipc.Kind.FATAL, _fatal(phase, error))
-    traceback.print_exc()
+    say_trace(error)
     if core is not None:
         stopping = threading.Thread(target=core.stop, daemon=True)
         stopping.start()
         stopping.join(STOP_SECONDS)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
     os._exit(EXIT_FAILED)
 
 

@@ -7,9 +7,7 @@ made (`engine.core.load_balancer`), text, HTTP, torch.
 from __future__ import annotations
 
 import asyncio
-import sys
 import time
-from collections import deque
 from collections.abc import Callable, Coroutine
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
@@ -20,16 +18,14 @@ from engine.config import ConfigError, EngineConfig
 from engine.core.load_balancer import LoadBalancer
 from engine.core.request import EngineRequest, SchedulerStats
 from engine.placement import Placement, PlacementError
-from engine.process import threads_per_rank
+from engine.process import say, threads_per_rank
+from engine.restarts import Restarts
 
 if TYPE_CHECKING:
     from engine.node_desk import NodeDesk
 
 RESTART_PHASE = "restart"
 """What the status pipe is told while an engine that served is started again."""
-RESTART_WINDOW_SECONDS = 600.0
-FIRST_BACKOFF_SECONDS = 1.0
-LAST_BACKOFF_SECONDS = 60.0
 
 
 def num_engines(config: EngineConfig) -> int:
@@ -55,7 +51,7 @@ class DataParallelEngine:
     """As many cores as the placement has engines, seen as one `EngineClient`.
 
     Ready once all have started; an engine that cannot start the first time ends everything, since the next could not
-    either. Later one that dies ends its own requests only, and is started again after 1, 2, 4 … 60 s, at most
+    either. Later one that dies ends its own requests only, and is started again as `Restarts` has it, at most
     `max_restarts` times in 10 minutes; `on_fatal` is called when none is left to serve. Raises: ConfigError when the
     model is nowhere, or other nodes cannot be let in.
     """
@@ -71,7 +67,7 @@ class DataParallelEngine:
         self._on_phase = on_phase
         self._on_fatal = on_fatal
         self._balancer = LoadBalancer(count, config.cache.block_size)
-        self._restarts: list[deque[float]] = [deque() for _ in range(count)]
+        self._restarts = [Restarts(config.max_restarts) for _ in range(count)]
         self._is_lost = [False] * count
         self._has_been_ready = False
         self._is_ending = False
@@ -183,7 +179,7 @@ class DataParallelEngine:
         return AsyncEngine(
             self._configs[rank],
             self._on_phase,
-            lambda message: self._on_engine_fatal(rank, message),
+            lambda message: self._on_engine_fatal(rank, message, has_served=self.engines[rank].has_served),
             self._on_stats(rank),
             self._desk.open_channel(rank) if self._desk is not None else None,
         )
@@ -196,27 +192,24 @@ class DataParallelEngine:
         self._has_been_ready = True
         self.ready.set()
 
-    def _on_engine_fatal(self, rank: int, message: ipc.FatalMessage) -> None:
+    def _on_engine_fatal(self, rank: int, message: ipc.FatalMessage, *, has_served: bool) -> None:
         named = replace(message, message=f"engine {rank}: {message.message}") if len(self.engines) > 1 else message
         if self._is_ending or not self._has_been_ready:
             self._on_fatal(named)
             return
         self._balancer.forget(rank)
-        restarts, now = self._restarts[rank], time.monotonic()
-        while restarts and now - restarts[0] > RESTART_WINDOW_SECONDS:
-            restarts.popleft()
-        if len(restarts) >= self.config.max_restarts:
+        wait = self._restarts[rank].next_wait(time.monotonic(), has_served=has_served)
+        if wait is None:
             self._is_lost[rank] = True
             if all(self._is_lost):
                 self._on_fatal(named)
             return
-        backoff = min(LAST_BACKOFF_SECONDS, FIRST_BACKOFF_SECONDS * 2 ** len(restarts))
-        said = f"{named.message}; it is started again in {backoff:g} s"
-        print(said, file=sys.stderr, flush=True)
+        # First what matters: whoever is told of it may be gone.
         self._restarting.add(rank)
+        self._watch(self._restart(rank, wait))
+        said = f"{named.message}; it is started again in {wait:g} s"
         self._on_phase(ipc.PhaseMessage(RESTART_PHASE, "begin", None, said))
-        restarts.append(now)
-        self._watch(self._restart(rank, backoff))
+        say(said)
 
     async def _restart(self, rank: int, backoff_seconds: float) -> None:
         await self.engines[rank].stop()
@@ -228,9 +221,8 @@ class DataParallelEngine:
             engine.start()
             self._watch(self._tell_when_ready(rank, engine))
         except Exception as error:  # noqa: BLE001 - no process, no memory, no folder: one more failed start
-            self._on_engine_fatal(
-                rank, ipc.FatalMessage("spawn", type(error).__name__, f"it cannot be started again: {error}", "", 1)
-            )
+            message = ipc.FatalMessage("spawn", type(error).__name__, f"it cannot be started again: {error}")
+            self._on_engine_fatal(rank, message, has_served=False)
 
     async def _tell_when_ready(self, rank: int, engine: AsyncEngine) -> None:
         """End the phase once the last engine that was lost serves again."""

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-import sys
 import threading
 from dataclasses import dataclass, field
 
@@ -40,6 +39,7 @@ from engine.config import ConfigError, EngineConfig
 from engine.model_digest import digest_of
 from engine.node_secret import SecretError, read_secret
 from engine.placement import Placement
+from engine.process import say
 
 MAX_MESSAGE_BYTES = 128 << 10
 _MESSAGES = msgspec.msgpack.Decoder(DeskMessage)
@@ -271,4 +271,4 @@ def _engines_by_node(config: EngineConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _say(line: str) -> None:
-    print(f"nodes: {line}", file=sys.stderr, flush=True)
+    say(f"nodes: {line}")

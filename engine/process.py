@@ -1,6 +1,6 @@
-"""What every engine process owes its parent: die with it, dump stacks when asked, report phases.
+"""What every engine process owes its parent: die with it, dump stacks when asked, report phases, say what happens.
 
-Knows: Linux process signals and the status pipe's lines. Refuses to know: what the phases do.
+Knows: Linux process signals, the log (standard error) and the status pipe's lines. Refuses to know: what the phases do.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import select
 import signal
 import sys
 import time
+import traceback
 from typing import Any, Literal
 
 _PR_SET_PDEATHSIG = 1
@@ -44,6 +45,32 @@ def follow_parent(status_fd: int) -> None:
     poll.register(status_fd, 0)
     if poll.poll(0):
         os._exit(1)
+
+
+def say(line: str) -> None:
+    """Write a line to the log at once and in one piece, since ranks share it. Never raises OSError or ValueError.
+
+    A full disk or a reader that is gone costs the line and nothing else: whoever speaks has more important work.
+    """
+    stream = sys.stderr
+    if stream is None:  # descriptor 2 was closed when this process began
+        return
+    with contextlib.suppress(OSError, ValueError):
+        stream.flush()
+    try:
+        fd = stream.fileno()
+    except (OSError, ValueError):  # somebody's buffer, which holds no descriptor
+        with contextlib.suppress(OSError, ValueError):
+            stream.write(f"{line}\n")
+        return
+    # Past the stream's own buffer, which would keep what the disk refuses and raise again for ever.
+    with contextlib.suppress(OSError):
+        os.write(fd, f"{line}\n".encode(errors="backslashreplace"))
+
+
+def say_trace(error: BaseException) -> None:
+    """Write an exception with its stack to the log, as `say` does."""
+    say("".join(traceback.format_exception(error)).rstrip("\n"))
 
 
 def dump_stacks_on_signal() -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from engine.comm.ranks import RankLinks
 from engine.placement import Placement, RankSpec
+from engine.process import say
 
 _ESTABLISHED = "01"
 
@@ -27,12 +28,12 @@ _ESTABLISHED = "01"
 def tell_edges(placement: Placement, spec: RankSpec, links: RankLinks) -> None:
     """Write one line per connection of this rank to stderr."""
     for line in edge_lines(placement, spec, links):
-        _say(line)
+        say(line)
 
 
 def tell_members(members: Sequence[int]) -> None:
     """Say before NCCL makes a communicator which ranks it has, in its order."""
-    _say(members_line(members))
+    say(members_line(members))
 
 
 def ask_nccl(environ: MutableMapping[str, str]) -> None:
@@ -102,9 +103,3 @@ def _addresses(lines: Iterable[str], mine: set[str]) -> set[str]:
             mapped = getattr(address, "ipv4_mapped", None)
             found.add(str(mapped or address))
     return found
-
-
-def _say(line: str) -> None:
-    """Write a line at once: ranks share a log, and what is written in two pieces mixes with theirs."""
-    sys.stderr.flush()
-    os.write(2, f"{line}\n".encode())

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import socket
-import sys
 import threading
 import time
 from collections import Counter
@@ -19,6 +18,7 @@ from queue import Empty, SimpleQueue
 
 from engine.comm.node_messages import Hello, NodeKind, Refusal, encode, read_hello
 from engine.comm.secure_link import HANDSHAKE_SECONDS, NodeLinkError, SecureLink, answer
+from engine.process import say
 
 MAX_STRANGERS = 16
 """Connections that may be in their handshake at once; each ends within its deadline, and any further one at once."""
@@ -168,4 +168,4 @@ class _Complaints:
             self._said.clear()
         if now - self._said.get(line, -_SAY_AGAIN_SECONDS) >= _SAY_AGAIN_SECONDS:
             self._said[line] = now
-            print(f"nodes: {line}", file=sys.stderr, flush=True)
+            say(f"nodes: {line}")

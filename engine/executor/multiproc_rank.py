@@ -13,7 +13,6 @@ import signal
 import socket
 import struct
 import sys
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -40,7 +39,7 @@ from engine.executor.messages import (
 from engine.executor.multiproc_wiring import RankSetup
 from engine.executor.rank_answers import Answers, PendingStep
 from engine.placement import Placement, RankSpec
-from engine.process import die_with_parent, dump_stacks_on_signal
+from engine.process import die_with_parent, dump_stacks_on_signal, say_trace
 
 if TYPE_CHECKING:
     from engine.comm.ranks import RankLinks
@@ -199,8 +198,8 @@ def main(argv: Sequence[str] | None = None, make_worker: MakeWorker = make_model
     except RingClosed:
         return 0
     except Exception as error:  # noqa: BLE001 - the process border: the cause travels, then the process ends
-        traceback.print_exc()
         control.send(_fault(setup.rank, process.phase, error))
+        say_trace(error)
         return EXIT_FAILED
     return 0
 
@@ -279,8 +278,8 @@ class _RankProcess:
     def _fail(self, error: Exception) -> None:
         """End the process from the thread that met the error: the main one may be waiting for a plan."""
         if not isinstance(error, RingClosed):
-            traceback.print_exception(error)
             self._control.send(_fault(self._setup.rank, self.phase, error))
+            say_trace(error)
         os._exit(EXIT_FAILED)
 
     def _call(self, kind: Kind, body: bytes, worker: RankWorker) -> None:

@@ -15,7 +15,6 @@ import signal
 import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,7 +40,7 @@ from engine.executor.multiproc_watch import describe_end
 from engine.executor.node_host import HostTask
 from engine.model_digest import digest_of
 from engine.node_secret import SECRET_FILE_VARIABLE, SecretError, read_secret
-from engine.process import StatusPipe, dump_stacks_on_signal, follow_parent
+from engine.process import StatusPipe, dump_stacks_on_signal, follow_parent, say, say_trace
 
 EXIT_OK = 0
 EXIT_FAILED = 1
@@ -341,7 +340,7 @@ def _end(host: _Host) -> None:
 
 
 def _say(line: str) -> None:
-    print(f"node: {line}", file=sys.stderr, flush=True)
+    say(f"node: {line}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -361,7 +360,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         agent.run()
     except NodeEnd as end:
         status.fatal(end.phase, type(end).__name__, end.message, end.hint, end.exit_code)
-        print(f"error: {end.message}" + (f"\nhint: {end.hint}" if end.hint else ""), file=sys.stderr)
+        say(f"error: {end.message}" + (f"\nhint: {end.hint}" if end.hint else ""))
         return end.exit_code
     return EXIT_OK
 
@@ -385,6 +384,6 @@ def _make(path: Path, status: StatusPipe) -> NodeAgent:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except Exception:  # noqa: BLE001 - the process border: the launcher names the exit, the log holds the trace
-        traceback.print_exc()
+    except Exception as error:  # noqa: BLE001 - the process border: the launcher names the exit, the log holds the trace
+        say_trace(error)
         sys.exit(EXIT_FAILED)

@@ -14,7 +14,6 @@ import signal
 import sys
 import threading
 import time
-import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -41,7 +40,7 @@ from engine.executor.messages import FaultReport, Kind, PhaseReport, Report, enc
 from engine.executor.rank_host import RANK_COMMAND, STOP_SECONDS, RankHost
 from engine.model_digest import digest_of
 from engine.placement import Placement
-from engine.process import StatusPipe, die_with_parent, dump_stacks_on_signal, follow_parent
+from engine.process import StatusPipe, die_with_parent, dump_stacks_on_signal, follow_parent, say, say_trace
 
 PREPARE_SECONDS = 900.0
 """Other nodes may take long to come, and the head says nothing to this one meanwhile but that it is there."""
@@ -134,8 +133,8 @@ class _NodeHost:
         try:
             host = self._prepare(prepare)
         except Exception as error:  # noqa: BLE001 - whatever is wrong with this node, the head is to say it
-            traceback.print_exc()
             self._report(FaultReport(0, "spawn", type(error).__name__, str(error) or "cannot prepare"))
+            say_trace(error)
             raise LinkRefused(str(error)) from error
         link.send(NodeKind.PREPARED, encode(Prepared(host.store)))
         start = decode(self._expect(NodeKind.START, PREPARE_SECONDS), Start)
@@ -242,7 +241,7 @@ class _NodeHost:
 
 
 def _say(task: HostTask, line: str) -> None:
-    print(f"node host of {task.node}: {line}", file=sys.stderr, flush=True)
+    say(f"node host of {task.node}: {line}")
 
 
 class _Phases:

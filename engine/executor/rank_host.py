@@ -30,7 +30,7 @@ from engine.executor.multiproc_rank import FRAME
 from engine.executor.multiproc_watch import RankHandle, RankWatch
 from engine.executor.multiproc_wiring import RankSetup, Wiring
 from engine.placement import Placement, RankSpec
-from engine.process import threads_per_rank
+from engine.process import say, threads_per_rank
 
 RANK_COMMAND = (sys.executable, "-m", "engine.executor.multiproc_rank")
 STOP_SECONDS = 5.0
@@ -131,7 +131,7 @@ class RankHost:
             # Before its first report a process has no handler yet, and the signal would end it.
             if not handle.has_spoken or handle.has_ended:
                 continue
-            print(f"stacks of rank {handle.spec.rank} (pid {handle.process.pid}):", file=sys.stderr, flush=True)
+            say(f"stacks of rank {handle.spec.rank} (pid {handle.process.pid}):")
             with contextlib.suppress(ProcessLookupError):
                 handle.process.send_signal(signal.SIGUSR1)
             time.sleep(_STACKS_SECONDS / len(self._handles))

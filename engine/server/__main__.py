@@ -13,14 +13,13 @@ import errno
 import logging
 import signal
 import sys
-import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
 from engine import ipc
 from engine.config import ConfigError, EngineConfig, load_generation_defaults
 from engine.data_parallel import DataParallelEngine
-from engine.process import StatusPipe, dump_stacks_on_signal, follow_parent
+from engine.process import StatusPipe, dump_stacks_on_signal, follow_parent, say, say_trace
 
 EXIT_OK = 0
 EXIT_FAILED = 1
@@ -66,7 +65,7 @@ def main() -> int:
             runner.run(_serve(config, status))
     except _Fatal as fatal:
         status.fatal(fatal.phase, fatal.error_type, fatal.message, fatal.hint, fatal.exit_code)
-        print(f"error: {fatal.message}" + (f"\nhint: {fatal.hint}" if fatal.hint else ""), file=sys.stderr)
+        say(f"error: {fatal.message}" + (f"\nhint: {fatal.hint}" if fatal.hint else ""))
         return fatal.exit_code
     except _Asked:
         pass
@@ -163,6 +162,6 @@ async def _serve_engine(
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except Exception:  # noqa: BLE001 - the process border: the launcher names the exit, the log holds the trace
-        traceback.print_exc()
+    except Exception as error:  # noqa: BLE001 - the process border: the launcher names the exit, the log holds the trace
+        say_trace(error)
         sys.exit(EXIT_FAILED)

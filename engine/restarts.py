@@ -1,0 +1,39 @@
+"""When an engine that died is started again. Pure: times come in, seconds go out.
+
+Knows: what was tried in the last ten minutes, and whether it was of use. Refuses to know: processes, clocks.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+WINDOW_SECONDS = 600.0
+FIRST_BACKOFF_SECONDS = 1.0
+LAST_BACKOFF_SECONDS = 60.0
+_LAST_DOUBLING = 6
+
+
+class Restarts:
+    """One engine's starts after its first: after 1, 2, 4 … 60 s, at most `limit` of them in ten minutes.
+
+    The wait doubles while starts come to nothing. An engine that has answered a request before it died is in no such
+    loop, and is back after the first wait; the limit counts it all the same.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._starts: deque[float] = deque()
+        self._num_futile = 0
+
+    def next_wait(self, now: float, *, has_served: bool) -> float | None:
+        """Take in that the engine failed at `now`; seconds until it is to be started, or None when it is not."""
+        while self._starts and now - self._starts[0] >= WINDOW_SECONDS:
+            self._starts.popleft()
+        if len(self._starts) >= self._limit:
+            return None
+        self._starts.append(now)
+        if has_served:
+            self._num_futile = 0
+        wait = min(LAST_BACKOFF_SECONDS, FIRST_BACKOFF_SECONDS * (1 << min(self._num_futile, _LAST_DOUBLING)))
+        self._num_futile += 1
+        return wait
