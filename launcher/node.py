@@ -30,11 +30,11 @@ from launcher.errors import HlaunchError, PreflightError
 from launcher.exit_codes import ExitCode
 from launcher.supervise.control import make_private_folder
 from launcher.supervise.instance import write_private
+from launcher.supervise.node_report import KEEPER_FILE
 from launcher.supervise.node_spec import MAX_SPEC_BYTES, NodeSpec
 from launcher.supervise.node_supervisor import NodeSupervisor
 from launcher.supervise.procfs import ProcessIdentity
 
-KEEPER_FILE = "keeper.json"
 ENGINE_FILE = "engine.json"
 MODEL_FOLDER_VARIABLE = "HLAUNCH_MODEL_FOLDER"
 """Read by the host of this node's ranks (`engine.executor.ray_actor`)."""

@@ -8,17 +8,16 @@ Imports only what starts in a few milliseconds: Docker runs it every few seconds
 from __future__ import annotations
 
 import argparse
-import http.client
 import json
 import sys
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from launcher.supervise.control import NoAnswer, ask, watch
+from launcher.supervise.health import ask_health
+from launcher.supervise.node_report import between_runs
 
 RUN_FOLDER = "/tmp/hlaunch"
-HEALTH_SECONDS = 3.0
 
 
 def main() -> int:
@@ -34,6 +33,9 @@ def main() -> int:
             return 0
         report = ask(arguments.folder)
     except NoAnswer as error:
+        if arguments.question == "status" and (known := between_runs(arguments.folder)):
+            print(json.dumps(known))
+            return 0
         print(error.message, file=sys.stderr)
         return 1
     except BrokenPipeError:
@@ -65,16 +67,10 @@ def judge(report: dict[str, Any], question: str) -> str:
 
 def health(url: str) -> str:
     """Ask the API's `/health`; empty when it says 200."""
-    parts = urlsplit(url)
-    connection = http.client.HTTPConnection(parts.hostname or "127.0.0.1", parts.port, timeout=HEALTH_SECONDS)
-    try:
-        connection.request("GET", "/health")
-        status = connection.getresponse().status
-    except (OSError, http.client.HTTPException) as error:
-        return f"{url}/health: {error}"
-    finally:
-        connection.close()
-    return "" if status == 200 else f"{url}/health answered {status}"
+    found = ask_health(url)
+    if found.problem:
+        return f"{url}/health: {found.problem}"
+    return "" if found.is_serving else f"{url}/health answered {found.status}"
 
 
 if __name__ == "__main__":

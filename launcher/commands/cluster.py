@@ -153,7 +153,13 @@ def facts(run: ClusterRun, environ: Mapping[str, str]) -> dict[str, Any]:
     reports = ask_all(run, environ)
     nodes = [{"name": node.name, "role": node.role, "ip": node.ip, **_of(reports[node.name])} for node in run.nodes]
     states = {str(node["state"]) for node in nodes}
-    state = "ready" if states == {"ready"} else "degraded" if reports[run.head.name].get("url") else "down"
+    head = reports[run.head.name]
+    if states == {"ready"}:
+        state = "ready"
+    elif head.get("state") in ("starting", "restarting", "failed"):
+        state = str(head["state"])
+    else:
+        state = "degraded" if head.get("url") else "down"
     return {
         "name": run.name, "model": run.model, "cluster": run.cluster, "runtime": run.runtime, "state": state,
         "url": run.url, "plan": run.plan, "nodes": nodes, "transports": [pair.to_data() for pair in run.transports],
@@ -190,7 +196,9 @@ def status(console: Console, launch: dict[str, Any]) -> None:
     for node in launch["nodes"]:
         previous = node.get("previous") or {}
         if previous.get("cause"):
-            rows.append((node["name"], "", f"restarted {_times(previous)}, after: {previous['cause']}"))
+            told = "is started again" if node["state"] == "restarting" else f"restarted {_times(previous)}"
+            told = "ended" if node["state"] == "failed" else told
+            rows.append((node["name"], "", f"{told}, after: {previous['cause']}"))
         for event in node.get("events") or ():
             rows.append((node["name"], uptime(event.get("age_seconds", 0)), str(event.get("text", ""))))
     if rows:

@@ -58,7 +58,7 @@ def _facts(state: InstanceState) -> dict[str, Any]:
     return {
         "name": state.name,
         "model": state.model,
-        "state": state.state,
+        "state": state_now(state),
         "pid": state.launcher.pid,
         "engine_pid": None if state.engine is None else state.engine.pid,
         "url": state.url,
@@ -67,6 +67,20 @@ def _facts(state: InstanceState) -> dict[str, Any]:
         "ready_seconds": state.ready_seconds,
         "is_detached": state.is_detached,
     }
+
+
+def state_now(state: InstanceState) -> str:
+    """Say how an instance is by its own word on /health: one that was ready once may not serve now."""
+    from launcher.supervise.health import ask_health
+
+    if state.state != "ready":
+        return state.state
+    found = ask_health(state.url)
+    if found.is_serving:
+        return found.word or "ready"
+    if state.is_restarting:
+        return "restarting"
+    return found.word or "no answer"
 
 
 def _row(fact: dict[str, Any]) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ Knows: what is asked of a launch on a cluster, what of one on this host. Refuses
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -72,6 +73,7 @@ def _newer(pair: PairTransport, run: ClusterRun) -> PairTransport:
 
 
 def _here(launch: Launch) -> dict[str, Any]:
+    from launcher.commands.ps import state_now
     from launcher.supervise.local_ranks import transports_here
     from launcher.supervise.procfs import age_seconds
 
@@ -80,11 +82,12 @@ def _here(launch: Launch) -> dict[str, Any]:
     return {
         "name": state.name,
         "model": state.model,
-        "state": state.state,
+        "state": state_now(state),
         "url": state.url,
         "pid": state.launcher.pid,
         "uptime_seconds": round(age_seconds(state.launcher), 1),
         "ready_seconds": state.ready_seconds,
+        "events": [{"age_seconds": round(max(0.0, time.time() - at), 1), "text": text} for at, text in state.events],
         "transports": [pair.to_data() for pair in transports_here(launch.folder)],
     }
 
@@ -96,4 +99,8 @@ def _show(console: Console, launch: dict[str, Any]) -> None:
     row = (launch["name"], launch["model"], launch["state"], str(launch["pid"]), launch["url"])
     columns = ("NAME", "MODEL", "STATE", ">PID", "ENDPOINT", ">UPTIME")
     console.table(columns, [(*row, uptime(launch["uptime_seconds"]))])
+    if launch["events"]:
+        console.data()
+        rows = [(uptime(event["age_seconds"]), event["text"]) for event in launch["events"]]
+        console.table((">AGO", "EVENT"), rows)
     cluster.transports(console, launch["transports"])

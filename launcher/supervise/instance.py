@@ -38,6 +38,10 @@ class InstanceState:
     drain_timeout_seconds: float
     is_detached: bool
     ready_seconds: float | None = None
+    is_restarting: bool = False
+    """Its engine is being started again; its launcher lives."""
+    events: tuple[tuple[float, str], ...] = ()
+    """What happened since it was ready, oldest first."""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2, sort_keys=True)
@@ -54,6 +58,7 @@ def parse_state(text: str) -> InstanceState | None:
         data = json.loads(text)
         data["launcher"] = ProcessIdentity.from_data(data["launcher"])
         data["engine"] = ProcessIdentity.from_data(data["engine"]) if data["engine"] is not None else None
+        data["events"] = tuple((float(at), str(text)) for at, text in data.get("events", ()))
         state = InstanceState(**{item.name: data[item.name] for item in fields(InstanceState) if item.name in data})
     except (ValueError, TypeError, KeyError, RecursionError):
         return None

@@ -11,10 +11,8 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from launcher.supervise.node_report import NodeReport
-from launcher.supervise.status import LAST_WORDS_SECONDS, Fatal, Phase, Ready, parse_record
+from launcher.supervise.status import LAST_WORDS_SECONDS, RESTART_PHASE, Fatal, Phase, Ready, parse_record
 
-RESTART_PHASE = "restart"
-"""What an engine reports that starts its ranks anew, without ending."""
 _ENGINE_NODES, PLACEMENT_PHASE = "nodes", "placement"
 """The engine's wait for its ranks' nodes, and its name here, where `nodes` are those of Ray's cluster."""
 _RAY_SHARE = "Ray: "
@@ -32,6 +30,12 @@ class EngineStory:
         self.fatal_deadline: float | None = None
         self.is_restarting = False
         self.is_ready = False
+
+    @property
+    def restarting_state(self) -> str:
+        """What a restart makes of the node: several engines go on serving without the one."""
+        engines = self._report.facts.get("engines", 1)
+        return "degraded" if isinstance(engines, int) and engines > 1 else "restarting"
 
     def take(self, line: bytes) -> None:
         """Take in one line; what is no record is dropped."""

@@ -243,11 +243,13 @@ class NodeSupervisor:
     def _watch_cluster(self) -> None:
         """Name who comes and goes; end only when this node itself is lost."""
         spec, members = self._spec, self._members
-        if spec.ray is None or members.view.error:
-            return
+        has_view = spec.ray is not None and not members.view.error
         if spec.is_head:
-            is_degraded = members.num_here < len(spec.peers) or self._story.is_restarting
-            self.report.state = "degraded" if is_degraded else "ready"
+            is_short = has_view and members.num_here < len(spec.peers)
+            state = "degraded" if is_short else "ready"
+            self.report.state = self._story.restarting_state if self._story.is_restarting else state
+        if not has_view:
+            return
         if members.seconds_lost(time.monotonic()) > LOST_SECONDS:
             words = members.view.last_words(spec.ip) or "it is no longer listed"
             raise _Failure(f"the cluster lost this node: {words}")

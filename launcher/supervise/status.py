@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 MAX_LINE_BYTES = 64 << 10
+RESTART_PHASE = "restart"
+"""What an engine reports that starts its ranks anew, without ending."""
 LAST_WORDS_SECONDS = 5.0
 """How long an engine may live after its `fatal` record."""
 

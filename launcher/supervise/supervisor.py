@@ -15,6 +15,7 @@ import selectors
 import signal
 import socket
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -27,6 +28,7 @@ from launcher.supervise.procfs import ProcessIdentity
 from launcher.supervise.spec import LaunchSpec
 from launcher.supervise.status import (
     LAST_WORDS_SECONDS,
+    RESTART_PHASE,
     Fatal,
     Leaving,
     LineSplitter,
@@ -42,6 +44,7 @@ STOP_GRACE_SECONDS = 5.0
 STACK_DUMP_SECONDS = 0.5
 """How long a hung engine gets to write its stacks into the log."""
 NUM_TAIL_LINES = 15
+MAX_EVENTS = 20
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -94,6 +97,8 @@ class Supervisor:
         self._splitter = LineSplitter()
         self._fatal: Fatal | None = None
         self._was_ready = False
+        self._is_restarting = False
+        self._events: deque[tuple[float, str]] = deque(maxlen=MAX_EVENTS)
         self._stop_signals: list[int] = []
         self._verdict: Outcome | None = None
         self._deadline: float | None = None
@@ -204,7 +209,17 @@ class Supervisor:
         else:
             if self._stage is Stage.STARTING:
                 self._timeline.add(record)
+            elif record.name == RESTART_PHASE:
+                self._on_restart(record)
             self._listener.phase(record)
+
+    def _on_restart(self, record: Phase) -> None:
+        """Note that an engine which served has died or is back, for `ps` and `status`."""
+        if record.state not in ("begin", "end"):
+            return
+        self._is_restarting = record.state == "begin"
+        self._events.append((time.time(), record.detail))
+        self._write_state()
 
     def _on_signals(self, numbers: bytes) -> None:
         """Handle what arrived: stop signals in order; SIGCHLD only had to wake the loop."""
@@ -303,6 +318,8 @@ class Supervisor:
                 drain_timeout_seconds=self._spec.drain_timeout_seconds,
                 is_detached=self._is_detached,
                 ready_seconds=round(self._timeline.total_seconds, 3) if self._was_ready else None,
+                is_restarting=self._is_restarting,
+                events=tuple(self._events),
             )
         )
 

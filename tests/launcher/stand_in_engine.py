@@ -1,6 +1,7 @@
 """A stand-in for the engine process: speaks the status protocol, then does what its first argument says.
 
-Modes: ok, slow, hang, silent, die, kill, fatal, late-death, stubborn, noisy. It watches its parent as the engine does.
+Modes: ok, slow, hang, silent, die, kill, fatal, late-death, stubborn, noisy. SIGUSR2 is the death of its core, and the
+next one that it serves again. It watches its parent as the engine does.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ from threading import Thread
 
 
 class Handler(BaseHTTPRequestHandler):
+    status = 200
+
     def do_GET(self) -> None:
-        self.send_response(200)
+        self.send_response(self.status)
         self.end_headers()
         self.wfile.write(b"{}")
 
@@ -83,6 +86,15 @@ def main() -> int:
     Thread(target=server.serve_forever, daemon=True).start()
     stops: list[int] = []
     signal.signal(signal.SIGTERM, lambda *_: stops.append(1))
+
+    def turn(*_: object) -> None:
+        Handler.status = 503 if Handler.status == 200 else 200
+        if Handler.status == 503:
+            phase("restart", "begin", None, "the core was killed by SIGKILL; it is started again in 1 s")
+        else:
+            phase("restart", "end", None, "serves again")
+
+    signal.signal(signal.SIGUSR2, turn)
     port = server.server_address[1]
     say(kind="ready", url=f"http://127.0.0.1:{port}", model="m", facts={}, at=time.monotonic())
     return serve(options.mode, stops, options.status_fd)

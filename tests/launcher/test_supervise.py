@@ -186,6 +186,28 @@ def test_detached_round_trip(hlaunch: Launcher) -> None:
     assert "stand-in: drained" in hlaunch.cli("logs", "tiny-oss", "-n", "1").stdout
 
 
+def test_an_engine_that_is_started_again_is_not_called_ready(hlaunch: Launcher) -> None:
+    hlaunch.up("ok", "--detach").communicate(timeout=20)
+    engine = hlaunch.ready()["engine"]["pid"]
+    assert json.loads(hlaunch.cli("status", "tiny-oss", "--json").stdout)["events"] == []
+    os.kill(engine, signal.SIGUSR2)
+    wait_for(lambda: (hlaunch.record() or {})["is_restarting"])
+    assert json.loads(hlaunch.cli("ps", "--json").stdout)[0]["state"] == "restarting"
+    os.kill(engine, signal.SIGUSR2)
+    wait_for(lambda: not (hlaunch.record() or {})["is_restarting"])
+    lines = hlaunch.cli("status", "tiny-oss").stdout.splitlines()
+    assert lines[1].split()[2] == "ready"
+    assert lines[3].split() == ["AGO", "EVENT"]
+    assert lines[4].endswith("the core was killed by SIGKILL; it is started again in 1 s")
+    assert lines[5].endswith("serves again")
+    # A server that listens and says nothing does not serve either.
+    os.kill(engine, signal.SIGSTOP)
+    try:
+        assert json.loads(hlaunch.cli("status", "tiny-oss", "--json").stdout)["state"] == "no answer"
+    finally:
+        os.kill(engine, signal.SIGCONT)
+
+
 def test_a_detached_failure_is_told_in_the_foreground(hlaunch: Launcher) -> None:
     code, lines = hlaunch.fail_up("fatal", "--detach")
     assert code == 6
