@@ -49,7 +49,7 @@ def _tensor_borders(placement: Placement, model: ModelConfig, *, has_rdma: bool)
     return [
         Remark(
             "tp-over-slow-link",
-            "warning",
+            "info" if has_rdma else "warning",
             f"tensor groups cross nodes: {2 * model.num_layers} all-reduces per step go over {link}",
             better if stages <= model.num_layers else f"tp {per_node} stays inside a node",
         )

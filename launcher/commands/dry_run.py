@@ -60,7 +60,7 @@ def _print(console: Console, plan: LaunchPlan) -> None:
         console.data()
         console.heading("topology")
         show_topology(console, picture)
-        show_remarks(console, picture)
+        show_remarks(console, picture.remarks)
     console.data()
     console.table(
         ("VARIABLE", "VALUE", "ORIGIN"),

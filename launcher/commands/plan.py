@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +13,7 @@ import typer
 from launcher.commands import Invocation, invocation_of
 
 if TYPE_CHECKING:
+    from engine.placement import Remark
     from launcher.console import Console
     from launcher.plan import LaunchPlan
     from launcher.plan.cluster_plan import ClusterPlan
@@ -105,7 +107,7 @@ def show_picture(console: Console, picture: Picture) -> None:
     console.data()
     console.heading("memory")
     show_memory(console, picture)
-    show_remarks(console, picture)
+    show_remarks(console, picture.remarks)
 
 
 def placement_table(console: Console, picture: Picture) -> None:
@@ -163,8 +165,9 @@ def show_memory(console: Console, picture: Picture) -> None:
         console.data(line if can_draw() else plain(line))
 
 
-def show_remarks(console: Console, picture: Picture) -> None:
-    for remark in picture.remarks:
+def show_remarks(console: Console, remarks: Sequence[Remark]) -> None:
+    """Print warnings with their hints, and infos."""
+    for remark in remarks:
         if remark.severity == "warning":
             console.warning(f"{remark.message} [{remark.code}]", hint=remark.hint)
         else:

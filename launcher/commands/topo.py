@@ -156,6 +156,7 @@ def _rank(console: Console, study: Study, declared: Cluster, splits: list[Split]
         estimate = split.estimate
         rows.append(
             (
+    from dataclasses import replace
                 str(number),
                 *(str(size) for size in (split.sizes.tensor, split.sizes.pipeline, split.sizes.data)),
                 f"{estimate.tokens_per_second:,.0f}",
@@ -176,11 +177,11 @@ def _rank(console: Console, study: Study, declared: Cluster, splits: list[Split]
     show_topology(console, picture)
     console.data()
     _print_assumptions(console, study, declared)
-    show_remarks(console, picture)
+    show_remarks(console, picture.remarks)
     for split in splits:
         if split is not best and split.placement.crossing(split.placement.tp_groups):
-            remark = study.picture("", split, {}).remarks[0]
-            console.warning(f"{split.sizes}: {remark.message}", hint=f"better: {remark.hint}")
+            found = [item for item in study.picture("", split, {}).remarks if item.code == "tp-over-slow-link"]
+            show_remarks(console, [replace(item, message=f"{split.sizes}: {item.message}") for item in found])
 
 
 def _explain(console: Console, study: Study, declared: Cluster, case: Case, split: Split) -> None:
@@ -205,7 +206,7 @@ def _explain(console: Console, study: Study, declared: Cluster, case: Case, spli
     largest = max(rank.required_bytes for rank in split.memory.ranks) / (1 << 30)
     verdict = "fits" if split.fits else "DOES NOT FIT"
     console.data(f"memory         {verdict}: {largest:.1f} GiB in the fullest rank")
-    show_remarks(console, picture)
+    show_remarks(console, picture.remarks)
     console.data()
 
 

@@ -27,10 +27,12 @@ from launcher.errors import DoesNotFit, HlaunchError, PreflightError
 from launcher.fabric.environment import node_environment
 from launcher.plan import settings
 from launcher.plan.cluster_ranks import ExecutorName, executor_of, rank_blockers, with_ranks
+from launcher.plan.borders import weighed
 from launcher.plan.environment import Variable, engine_environment
 from launcher.plan.inventory import Inventory, declared_inventories
 from launcher.plan.known_models import known_model
 from launcher.plan.node_ports import Port, node_ports, port_clashes
+from launcher.plan.links import between_link
 from launcher.plan.placing import entry_sizes, hosts_of, no_placement, placement_options, whole_value
 from launcher.plan.rank_memory import (
     MemoryReport,
@@ -165,6 +167,7 @@ def make_cluster_plan(
     placement, report = None, MemoryReport(())
     if model is not None:
         if config.max_model_len > model.max_position_embeddings:
+    found: tuple[Remark, ...] = ()
             limit = model.max_position_embeddings
             message = f"max-model-len {config.max_model_len} is above the model's {limit} positions"
             problems.append(DoesNotFit(message, hint=f"add --set max-model-len={limit}, or leave it at auto"))
@@ -178,6 +181,7 @@ def make_cluster_plan(
         report = report_memory(placement, sizing)
         if not report.fits:
             more = smallest_fitting_split(placement, sizing, hosts, options)
+        found = _remarks(placement, sizing, cluster)
             problems.append(ranks_do_not_fit(report, (*report.suggestions, *more)))
     executor = executor_of(entry, cluster, placement)
     if placement is not None:
@@ -197,7 +201,7 @@ def make_cluster_plan(
         executor=executor,
         nodes=nodes,
         digest=_digest(entry.model, cluster, nodes, placement),
-        remarks=() if placement is None or model is None else _remarks(placement, model, cluster),
+        remarks=found,
         inventories=tuple(hardware[node.name] for node in cluster.nodes),
         problems=tuple(problems),
         blockers=tuple(blockers),
@@ -219,8 +223,9 @@ def _model(entry: ResolvedEntry, files: ModelFiles, problems: list[HlaunchError]
     return model
 
 
-def _remarks(placement: Placement, model: ModelConfig, cluster: Cluster) -> tuple[Remark, ...]:
-    return remarks(placement, model, has_rdma=cluster.fabric.rdma != "off")
+def _remarks(placement: Placement, sizing: Sizing, cluster: Cluster) -> tuple[Remark, ...]:
+    found = remarks(placement, sizing.model, has_rdma=cluster.fabric.rdma != "off")
+    return weighed(found, placement, sizing, between_link(cluster, sizing.inventories))
 
 
 def _node_plan(

@@ -8,14 +8,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
+from typing import TYPE_CHECKING
 
 from engine.config import ModelConfig
 from engine.placement import KVRoute, Placement, RankSpec, Remark, remarks
-from launcher.plan.cluster_plan import ClusterPlan
 from launcher.plan.inventory import Inventory
-from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.links import TCP, Link, between_link, inside_link
-from launcher.plan.rank_memory import RankMemory
+from launcher.plan.rank_memory import RankMemory, Sizing
+
+if TYPE_CHECKING:
+    from launcher.plan.cluster_plan import ClusterPlan
+    from launcher.plan.launch_plan import LaunchPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,14 +118,15 @@ def picture_of(
     between: Link = TCP,
     roles: Mapping[str, tuple[str, str]] | None = None,
     memory: Sequence[RankMemory] = (),
+    found: Sequence[Remark] | None = None,
 ) -> Picture:
-    """Gather a picture; `roles` gives (role, address) by node name."""
+    """Gather a picture; `roles` gives (role, address) by node name, `found` the remarks if they are known."""
     nodes = tuple(
         _node(name, inventory, placement, *(roles or {}).get(name, ("", ""))) for name, inventory in inventories.items()
     )
-    has_rdma = between.name == "RDMA"
-    found = remarks(placement, model, has_rdma=has_rdma)
-    return Picture(title, placement, model, nodes, between, {item.rank: item for item in memory}, found)
+    if found is None:
+        found = remarks(placement, model, has_rdma=between.name == "RDMA")
+    return Picture(title, placement, model, nodes, between, {item.rank: item for item in memory}, tuple(found))
 
 
 def picture_of_cluster(plan: ClusterPlan) -> Picture | None:
@@ -138,6 +142,7 @@ def picture_of_cluster(plan: ClusterPlan) -> Picture | None:
         between=between_link(plan.cluster, inventories),
         roles={item.name: (item.node.role, item.node.ip) for item in plan.nodes},
         memory=[memory for item in plan.nodes for memory in item.memory],
+        found=plan.remarks,
     )
 
 
@@ -147,12 +152,19 @@ def picture_of_launch(plan: LaunchPlan) -> Picture | None:
         return None
     nodes = plan.config.nodes.names or (plan.inventory.node,)
     where = plan.inventory.node if len(nodes) == 1 else f"{len(nodes)} nodes"
+    inventories = dict.fromkeys(nodes, plan.inventory)
+    found = remarks(plan.placement, plan.model, has_rdma=False)
+    if plan.placement.crossing(plan.placement.tp_groups):
+        from launcher.plan.borders import weighed
+
+        found = weighed(found, plan.placement, Sizing(plan.config, plan.model, inventories), TCP)
     return picture_of(
         f"{plan.name} on {where}",
         plan.placement,
         plan.model,
-        dict.fromkeys(nodes, plan.inventory),
+        inventories,
         memory=plan.memory,
+        found=found,
     )
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from engine.config import EngineConfig, ModelConfig
-from engine.placement import HostSpec, ParallelSizes, Placement, PlacementOptions, find_sizes, place
+from engine.placement import HostSpec, ParallelSizes, Placement, PlacementOptions, find_sizes, place, remarks
 from launcher.plan.cost import CostModel, Estimate, Load
 from launcher.plan.inventory import Inventory
 from launcher.plan.links import Link
@@ -53,13 +53,16 @@ class Study:
 
     def split(self, sizes: ParallelSizes) -> Split:
         """Place, size and estimate one split. Raises: PlacementError."""
-        placement = place(self.model, sizes, self.hosts, self.options)
+        return self.judge(place(self.model, sizes, self.hosts, self.options))
+
+    def judge(self, placement: Placement) -> Split:
+        """Size and estimate a placement."""
         memory = report_memory(placement, self.sizing)
         cost = CostModel(self.model, self.sizing.inventories, self.between)
         tokens = min((rank.kv_tokens for rank in memory.ranks if rank.num_blocks), default=0)
         held = tokens / self.load.context if tokens else None
         estimate = cost.estimate(placement, self.load, held)
-        return Split(sizes, placement, memory, estimate, crossing_text(placement, self.model, self.between))
+        return Split(placement.sizes, placement, memory, estimate, crossing_text(placement, self.model, self.between))
 
     def splits(self, order: Order = "throughput", *, expert_parallel: bool = False) -> tuple[Split, ...]:
         """All splits that leave no device idle, those that fit first, best first."""
@@ -75,6 +78,9 @@ class Study:
 
     def picture(self, title: str, split: Split, roles: Mapping[str, tuple[str, str]]) -> Picture:
         """Gather the drawing of one split."""
+        from launcher.plan.borders import weighed
+
+        found = remarks(split.placement, self.model, has_rdma=self.between.name == "RDMA")
         return picture_of(
             title,
             split.placement,
@@ -83,6 +89,7 @@ class Study:
             between=self.between,
             roles=roles,
             memory=split.memory.ranks,
+            found=weighed(found, split.placement, self.sizing, self.between, self.load),
         )
 
 

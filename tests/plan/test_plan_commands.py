@@ -208,7 +208,7 @@ def test_ranking_a_cluster(hlaunch: Hlaunch) -> None:
     assert "splits over pair, by throughput" in result.stdout
     assert "assumptions" in result.stdout
     assert "tp 16 pp 1 dp 1: tensor groups cross nodes: 72 all-reduces per step go over RDMA" in result.stderr
-    assert "hint: better: tp 8 pp 2" in result.stderr
+    assert "better: tp 8 pp 1 dp 2 at " in result.stderr
     assert (hlaunch.folder / "best.svg").is_file()
     data = json.loads(hlaunch("topo", "big", "--cluster", "pair", "--by", "latency", "--json").stdout)
     latencies = [split["latency_ms"] for split in data["splits"] if split["fits"]]
