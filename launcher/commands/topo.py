@@ -143,6 +143,7 @@ def _own(declared: Cluster, paths: list[Path]) -> dict[str, Any]:
 
 
 def _rank(console: Console, study: Study, declared: Cluster, splits: list[Split], by: str) -> None:
+    from dataclasses import replace
     from textwrap import wrap
 
     from launcher.commands.plan import show_remarks, show_topology
@@ -156,7 +157,6 @@ def _rank(console: Console, study: Study, declared: Cluster, splits: list[Split]
         estimate = split.estimate
         rows.append(
             (
-    from dataclasses import replace
                 str(number),
                 *(str(size) for size in (split.sizes.tensor, split.sizes.pipeline, split.sizes.data)),
                 f"{estimate.tokens_per_second:,.0f}",

@@ -26,13 +26,13 @@ from engine.placement import (
 from launcher.errors import DoesNotFit, HlaunchError, PreflightError
 from launcher.fabric.environment import node_environment
 from launcher.plan import settings
-from launcher.plan.cluster_ranks import ExecutorName, executor_of, rank_blockers, with_ranks
 from launcher.plan.borders import weighed
+from launcher.plan.cluster_ranks import ExecutorName, executor_of, rank_blockers, with_ranks
 from launcher.plan.environment import Variable, engine_environment
 from launcher.plan.inventory import Inventory, declared_inventories
 from launcher.plan.known_models import known_model
-from launcher.plan.node_ports import Port, node_ports, port_clashes
 from launcher.plan.links import between_link
+from launcher.plan.node_ports import Port, node_ports, port_clashes
 from launcher.plan.placing import entry_sizes, hosts_of, no_placement, placement_options, whole_value
 from launcher.plan.rank_memory import (
     MemoryReport,
@@ -165,9 +165,9 @@ def make_cluster_plan(
     options = placement_options(entry)
     hosts = hosts_of(cluster, hardware, sizes.world, is_gpu=is_gpu, cpu_ranks=options.cpu_ranks * sizes.data)
     placement, report = None, MemoryReport(())
+    found: tuple[Remark, ...] = ()
     if model is not None:
         if config.max_model_len > model.max_position_embeddings:
-    found: tuple[Remark, ...] = ()
             limit = model.max_position_embeddings
             message = f"max-model-len {config.max_model_len} is above the model's {limit} positions"
             problems.append(DoesNotFit(message, hint=f"add --set max-model-len={limit}, or leave it at auto"))
@@ -179,9 +179,9 @@ def make_cluster_plan(
         spare = whole_value(entry, "ready.min-free-memory", 0)
         sizing = Sizing(config, model, hardware, files.folder, spare)
         report = report_memory(placement, sizing)
+        found = _remarks(placement, sizing, cluster)
         if not report.fits:
             more = smallest_fitting_split(placement, sizing, hosts, options)
-        found = _remarks(placement, sizing, cluster)
             problems.append(ranks_do_not_fit(report, (*report.suggestions, *more)))
     executor = executor_of(entry, cluster, placement)
     if placement is not None:
