@@ -1,14 +1,15 @@
 """Firewall lines that let the nodes of a cluster reach each other's pinned ports, and nobody else.
 
 Pure: text for a person to read and paste; hlaunch never changes a firewall. Ray's services listen on every address
-whatever they are told, so what is not opened here has to be closed.
+whatever they are told, so what is not opened here has to be closed; ranks and links listen on the node's own.
 """
 
 from __future__ import annotations
 
 from typing import Literal
 
-from launcher.fabric.ports import closed_ranges, open_ranges
+from launcher.fabric.ports import CONNECTIONS, closed_ranges, open_ranges
+from launcher.plan.joined_nodes import DEFAULT_HEAD_PORT
 from launcher.registry.cluster import Cluster, Node
 
 Tool = Literal["iptables", "nft", "ufw"]
@@ -19,9 +20,18 @@ CHAIN = "HLAUNCH"
 def firewall_lines(cluster: Cluster, node: Node, tool: Tool = "iptables") -> list[str]:
     """Return the commands for one node, comments included; running them twice gives the same rules."""
     peers = [other.ip for other in cluster.nodes if other.name != node.name]
+    ephemeral = _span(*CONNECTIONS, "-")
     if not peers:
-        return [f"# {node.name}: the only node, nothing to open"]
-    head = [f"# on {node.name} ({node.ip}): from {', '.join(peers)}"]
+        return [
+            f"# {node.name}: the only node, nothing to open",
+            f"# nodes that join by hand (hlaunch up --nnodes) come to port {DEFAULT_HEAD_PORT} of the head,",
+            f"# and their ranks to ports {ephemeral} of each other",
+        ]
+    head = [
+        f"# on {node.name} ({node.ip}): from {', '.join(peers)}",
+        f"# ranks listen on ports of {ephemeral} that the kernel picks, none can be set;",
+        "# where sysctl net.ipv4.ip_local_port_range says another range, open that one",
+    ]
     makers = {"iptables": _iptables, "nft": _nft, "ufw": _ufw}
     return [*head, *makers[tool](cluster, node, peers)]
 

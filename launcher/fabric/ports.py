@@ -6,13 +6,15 @@ port is free (`checks_host`).
 
 from __future__ import annotations
 
+from launcher.plan.joined_nodes import DEFAULT_HEAD_PORT
 from launcher.plan.node_ports import Port, node_ports
 from launcher.registry.cluster import Cluster, Node
 
 RAY_CLIENT_PORT = 10001
 """Ray's client server starts whenever grpcio is installed, and has no switch."""
 CONNECTIONS = (32768, 60999)
-"""Linux's ephemeral range: NCCL's bootstrap, Gloo's pairs and message queues listen where the kernel puts them."""
+"""Linux's ephemeral range: NCCL, Gloo, the ranks' stores and the links between nodes listen where the kernel puts them.
+None of the first two can be told a port."""
 
 
 def _ports(cluster: Cluster, node: Node, api_port: int | None) -> list[Port]:
@@ -35,6 +37,9 @@ def open_ranges(cluster: Cluster, node: Node) -> tuple[tuple[int, int, str], ...
     ranges += [
         (port.first, port.last, port.name) for port in _ports(cluster, node, None) if port.reached_from == "cluster"
     ]
+    if cluster.ray is None and node.role == "head" and len(cluster.nodes) > 1:
+        # Without Ray nodes come to the head by themselves: `up --nnodes`.
+        ranges.append((DEFAULT_HEAD_PORT, DEFAULT_HEAD_PORT, "nodes that join"))
     joined: list[tuple[int, int, str]] = []
     for first, last, use in sorted(ranges):
         if joined and first == joined[-1][1] + 1:

@@ -116,6 +116,9 @@ def test_firewall_lines_name_the_other_node_only(hosts: Hosts) -> None:
     assert "-s 192.168.100.2 -p tcp --dport 6379:6385 -j ACCEPT" in result.out
     assert "--dport 10002:19999 -j DROP" in result.out
     assert "-s 192.168.100.1 " not in result.out
+    assert "-s 192.168.100.2 -p tcp --dport 32768:60999 -j ACCEPT" in result.out
+    assert "ports of 32768-60999 that the kernel picks" in result.out
+    assert "29540" not in result.out, "with Ray nobody comes to the head's desk"
     nft = hosts.cli("doctor", "--cluster", "spark-pair", "--print-firewall", "--firewall", "nft")
     assert "ip saddr { 192.168.100.1 } tcp dport" in nft.out
     ufw = hosts.cli("doctor", "--cluster", "spark-pair", "--print-firewall", "--firewall", "ufw")

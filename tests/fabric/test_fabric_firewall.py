@@ -52,3 +52,17 @@ def test_the_lines_are_taken_and_twice_is_once(namespace: None, tool: Tool, addr
     assert head.ip not in seen[0]
     assert worker.ip in seen[0]
     assert "DROP" in seen[0] or "drop" in seen[0]
+
+
+def test_without_ray_the_head_lets_nodes_in_at_its_desk() -> None:
+    nodes = (Node("a", "head", "10.0.0.1"), Node("b", "worker", "10.0.0.2"))
+    pair = Cluster("pair", nodes, platform="cpu")
+    opened = [line for line in firewall_lines(pair, nodes[0]) if "--dport" in line]
+    assert [line.partition("--dport ")[2] for line in opened] == [
+        "29540 -j ACCEPT  # nodes that join", "32768:60999 -j ACCEPT  # nccl, gloo, engine",
+    ]  # fmt: skip
+    assert not any("29540" in line for line in firewall_lines(pair, nodes[1]))
+    alone = firewall_lines(Cluster("one", nodes[:1], platform="cpu"), nodes[0])
+    assert all(line.startswith("# ") for line in alone)
+    assert "port 29540 of the head" in alone[1]
+    assert max(len(line) for line in alone) <= 80
