@@ -21,10 +21,11 @@ from launcher.supervise.stopping import stop_instance
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """Where requests go. `api_key` is a secret: it is sent, never printed."""
+    """Where requests go. `api_key` is a secret: it is sent, never printed. `is_here`: it runs on this machine alone."""
 
     url: str
     api_key: str | None
+    is_here: bool = False
 
 
 @contextlib.contextmanager
@@ -44,7 +45,7 @@ def server_for(invocation: Invocation, name: str, *, url: str | None, overrides:
                 f"{launch.name} is running already; --set cannot change it", hint=f"stop it: hlaunch down {launch.name}"
             )
         server = server_of(invocation, launch)
-        yield Server(server.url, server.require_key(invocation))
+        yield Server(server.url, server.require_key(invocation), is_here=launch.run is None)
         return
     entry = invocation.resolve(name, overrides)
     if entry.cluster_name is not None:
@@ -60,7 +61,7 @@ def server_for(invocation: Invocation, name: str, *, url: str | None, overrides:
         if not started.is_running:
             raise EngineFailed(f"{entry.name} ended right after its start", hint=f"see: hlaunch logs {entry.name}")
         server = server_of(invocation, started)
-        yield Server(server.url, server.require_key(invocation))
+        yield Server(server.url, server.require_key(invocation), is_here=True)
     finally:
         stop_instance(folder)
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.executor.base import ExecutorError
+from engine.executor.ray_layout import RayNode
 
 TOKEN_MODE = "token"  # noqa: S105 - the name of a mode
 _VIEW_SECONDS = 20.0
@@ -108,10 +109,10 @@ class Doors:
         self._ours.close()
         self._strangers.close()
 
-    def check(self, own_address: str) -> None:
+    def check(self, own_address: str) -> list[RayNode]:
         """See that the cluster lets us in and no stranger, and that a node of it runs at `own_address`.
 
-        Raises: RayRefused, ExecutorError.
+        Returns the nodes with what they have in all, as if it were free. Raises: RayRefused, ExecutorError.
         """
         try:
             ours = self._ours.answer()
@@ -131,11 +132,18 @@ class Doors:
                 raise ExecutorError(
                     f"whether Ray at {self._address} lets in anyone cannot be told: {stranger.get('message', '')}"
                 )
-            alive = [str(node.get("ip")) for node in ours["nodes"] if node.get("is_alive")]
+            nodes = [_ray_node(node) for node in ours["nodes"]]
+            alive = sorted(node.address for node in nodes if node.is_alive)
             if own_address not in alive:
                 raise ExecutorError(
                     f"no node of the Ray cluster at {self._address} runs at {own_address}, the engine's own address "
-                    f"(there: {', '.join(sorted(alive)) or 'none'})"
+                    f"(there: {', '.join(alive) or 'none'})"
                 )
+            return nodes
         finally:
             self.close()
+
+
+def _ray_node(seen: Mapping[str, Any]) -> RayNode:
+    resources = {"CPU": float(seen.get("cpus", 0)), "GPU": float(seen.get("gpus", 0))}
+    return RayNode(str(seen.get("id", "")), str(seen.get("ip", "")), bool(seen.get("is_alive")), resources, resources)

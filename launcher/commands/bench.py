@@ -138,6 +138,8 @@ def _run_server(invocation: Invocation, job: _Job) -> _Outcome:
 
     console = invocation.console
     with server_for(invocation, job.name, url=job.url, overrides=job.overrides) as server:
+        # What runs on this machine is known by its plan; a server elsewhere says nothing of its device.
+        plan = _plan(invocation, job) if server.is_here else None
         client = Client(server.url, server.api_key)
         model = served_model(client)
         facts = client.get("/v1/models")["data"][0]
@@ -158,9 +160,7 @@ def _run_server(invocation: Invocation, job: _Job) -> _Outcome:
                 view.end(f"{level} in flight", seconds, f"{measured[-1].output_tokens_per_second:.0f} tokens/s")
     device: dict[str, Any] = {"name": "unknown"}
     is_random: bool | None = None
-    if job.url is None:
-        # What runs on this machine is known by its plan; a server elsewhere says nothing of its device.
-        plan = _plan(invocation, job)
+    if plan is not None:
         device, is_random = _local_facts(plan)
         limits = device_limits(device)
         measured = [

@@ -14,7 +14,7 @@ RAY_CLIENT_PORT = 10001
 """Ray's client server starts whenever grpcio is installed, and has no switch."""
 CONNECTIONS = (32768, 60999)
 """Linux's ephemeral range: NCCL, Gloo, the ranks' stores and the links between nodes listen where the kernel puts them.
-None of the first two can be told a port."""
+Neither NCCL nor Gloo can be told a port."""
 
 
 def _ports(cluster: Cluster, node: Node, api_port: int | None) -> list[Port]:

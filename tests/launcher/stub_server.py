@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 @dataclass
 class Stub:
-    """`answers`: path → (status, body). With `key`, everything else is 401. `seen` holds what was asked."""
+    """`answers`: path, or `POST path`, → (status, body). With `key`, all others are 401. `seen` holds what was asked."""
 
     answers: dict[str, tuple[int, bytes]]
     key: str | None = None
@@ -28,8 +28,15 @@ def serving(stub: Stub) -> Iterator[Stub]:
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            stub.seen.append(self.path)
-            status, body = stub.answers.get(self.path, (404, b'{"error": {"message": "no such route"}}'))
+            self.answer(self.path)
+
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.answer(f"POST {self.path}")
+
+        def answer(self, asked: str) -> None:
+            stub.seen.append(asked)
+            status, body = stub.answers.get(asked, (404, b'{"error": {"message": "no such route"}}'))
             if stub.key is not None and self.headers.get("Authorization") != f"Bearer {stub.key}":
                 status, body = 401, b'{"error": {"message": "no key", "code": "invalid_api_key"}}'
             self.send_response(status)

@@ -188,6 +188,33 @@ def test_launches_on_clusters_count_and_several_need_a_name(home: Path, capsys: 
         assert (code, err.startswith("error: other is not ready yet")) == (1, True)
 
 
+def stream(*deltas: dict[str, str]) -> tuple[int, bytes]:
+    events = [json.dumps({"choices": [{"index": 0, "delta": delta}]}) for delta in deltas]
+    return 200, "".join(f"data: {event}\n\n" for event in [*events, "[DONE]"]).encode()
+
+
+def test_a_launch_on_a_cluster_is_talked_to_and_measured(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    answers = {
+        **whole(),
+        "POST /v1/chat/completions": stream({"content": "hel"}, {"content": "lo"}),
+        "POST /v1/completions": stream({"content": "x"}, {"content": "y"}),
+    }
+    with serving(Stub(answers)) as stub:
+        launch(home, "tiny-oss", stub.url)
+        assert cli.run(["chat", "-m", "hello", "tiny"]) == 0
+        assert capsys.readouterr().out == "hello\n"
+        assert cli.run(["chat", "-m", "hello", "any", "--url", f"{stub.url}/v1"]) == 0, "as clients are given it"
+        assert capsys.readouterr().out == "hello\n"
+        assert cli.run(["chat", "-m", "hello", "tiny", "--set", "seed=1"]) == 2
+        assert "tiny-oss is running already" in capsys.readouterr().err
+        assert cli.run(["bench", "tiny", "-c", "1", "--runs", "1", "--requests", "1", "--output", "2", "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["device"] == {"name": "unknown"}, "it is on other machines"
+        assert "POST /v1/completions" in stub.seen
+        launch(home, "keyed", stub.url)
+        assert cli.run(["chat", "-m", "hello", "keyed"]) == 5
+        assert "error: api-key: ${TEST_API_KEY} is not set\nhint: run: export TEST" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("args", "code", "cause"),
     [
