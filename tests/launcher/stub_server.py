@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 @dataclass
 class Stub:
-    """`answers`: path, or `POST path`, → (status, body). With `key`, all others are 401. `seen` holds what was asked."""
+    """`answers`: path, or `POST path`, → (status, body). With `key`, without it 401. `seen`: what was asked."""
 
     answers: dict[str, tuple[int, bytes]]
     key: str | None = None
