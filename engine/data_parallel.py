@@ -66,7 +66,7 @@ class DataParallelEngine:
         self._configs = [replace(config, data_parallel_rank=rank, cpu_threads=threads) for rank in range(count)]
         self._on_phase = on_phase
         self._on_fatal = on_fatal
-        self._balancer = LoadBalancer(count, config.cache.block_size)
+        self._balancer = LoadBalancer(count, config.cache.block_size, float(config.scheduler.max_num_seqs))
         self._restarts = [Restarts(config.max_restarts) for _ in range(count)]
         self._is_lost = [False] * count
         self._has_been_ready = False
@@ -124,13 +124,22 @@ class DataParallelEngine:
         self._watch(self._await_all())
 
     def submit(self, request: EngineRequest) -> OutputStream:
-        """Send a request to the engine that suits it best. Raises: EngineUnavailable, as `AsyncEngine.submit`."""
+        """Send a request to the engine that suits it best and has room. Raises: EngineUnavailable, as an engine's."""
         for load, engine in zip(self._balancer.loads, self.engines, strict=True):
             load.is_available = self._has_been_ready and engine.state is EngineState.READY
             load.in_flight = engine.num_unfinished
-        chosen = self._balancer.choose(request)
-        if chosen is not None:
-            return self.engines[chosen].submit(request)
+        route = self._balancer.route(request)
+        refusal: EngineUnavailable | None = None
+        for rank in route.engines:
+            try:
+                stream = self.engines[rank].submit(request)
+            except EngineUnavailable as error:
+                refusal = refusal or error
+                continue
+            self._balancer.record(route, rank)
+            return stream
+        if refusal is not None:
+            raise refusal
         state = self.state
         if state is EngineState.STARTING:
             raise EngineUnavailable("loading", "the model is still loading")

@@ -2,9 +2,10 @@
 
 Knows: the engines' last figures, which conversations and prefixes went where. Refuses to know: processes, clocks.
 
-Order of the rules: the conversation's engine; the engine that holds at least half of the prompt's blocks, unless it is
-much busier than the best; the lowest score. Among equal scores the turn goes round. Above 16 engines two are drawn and
-the better one is taken: as good in the mean, and a stale figure cannot draw the whole burst.
+Order of the rules: the conversation's engine; the engine that holds at least half of the prompt's blocks; the lowest
+score. The first two count only unless that engine is much busier than the best, and an engine that turns a request away
+passes it on to the next. Among equal scores the turn goes round. Above 16 engines two are drawn and the better one is
+taken: as good in the mean, and a stale figure cannot draw the whole burst.
 
     score = max(in flight, waiting + running) + waiting · 6 · max(0, KV usage - 0.5)
 
@@ -15,8 +16,9 @@ from __future__ import annotations
 
 from array import array
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from engine.core.request import EngineRequest, SchedulerStats
 
@@ -24,7 +26,8 @@ AFFINITY_SLACK = 8.0
 """How much busier than the best an engine may be and still get a prompt whose prefix it holds."""
 AFFINITY_SHARE = 0.5
 MAX_SCANNED = 16
-MAX_PREFIX_BLOCKS = 256
+FINE_BLOCKS = 256
+COARSE_BLOCKS = 16
 MAX_REMEMBERED = 8192
 _KV_WEIGHT = 6.0
 _MASK = (1 << 64) - 1
@@ -52,63 +55,101 @@ class EngineLoad:
         self.kv_usage = stats.num_used_blocks / stats.num_blocks if stats.num_blocks else 0.0
 
 
+class _Link(NamedTuple):
+    """The hash of a prompt's first `num_blocks` blocks."""
+
+    key: int
+    num_blocks: int
+
+
 @dataclass(slots=True)
 class _Memory:
     """What went to one engine: hashes of prompt prefixes, the longest unused first."""
 
     prefixes: OrderedDict[int, None] = field(default_factory=OrderedDict)
 
-    def holds(self, chain: Sequence[int]) -> int:
+    def holds(self, chain: Sequence[_Link]) -> int:
         """Count the leading blocks that were sent here."""
         count = 0
-        for key in chain:
-            if key not in self.prefixes:
+        for link in chain:
+            if link.key not in self.prefixes:
                 break
-            count += 1
+            count = link.num_blocks
         return count
 
-    def remember(self, chain: Sequence[int]) -> None:
+    def remember(self, chain: Sequence[_Link]) -> None:
         # From the end, so that a prefix outlives what was built on it.
-        for key in reversed(chain):
-            self.prefixes[key] = None
-            self.prefixes.move_to_end(key)
+        for link in reversed(chain):
+            self.prefixes[link.key] = None
+            self.prefixes.move_to_end(link.key)
         while len(self.prefixes) > MAX_REMEMBERED:
             self.prefixes.popitem(last=False)
 
 
-class LoadBalancer:
-    """Chooses among `num_engines`. Keep `loads` up to date, and call `forget` for an engine that lost its cache."""
+@dataclass(frozen=True, slots=True)
+class Route:
+    """Where a request may go: `engines`, the best first; the leading `num_affine` are there for what they hold.
 
-    def __init__(self, num_engines: int, block_size: int) -> None:
+    `chain` are the prompt's blocks, as `LoadBalancer` counts them.
+    """
+
+    engines: tuple[int, ...]
+    num_affine: int
+    conversation: str
+    chain: Sequence[_Link]
+
+
+class LoadBalancer:
+    """Ranks `num_engines` for a request. Keep `loads` up to date, `record` where each request went, and call `forget`
+    for an engine that lost its cache.
+
+    `conversation_slack` is how much busier than the best an engine may be and still get its conversations' next turns.
+    """
+
+    def __init__(self, num_engines: int, block_size: int, conversation_slack: float) -> None:
         self.loads = [EngineLoad() for _ in range(num_engines)]
         self._block_size = block_size
+        self._conversation_slack = conversation_slack
         self._memories = [_Memory() for _ in range(num_engines)]
         self._conversations: OrderedDict[str, int] = OrderedDict()
         self._turn = 0
         self._draws = 0
 
-    def choose(self, request: EngineRequest) -> int | None:
-        """Choose an engine for a request, and remember that it went there; None when no engine is available."""
+    def route(self, request: EngineRequest) -> Route:
+        """Put the engines that are available in the order in which to try them. Remembers nothing."""
         candidates = [i for i, load in enumerate(self.loads) if load.is_available]
+        # With one engine there is nothing to choose by.
+        chain = self._chain(request) if len(self.loads) > 1 else []
         if not candidates:
-            return None
-        chain = self._chain(request)
-        chosen = self._of_conversation(request.conversation)
-        if chosen is None:
-            best = self._least_loaded(candidates)
-            chosen = self._of_prefix(chain, candidates, self.loads[best].score)
-            if chosen is None:
-                chosen = best
-                self._turn = (best + 1) % len(self.loads)
-        self._memories[chosen].remember(chain)
-        if request.conversation:
-            self._conversations[request.conversation] = chosen
-            self._conversations.move_to_end(request.conversation)
+            return Route((), 0, request.conversation, chain)
+        scores = {i: self.loads[i].score for i in candidates}
+        best = min(scores.values())
+        affine: list[int] = []
+        home = self._conversations.get(request.conversation) if request.conversation else None
+        if home in scores and scores[home] <= best + self._conversation_slack:
+            affine.append(home)
+        holder = self._of_prefix(chain, {i: score for i, score in scores.items() if score <= best + AFFINITY_SLACK})
+        if holder is not None and holder not in affine:
+            affine.append(holder)
+        rest = sorted((i for i in candidates if i not in affine), key=lambda i: (scores[i], self._steps_to(i)))
+        if len(rest) > MAX_SCANNED:
+            first = min(self._draw_two(rest), key=lambda i: (scores[i], self._steps_to(i)))
+            rest.remove(first)
+            rest.insert(0, first)
+        return Route((*affine, *rest), len(affine), request.conversation, chain)
+
+    def record(self, route: Route, engine: int) -> None:
+        """Remember that a request has gone to an engine of its route."""
+        if engine not in route.engines[: route.num_affine]:
+            self._turn = (engine + 1) % len(self.loads)
+        self._memories[engine].remember(route.chain)
+        if route.conversation:
+            self._conversations[route.conversation] = engine
+            self._conversations.move_to_end(route.conversation)
             if len(self._conversations) > MAX_REMEMBERED:
                 self._conversations.popitem(last=False)
         # Until the engine reports again, what was just sent counts as waiting.
-        self.loads[chosen].waiting += 1
-        return chosen
+        self.loads[engine].waiting += 1
 
     def forget(self, engine: int) -> None:
         """Drop what is known of an engine: it starts anew, with an empty cache."""
@@ -117,36 +158,43 @@ class LoadBalancer:
         for conversation in [key for key, value in self._conversations.items() if value == engine]:
             del self._conversations[conversation]
 
-    def _of_conversation(self, conversation: str) -> int | None:
-        engine = self._conversations.get(conversation) if conversation else None
-        return engine if engine is not None and self.loads[engine].is_available else None
-
-    def _of_prefix(self, chain: Sequence[int], candidates: Sequence[int], best_score: float) -> int | None:
+    def _of_prefix(self, chain: Sequence[_Link], scores: Mapping[int, float]) -> int | None:
         if not chain:
             return None
-        limit = best_score + AFFINITY_SLACK
-        held = {i: self._memories[i].holds(chain) for i in candidates if self.loads[i].score <= limit}
+        held = {i: self._memories[i].holds(chain) for i in scores}
         longest = max(held.values(), default=0)
-        if longest < AFFINITY_SHARE * len(chain):
+        if longest < AFFINITY_SHARE * chain[-1].num_blocks:
             return None
-        return min((i for i, count in held.items() if count == longest), key=lambda i: self.loads[i].score)
+        return min((i for i, count in held.items() if count == longest), key=lambda i: scores[i])
 
-    def _least_loaded(self, candidates: Sequence[int]) -> int:
-        count = len(self.loads)
-        if len(candidates) > MAX_SCANNED:
-            self._draws += 2
-            candidates = [candidates[_mix(self._draws + i) % len(candidates)] for i in range(2)]
-        return min(candidates, key=lambda i: (self.loads[i].score, (i - self._turn) % count))
+    def _steps_to(self, engine: int) -> int:
+        """Count the engines whose turn comes before this one's."""
+        return (engine - self._turn) % len(self.loads)
 
-    def _chain(self, request: EngineRequest) -> list[int]:
-        """Hash the prompt's full blocks, each with all before it. Python's hash of bytes is keyed per process."""
+    def _draw_two(self, candidates: Sequence[int]) -> tuple[int, int]:
+        """Draw two different ones."""
+        self._draws += 2
+        count = len(candidates)
+        first = _mix(self._draws) % count
+        second = (first + 1 + _mix(self._draws + 1) % (count - 1)) % count
+        return candidates[first], candidates[second]
+
+    def _chain(self, request: EngineRequest) -> list[_Link]:
+        """Hash the prompt's full blocks, each with all before it. Python's hash of bytes is keyed per process.
+
+        Behind the first `FINE_BLOCKS` they are taken `COARSE_BLOCKS` at a time: always at the same places, so that
+        prompts of any lengths meet, and a prompt of 131,072 tokens has 752 links instead of 8,192.
+        """
         size = 4 * self._block_size
-        data = array("i", request.prompt_token_ids[: MAX_PREFIX_BLOCKS * self._block_size]).tobytes()
+        data = memoryview(array("i", request.prompt_token_ids)).cast("B")
+        num_blocks = len(data) // size
         key = hash(request.cache_salt)
-        chain = []
-        for begin in range(0, len(data) - size + 1, size):
-            key = hash((key, data[begin : begin + size]))
-            chain.append(key)
+        chain: list[_Link] = []
+        done = 0
+        while (end := done + (1 if done < FINE_BLOCKS else COARSE_BLOCKS)) <= num_blocks:
+            key = hash((key, bytes(data[done * size : end * size])))
+            chain.append(_Link(key, end))
+            done = end
         return chain
 
 

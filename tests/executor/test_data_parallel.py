@@ -16,7 +16,7 @@ from test_async_ranks import CONFIG
 from test_parallel_tokens import BASE, requests, run
 
 from engine import ipc
-from engine.async_engine import EngineState
+from engine.async_engine import EngineState, EngineUnavailable
 from engine.core.request import EngineRequest, FinishReason, RequestOutput
 from engine.data_parallel import DataParallelEngine
 from engine.engine_core import EngineCore
@@ -118,6 +118,40 @@ def test_an_engine_that_cannot_start_ends_everything() -> None:
     cause = asyncio.run(serve())
     assert cause.message.startswith("engine ")
     assert "positions" in cause.message
+
+
+class Queue:
+    """An engine of which only the queue matters: it has room for so many."""
+
+    folder = model = None
+    state = EngineState.READY
+
+    def __init__(self, room: int) -> None:
+        self.room = room
+        self.num_unfinished = 0
+
+    def submit(self, request: EngineRequest) -> int:
+        if self.num_unfinished == self.room:
+            raise EngineUnavailable("overloaded", "the queue is full")
+        self.num_unfinished += 1
+        return self.num_unfinished
+
+
+def test_nobody_is_turned_away_while_one_engine_has_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = [Queue(4), Queue(4), Queue(40)]
+    monkeypatch.setattr(DataParallelEngine, "_spawn", lambda _, rank: parts[rank])
+    engine = DataParallelEngine(replace(TWO, data_parallel_size=3), lambda _: None, lambda _: None)
+    engine._has_been_ready = True
+    one = replace(requests(1)[0], conversation="everybody's")
+    for _ in range(48):
+        engine.submit(one)
+    assert [part.num_unfinished for part in parts] == [4, 4, 40]
+    waiting = [load.waiting for load in engine._balancer.loads]
+    with pytest.raises(EngineUnavailable, match="the queue is full") as caught:
+        engine.submit(one)
+    assert caught.value.code == "overloaded"
+    # What no engine took is nowhere, and leaves no trace.
+    assert [load.waiting for load in engine._balancer.loads] == waiting == [4, 4, 40]
 
 
 class Part:
