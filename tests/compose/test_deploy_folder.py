@@ -57,6 +57,30 @@ def test_render_writes_checks_and_keeps_secrets(tmp_path: Path) -> None:
     assert "canary" not in everything + file.read_text()
 
 
+def test_the_token_is_made_once_and_copied(tmp_path: Path) -> None:
+    """Do what the two pages say, with a stand-in for scp that copies from the other folder."""
+    bin_folder = tmp_path / "bin"
+    bin_folder.mkdir()
+    scp = bin_folder / "scp"
+    scp.write_text(f'#!/bin/sh\ntest "$1" = spark-01:deploy/head/ray_token && cat {tmp_path}/head/ray_token > "$2"\n')
+    scp.chmod(0o755)
+    for role in ("head", "worker"):
+        (folder := tmp_path / role).mkdir()
+        page = (ROOT / "deploy" / role / "README.md").read_text()
+        (folder / ".env.example").write_text("A=1\n")
+        commands = [line for line in page.splitlines() if line.startswith("(umask")]
+        assert len(commands) == 2
+        for command in commands:
+            subprocess.run(
+                ["sh", "-e", "-c", command],
+                cwd=folder, env={"PATH": f"{bin_folder}:{os.environ['PATH']}"}, check=True, timeout=30,
+            )  # fmt: skip
+        assert {(folder / name).stat().st_mode & 0o777 for name in ("ray_token", ".env")} == {0o600}
+    tokens = [(tmp_path / role / "ray_token").read_text().strip() for role in ("head", "worker")]
+    assert tokens[0] == tokens[1]
+    assert len(tokens[0]) >= 43
+
+
 def test_a_model_without_a_cluster_says_so(tmp_path: Path) -> None:
     registry = tmp_path / "model_registry.yml"
     registry.write_text("models: {tiny-oss: {model: tiny-oss}}\n")
