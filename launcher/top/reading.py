@@ -13,8 +13,6 @@ from dataclasses import dataclass, field
 from launcher.errors import HlaunchError
 from launcher.top.exposition import Sample
 
-_OF_ALL = "all"
-"""What our server calls its engines together, where it counts requests whichever of several had them."""
 _ENGINE_LABELS = ("engine", "engine_index", "dp_rank")
 _RANK_LABELS = ("rank", "pp_rank", "tp_rank", "moe_ep_rank")
 
@@ -91,7 +89,6 @@ def read(samples: Mapping[str, Sequence[Sample]]) -> Reading:
                 continue
             models.update(dict.fromkeys([sample.labels["model_name"]] if sample.labels.get("model_name") else []))
             engine, rank = _place(sample.labels, _ENGINE_LABELS), _place(sample.labels, _RANK_LABELS)
-            engine = "" if engine == _OF_ALL else engine
             ranks = engines.setdefault(engine, {})
             # Several samples of one rank differ in another label, such as the reason a request ended: parts of a sum.
             ranks[rank] = ranks.get(rank, 0.0) + sample.value
