@@ -37,18 +37,19 @@ def register(app: typer.Typer) -> None:
         console = invocation.console
         target = (invocation.cwd / folder).resolve()
         shape = shape_of(invocation, name, layers)
-        size = f"{shape.weight_bytes / 1e9:.2f} GB"
-        console.note(f"{shape.name}: {size} of random weights, {shape.num_layers} layers, seed {seed}, to {target}")
+        num_layers = _count(shape.num_layers, "layer")
+        console.note(f"{shape.name}: {_amount(shape.weight_bytes)} of random weights, {num_layers}, seed {seed}")
+        console.note(f"to {target}")
         with console.phases() as view:
             view.begin("weights")
 
             def show(done: int, total: int) -> None:
-                view.progress("weights", done / total, f"{done / 1e9:.2f} of {total / 1e9:.2f} GB")
+                view.progress("weights", done / total, f"{_amount(done)} of {_amount(total)}")
 
             facts = synthesize(shape, target, seed, threads, invocation.environ, show)
             written = float(facts["written_bytes"])
-            rate = f", {written / 1e9 / max(facts['seconds'], 1e-9):.2f} GB/s" if written else ""
-            view.end("weights", facts["seconds"], f"{written / 1e9:.2f} GB written{rate}")
+            rate = f", {_amount(written / max(facts['seconds'], 1e-9))}/s" if written else ""
+            view.end("weights", facts["seconds"], f"{_amount(written)} written{rate}")
         if as_json:
             console.json(facts)
         else:
@@ -56,7 +57,7 @@ def register(app: typer.Typer) -> None:
         if not written:
             console.note("the folder held this very checkpoint already")
         elif facts["resumed_bytes"]:
-            console.note(f"{facts['resumed_bytes'] / 1e9:.2f} GB were there from an earlier run")
+            console.note(f"{_amount(facts['resumed_bytes'])} were there from an earlier run")
         if facts["tokenizer"] == "stand-in":
             console.warning(
                 "the model's own tokenizer is not on this machine: the folder has a stand-in that encodes byte by byte",
@@ -71,8 +72,20 @@ def _rows(facts: dict[str, object]) -> list[tuple[str, str]]:
     return [
         ("folder", str(facts["folder"])),
         ("model", str(facts["model"])),
-        ("weights", f"{size / 1e9:.2f} GB in {facts['num_shards']} files, {facts['num_tensors']} tensors, random"),
+        (
+            "weights",
+            f"{_amount(size)} in {_count(facts['num_shards'], 'file')}, {facts['num_tensors']} tensors, random",
+        ),
         ("seed", str(facts["seed"])),
         ("fingerprint", f"{facts['fingerprint']}  (equal: same bytes)"),
         ("tokenizer", str(facts["tokenizer"])),
     ]
+
+
+def _amount(num_bytes: float) -> str:
+    """Write bytes as disks and benchmarks count them: `13.76 GB`, `4.1 MB`."""
+    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"
+
+
+def _count(number: object, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -60,7 +60,7 @@ def register(app: typer.Typer) -> None:
         )
         if case or cases:
             chosen = [item for item in CASES if cases or item.number == case]
-            splits = [study.split(item.sizes) for item in chosen]
+            splits = [_split(study, item) for item in chosen]
             if as_json:
                 both = zip(chosen, splits, strict=True)
                 data = [{"case": c.number, "title": c.title, "why": c.why, **split_data(s)} for c, s in both]
@@ -81,6 +81,17 @@ def register(app: typer.Typer) -> None:
 
             title = f"{name} on {declared.name}"
             write_svg(console, study.picture(title, splits[0], _roles(declared)), svg)
+
+
+def _split(study: Study, case: Case) -> Split:
+    """Place one of the seven. Raises: DoesNotFit for a model that is too small for it."""
+    from engine.placement import PlacementError
+    from launcher.plan.placing import no_placement
+
+    try:
+        return study.split(case.sizes)
+    except PlacementError as error:
+        raise no_placement(error, case.sizes) from error
 
 
 def _study(
@@ -111,7 +122,9 @@ def _study(
     if model is None:
         raise PreflightError(f"nothing here tells the shape of {entry.model}", hint="put its config.json on this host")
     hardware = {**declared_inventories(declared), **(_own(declared, paths) or inventories_for(declared, paths))}
-    is_gpu = any(item.gpus for item in hardware.values()) and entry.text("device") != "cpu"
+    # The seven topologies are of GPUs, whatever the entry runs on here.
+    is_cpu = entry.text("device") == "cpu" and not is_reference
+    is_gpu = any(item.gpus for item in hardware.values()) and not is_cpu
     cores = sum(item.numa_nodes for item in hardware.values())
     hosts = hosts_of(declared, hardware, cores, is_gpu=is_gpu)
     config = engine_config(entry, None, (), "cuda:0" if is_gpu else "cpu")

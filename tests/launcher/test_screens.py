@@ -107,6 +107,8 @@ CASES: dict[str, tuple[list[str], int]] = {
     "plan-does-not-fit": (["plan", "small", "--inventory", "host.json"], 6),
     "fit": (["fit", "tiny", "--inventory", "host.json"], 0),
     "topo": (["topo", "big"], 0),
+    "topo-case": (["topo", "big", "--case", "3"], 0),
+    "topo-case-too-large": (["topo", "tiny", "--case", "7"], 6),
     "unknown-model": (["plan", "tyni"], 4),
     "schema-keys": (["schema", "--keys"], 0),
     "plan-diff": (["plan", "big", "--diff", "--against", "deploy", "--set", "max-num-seqs=8"], 0),

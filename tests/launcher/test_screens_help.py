@@ -30,6 +30,18 @@ def test_every_reviewed_help_is_of_a_command() -> None:
     assert reviewed_names(REVIEWED) == set(CASES)
 
 
+def test_every_command_has_a_screen_of_what_it_says() -> None:
+    """A new row of COMMANDS fails here until somebody has looked at what the command prints."""
+    shown = set()
+    for path in SCREENS.rglob("*.txt"):
+        prompt, *words = shlex.split(path.read_text().partition("\n")[0])[:3]
+        assert prompt == "$", path
+        if path.parent != REVIEWED:
+            shown.add(words[1])
+    missing = set(COMMANDS) - shown
+    assert not missing, f"no reviewed screen shows: {', '.join(sorted(missing))}"
+
+
 def test_every_command_is_in_one_section() -> None:
     assert sorted(name for names in SECTIONS.values() for name in names) == sorted(COMMANDS)
 

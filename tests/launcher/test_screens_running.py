@@ -24,6 +24,7 @@ from metrics_text import vllm
 from screens_support import (
     ROOT,
     SCREENS,
+    Pipe,
     Screens,
     Terminal,
     column,
@@ -43,7 +44,7 @@ REGISTRY = """\
 models:
   tiny: {model: tiny-oss, device: cpu, drain-timeout: 2s, ready: {timeout: 60s}}
   damaged: {model: ./damaged, device: cpu}
-  large: {model: openai/gpt-oss-20b, max-model-len: 8k}
+  absent: {model: somebody/some-model}
 """
 PORT = same_width(r"127\.0\.0\.1:\d{5}\b", "127.0.0.1:NNNNN")
 PID = masked(r"\(pid \d+", "(pid N")
@@ -62,7 +63,9 @@ PHASE = masked(
     lambda found: f"{found[1]:<6}  {found[2] if found[2] == 'TIME' else 'N.NN s':>7}",
 )
 BAR = same_width(r"[█▏·]{24}", "█" * 24)
-UP = (PORT, HOST, RANK, MEMORY, PHASE, BAR)
+# Said every five seconds where a phase takes so long.
+PROGRESS = masked(r"^  (spawn|import|load|kv|warmup|weights|\d in flight)\b(?! *\d+\.\d\d s| *failed).*\n", "")
+UP = (PROGRESS, PORT, HOST, RANK, MEMORY, PHASE, BAR)
 
 
 @dataclass(frozen=True)
@@ -143,7 +146,7 @@ def test_up_fails(here: Here, screens: Screens) -> None:
 
 SIMPLE = {
     "up-again": (["up", "tiny"], 5),
-    "up-without-files": (["up", "large"], 5),
+    "up-without-files": (["up", "absent"], 5),
     "ps": (["ps"], 0),
     "status": (["status", "tiny"], 0),
     "status-unknown": (["status", "tyni"], 4),
@@ -172,13 +175,20 @@ def test_screen_is_as_reviewed(name: str, screens: Screens) -> None:
 
 def test_bench(screens: Screens) -> None:
     args = ["bench", "tiny", "-c", "1,2", "--runs", "1", "--input", "8", "--output", "4"]
-    screens.check("bench", args, 0, PORT, LINES, *FIGURES, drawn=r"  \d in flight")
+    screens.check("bench", args, 0, PROGRESS, PORT, LINES, *FIGURES, drawn=r"  \d in flight")
 
 
 def test_top(screens: Screens) -> None:
     stub = Stub({"/metrics": (200, vllm(values={"num_requests_running": 3.0}).encode())})
     with serving(stub):
         screens.check("top", ["top", "--url", stub.url, "--once", "--interval", "0.1"], 0, PORT)
+
+
+def test_synth(screens: Screens) -> None:
+    rate = masked(r"\d+\.\d\d s  ([\d.]+ MB written, )[\d.]+ [MG]B/s", r"N.NN s  \1N MB/s")
+    args = ["synth", "tiny", "random", "--layers", "1"]
+    screens.compare("synth", screens.shown(args, Pipe, [PROGRESS, rate]))
+    screens.compare("synth-again", screens.shown(args, Terminal, [PROGRESS, rate]))
 
 
 def test_down(hlaunch: Launcher, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,6 +207,6 @@ def test_down(hlaunch: Launcher, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_reviewed_screen_is_of_a_case() -> None:
-    started = {"up", "up-terminal", "up-fails", "bench", "top"}
+    started = {"up", "up-terminal", "up-fails", "bench", "top", "synth", "synth-again"}
     ended = {"down", "down-all", "down-again", "down-nothing", "down-unknown", "ps-nothing", "logs"}
     assert reviewed_names(REVIEWED) == {*SIMPLE, *started, *ended}
