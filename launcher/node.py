@@ -11,7 +11,6 @@ The cause of a failure is the last line of the log.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import hashlib
 import json
 import os
@@ -33,13 +32,12 @@ from launcher.supervise.instance import write_private
 from launcher.supervise.node_report import KEEPER_FILE
 from launcher.supervise.node_spec import MAX_SPEC_BYTES, NodeSpec
 from launcher.supervise.node_supervisor import NodeSupervisor
-from launcher.supervise.procfs import ProcessIdentity
+from launcher.supervise.procfs import ProcessIdentity, age_seconds
+from launcher.supervise.remains import MARK, end_processes, remove_shared_memory
 
 ENGINE_FILE = "engine.json"
 MODEL_FOLDER_VARIABLE = "HLAUNCH_MODEL_FOLDER"
 """Read by the host of this node's ranks (`engine.executor.ray_actor`)."""
-# In the environment of every process of a node: the folder in which it was started.
-_MARK = "_HLAUNCH_NODE_FOLDER"
 _STOP_GRACE_SECONDS = 15.0
 
 
@@ -158,7 +156,7 @@ def _start(spec: NodeSpec, plan: Path, log: Path) -> int:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
-        env={**os.environ, _MARK: str(folder)},
+        env={**os.environ, MARK: str(folder)},
     )
     identity = ProcessIdentity.of(process.pid)
     if identity is None:
@@ -203,27 +201,16 @@ def stop(folder: Path) -> int:
             time.sleep(0.05)
         if keeper.is_alive:
             keeper.send(signal.SIGKILL)
-    left = _survivors(folder)
-    for pid in left:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.kill(pid, signal.SIGKILL)
+    killed, left = end_processes(folder)
+    # Its age is known by its record, whether it lives or not.
+    since = None if keeper is None else time.time() - age_seconds(keeper)
+    stuck, doubtful = remove_shared_memory(folder, since)
     shutil.rmtree(folder, ignore_errors=True)
     if ray_folder := str(record.get("ray", "")):
         shutil.rmtree(ray_folder, ignore_errors=True)
-    print(json.dumps({"was_running": keeper is not None, "killed": len(left)}))
+    told = {"was_running": keeper is not None, "killed": killed, "left": [*left, *stuck], "doubtful": doubtful}
+    print(json.dumps(told))
     return ExitCode.OK
-
-
-def _survivors(folder: Path) -> list[int]:
-    """List the processes of the node started in `folder`, its own, Ray's and ranks: all have inherited its mark."""
-    mark = os.fsencode(f"{_MARK}={folder}")
-    found = []
-    for entry in os.listdir("/proc"):
-        if entry.isdigit() and int(entry) not in (os.getpid(), os.getppid()):
-            with contextlib.suppress(OSError):
-                if mark in Path(f"/proc/{entry}/environ").read_bytes().split(b"\0"):
-                    found.append(int(entry))
-    return found
 
 
 if __name__ == "__main__":

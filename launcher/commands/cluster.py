@@ -136,7 +136,7 @@ def down(console: Console, folder: InstanceFolder, run: ClusterRun, environ: Map
     """End a launch on all nodes. Raises: EngineFailed naming what is left."""
     from launcher.supervise.cluster_run import stop
 
-    left = stop(run, folder, environ)
+    left = stop(run, folder, environ, console.note)
     if left:
         raise EngineFailed(f"{run.name}: not everything is gone", details=left, hint=f"again: hlaunch down {run.name}")
     console.data(f"{run.name}: stopped on {_count(run)}, nothing is left")

@@ -131,7 +131,7 @@ def start(
         # Before the logs go with their nodes.
         error.details = (*error.details, *known_failures(run.runtime, run.nodes, environ))
         with contextlib.suppress(HlaunchError):
-            stop(run, folder, environ)
+            stop(run, folder, environ, note)
         raise
     ready = replace(run, url=url, transports=pairs)
     write_private(folder.path / RECORD, ready.to_json())
@@ -273,11 +273,13 @@ def ask_all(run: ClusterRun, environ: Mapping[str, str]) -> dict[str, dict[str, 
         return dict(zip((node.name for node in run.nodes), pool.map(ask, run.nodes), strict=True))
 
 
-def stop(run: ClusterRun, folder: InstanceFolder, environ: Mapping[str, str]) -> list[str]:
+def stop(
+    run: ClusterRun, folder: InstanceFolder, environ: Mapping[str, str], note: Callable[[str], None] = lambda _: None
+) -> list[str]:
     """End every node, the head (whose engine drains) first; return what is left, which should be nothing. Idempotent.
 
     A node that cannot be reached is named among what is left; then the record stays, so that `down` can be said again.
-    The end of every node's log is kept here, since it goes with the node.
+    The end of every node's log is kept here, since it goes with the node. `note` hears what may be the launch's or not.
     """
     runtime, left = RUNTIMES[run.runtime], []
     with contextlib.suppress(HlaunchError):
@@ -285,8 +287,10 @@ def stop(run: ClusterRun, folder: InstanceFolder, environ: Mapping[str, str]) ->
     for handle in sorted(run.nodes, key=lambda item: item.role != HEAD):
         shell = Shell(handle.name, handle.ssh, environ)
         try:
-            runtime.stop(shell, handle)
-            left += [f"{handle.name}: {item}" for item in runtime.leftovers(shell, handle)]
+            ended = runtime.stop(shell, handle)
+            left += [f"{handle.name}: {item}" for item in (*ended.left, *runtime.leftovers(shell, handle))]
+            for item in ended.doubtful:
+                note(f"{handle.name}: {item} was made while it ran and nobody holds it; if it is not yours: rm {item}")
         except HlaunchError as error:
             left.append(error.message)
     if not left:

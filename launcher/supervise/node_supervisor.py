@@ -37,6 +37,7 @@ from launcher.supervise.node_fabric import look, shown_environment
 from launcher.supervise.node_report import NodeReport
 from launcher.supervise.node_spec import NodeSpec
 from launcher.supervise.ray_process import ray_argv, ray_cause, ray_environment
+from launcher.supervise.remains import record_shared_memory
 from launcher.supervise.supervisor import STOP_SIGNALS, signal_wakeups
 
 TICK_SECONDS = 0.5
@@ -44,6 +45,8 @@ RAY_START_SECONDS = 90.0
 ENGINE_GRACE_SECONDS = 5.0
 """What the engine gets beyond its drain timeout."""
 RAY_GRACE_SECONDS = 4.0
+SHARED_LOOK_SECONDS = 60.0
+"""How often what the node's processes hold in /dev/shm is noted; it hardly changes but when an engine starts."""
 LOST_SECONDS = 20.0
 """How long our own node may be missing from the cluster before we call it lost."""
 NUM_LAST_LINES = 400
@@ -79,6 +82,7 @@ class NodeSupervisor:
         self._ray_lines: deque[str] = deque(maxlen=NUM_LAST_LINES)
         self._story = EngineStory(self.report, self._tell)
         self._num_signals = 0
+        self._next_look = 0.0
         self._stage = self._await_head if spec.ray is not None and not spec.is_head else self._start_ray
         self._deadline = time.monotonic() + spec.join_timeout_seconds
 
@@ -248,6 +252,9 @@ class NodeSupervisor:
             is_short = has_view and members.num_here < len(spec.peers)
             state = "degraded" if is_short else "ready"
             self.report.state = self._story.restarting_state if self._story.is_restarting else state
+        if spec.ray is not None and time.monotonic() >= self._next_look and not self._story.is_restarting:
+            record_shared_memory(self._folder)
+            self._next_look = time.monotonic() + SHARED_LOOK_SECONDS
         if not has_view:
             return
         if members.seconds_lost(time.monotonic()) > LOST_SECONDS:
@@ -295,7 +302,10 @@ class NodeSupervisor:
         self._say(f"node: {text}")
 
     def _on_engine_record(self, line: bytes) -> None:
+        was_restarting = self._story.is_restarting
         self._story.take(line)
+        if was_restarting:
+            self._next_look = 0.0
         if self._story.is_ready and self._stage == self._await_engine:
             self._serve()
 

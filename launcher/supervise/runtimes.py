@@ -25,6 +25,7 @@ from launcher.errors import PreflightError
 from launcher.plan.cluster_plan import ClusterPlan, NodePlan
 from launcher.supervise.docker import FACTS_SCRIPT, parse_containers, parse_host_facts
 from launcher.supervise.shell import RemoteFailed, Shell
+from launcher.supervise.status import one_line
 
 WATCH_WAIT_SECONDS = 120
 _COMPOSE = (
@@ -60,6 +61,23 @@ class Secrets:
     api_key: str
 
 
+@dataclass(frozen=True, slots=True)
+class Stopped:
+    """What the end of a node could not take away (`left`), and what may be of it or not (`doubtful`)."""
+
+    left: tuple[str, ...] = ()
+    doubtful: tuple[str, ...] = ()
+
+    @classmethod
+    def parse(cls, said: str) -> Stopped:
+        """Read what `launcher.node stop` says in its last line; anything else says nothing."""
+        try:
+            data = json.loads(said.strip().splitlines()[-1])
+            return cls(tuple(map(one_line, data["left"])), tuple(map(one_line, data["doubtful"])))
+        except (ValueError, IndexError, KeyError, TypeError, AttributeError):
+            return cls()
+
+
 class Runtime(Protocol):
     """How one node runs."""
 
@@ -73,7 +91,7 @@ class Runtime(Protocol):
     def watch_argv(self, shell: Shell, handle: NodeHandle) -> list[str]: ...
     def status_argv(self, shell: Shell, handle: NodeHandle) -> list[str]: ...
     def logs_argv(self, shell: Shell, handle: NodeHandle, num_lines: int, *, follow: bool) -> list[str]: ...
-    def stop(self, shell: Shell, handle: NodeHandle) -> None: ...
+    def stop(self, shell: Shell, handle: NodeHandle) -> Stopped: ...
     def leftovers(self, shell: Shell, handle: NodeHandle) -> list[str]: ...
 
 
@@ -147,13 +165,14 @@ class ProcessRuntime:
         script = 'cd && exec tail -n "$1" $2 -- "$3/node.log"'
         return ["sh", "-c", script, "sh", str(num_lines), "-F" if follow else "-q", handle.folder]
 
-    def stop(self, shell: Shell, handle: NodeHandle) -> None:
-        shell.run(
+    def stop(self, shell: Shell, handle: NodeHandle) -> Stopped:
+        said = shell.run(
             [shell.python, "-m", "launcher.node", "stop", "--folder", handle.run_folder],
             seconds=handle.stop_seconds,
             what="stopping the node",
         )
         shell.remove(handle.folder)
+        return Stopped.parse(said)
 
     def leftovers(self, shell: Shell, handle: NodeHandle) -> list[str]:
         # Who only asks the node, such as the `watch` of an `up` that ends right now, is no part of it.
@@ -248,12 +267,14 @@ class ComposeRuntime:
         )
         return ["sh", "-c", script, "sh", handle.project, str(num_lines), *(["--follow"] if follow else [])]
 
-    def stop(self, shell: Shell, handle: NodeHandle) -> None:
+    def stop(self, shell: Shell, handle: NodeHandle) -> Stopped:
         self._compose(shell, handle, "down", ["--remove-orphans", "--volumes"], handle.stop_seconds + 30)
         shell.remove(handle.folder)
         if handle.network != "host":
             # Fails while another node's container is on it: the last one removes it.
             shell.run(["docker", "network", "rm", handle.network], is_checked=False)
+        # Processes and shared memory were the container's.
+        return Stopped()
 
     def leftovers(self, shell: Shell, handle: NodeHandle) -> list[str]:
         argv = ["docker", "ps", "-a", "--filter", f"label=com.docker.compose.project={handle.project}"]
