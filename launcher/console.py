@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -134,8 +135,16 @@ class Console:
         self._write(self._stdout, text, "bold")
 
     def note(self, text: str) -> None:
-        """Write one line of message to stderr."""
+        """Write one line of message to stderr; on a terminal it hangs below its label where it is longer than one."""
+        self._message((text, ""))
+
+    def quote(self, text: str) -> None:
+        """Write a line of another program to stderr, never wrapped: it must survive to be copied."""
         self._write(self._stderr, text)
+
+    def info(self, message: str, hint: str = "") -> None:
+        """Write `info: …` and its hint to stderr."""
+        self._labelled("info", message, hint)
 
     def warning(self, message: str, hint: str = "") -> None:
         """Write `warning: …` and its hint to stderr."""
@@ -157,7 +166,7 @@ class Console:
         """Write located problems to stderr, each with its hint, at most 50."""
         for issue in issues[:MAX_ISSUES]:
             head, label, tail = issue.headline().partition(f"{issue.severity}[{issue.code}]")
-            self._write(self._stderr, (head, ""), (label, SEVERITY_STYLES[issue.severity]), (tail, ""))
+            self._message((head, ""), (label, SEVERITY_STYLES[issue.severity]), (tail, ""))
             self._hint(issue.hint)
         if len(issues) > MAX_ISSUES:
             self.note(f"… and {len(issues) - MAX_ISSUES} more")
@@ -183,11 +192,23 @@ class Console:
 
     def _hint(self, hint: str) -> None:
         if hint:
-            self._write(self._stderr, ("hint: ", "cyan"), (hint, ""))
+            self._message(("hint: ", "cyan"), (hint, ""))
 
     def _labelled(self, severity: str, message: str, hint: str) -> None:
-        self._write(self._stderr, (f"{severity}: ", SEVERITY_STYLES[severity]), (message, ""))
+        self._message((f"{severity}: ", SEVERITY_STYLES[severity]), (message, ""))
         self._hint(hint)
+
+    def _message(self, *parts: tuple[str, str]) -> None:
+        """Write a message to stderr: one line, or on a terminal as many as its width asks for."""
+        stream = self._stderr
+        shown = [(visible(text), style) for text, style in parts]
+        lines = [shown]
+        if stream.isatty():
+            width = shutil.get_terminal_size().columns
+            first, *rest = hang("".join(text for text, _ in shown), width)
+            lines = [_cut_parts(shown, len(first)), *([(line, "")] for line in rest)]
+        for line in lines:
+            self._write(stream, *line)
 
     def _write(self, stream: TextIO, *parts: str | tuple[str, str]) -> None:
         """Write one line of styled parts, control characters escaped. Bare text has no style."""
@@ -302,6 +323,41 @@ def _wrap(text: str, width: int) -> list[str]:
                 lines.append("")
             lines[-1] += ch
     return lines
+
+
+_LABEL = re.compile(r" *(?:[a-z]+: )?")
+_WORD = re.compile(r"run: .+|--[a-z-]+ \S+|\S+")
+"""What stays on one line: a command to paste, an option with its value, a word."""
+
+
+def hang(text: str, width: int) -> list[str]:
+    """Break a message into lines of at most `width` columns; those after the first stand below what its label names.
+
+    A word that is longer, such as a path, stays whole.
+    """
+    if _width(text) <= width:
+        return [text]
+    label = _LABEL.match(text)
+    lead = label.end() if label is not None else 0
+    lines, line, end = [], text[:lead], lead
+    for word in _WORD.finditer(text, lead):
+        gap = text[end : word.start()]
+        if line.strip() and end > lead and _width(line) + len(gap) + _width(word[0]) > width:
+            lines.append(line)
+            line = " " * min(lead or 2, width // 2) + word[0]
+        else:
+            line += gap + word[0]
+        end = word.end()
+    return [*lines, line]
+
+
+def _cut_parts(parts: Sequence[tuple[str, str]], length: int) -> list[tuple[str, str]]:
+    """Return the first `length` characters of styled parts."""
+    found = []
+    for text, style in parts:
+        found.append((text[:length], style))
+        length -= len(found[-1][0])
+    return [part for part in found if part[0]]
 
 
 def visible(text: str) -> str:

@@ -171,7 +171,7 @@ def show_remarks(console: Console, remarks: Sequence[Remark]) -> None:
         if remark.severity == "warning":
             console.warning(f"{remark.message} [{remark.code}]", hint=remark.hint)
         else:
-            console.note(f"info: {remark.message} [{remark.code}]" + (f"; {remark.hint}" if remark.hint else ""))
+            console.info(f"{remark.message} [{remark.code}]", hint=remark.hint)
 
 
 def can_draw() -> bool:

@@ -213,7 +213,7 @@ def _conclude(console: Console, view: LaunchView, outcome: Outcome) -> int:
         console.note("last lines of the engine's log:")
     redaction = Redaction(os.environ)
     for line in shown:
-        console.note(f"  | {redaction.line(line)}")
+        console.quote(f"  | {redaction.line(line)}")
     if len(shown) < len(outcome.log_tail):
         console.note(f"the whole log: hlaunch logs {view.name}")
     for found in worst(outcome.log_tail):
@@ -309,7 +309,7 @@ class LaunchView:
 
             self._console.note("Ctrl-C stops")
             redaction = Redaction(os.environ)
-            self._echo = Echo(lambda line: self._console.note(redaction.line(line)))
+            self._echo = Echo(lambda line: self._console.quote(redaction.line(line)))
 
     def stopping(self, drain_timeout_seconds: float) -> None:
         if drain_timeout_seconds:

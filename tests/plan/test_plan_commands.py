@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
+import pty
 import resource
+import struct
 import subprocess
 import sys
+import termios
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -222,6 +227,25 @@ def test_ranking_a_cluster(hlaunch: Hlaunch) -> None:
 def test_without_a_cluster_the_reference_stands_in(hlaunch: Hlaunch) -> None:
     result = hlaunch("topo", "big")
     assert "two nodes of 8 H100 stand in" in result.stderr
+
+
+def test_on_a_terminal_of_80_columns_every_line_fits(hlaunch: Hlaunch) -> None:
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    command = [sys.executable, "-m", "launcher.cli", "plan", "split", "--set", "tp=16", "--set", "dp=1"]
+    environ = {"PATH": os.environ["PATH"], "HOME": str(hlaunch.folder), "PYTHONPATH": str(ROOT), "TERM": "xterm"}
+    environ |= {"NO_COLOR": "1", "PYTHONIOENCODING": "utf-8"}
+    process = subprocess.Popen(command, cwd=hlaunch.folder, env=environ, stdin=slave, stdout=slave, stderr=slave)
+    os.close(slave)
+    shown = b""
+    with contextlib.suppress(OSError):  # the terminal is gone with its last writer
+        while part := os.read(master, 1 << 16):
+            shown += part
+    os.close(master)
+    assert process.wait(timeout=60) == 0
+    lines = shown.decode().splitlines()
+    assert any("tensor groups cross nodes" in line for line in lines)
+    assert [line for line in lines if len(line) > 80] == []
 
 
 # Differences.

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launcher.console import Console, layout_table, visible
+from launcher.console import Console, hang, layout_table, visible
 from launcher.errors import HlaunchError, Issue
 
 
@@ -120,3 +120,39 @@ def test_phases_on_a_terminal_leave_no_thread_and_a_readable_end() -> None:
     assert threading.active_count() == before
     assert "\x1b[2J" not in err.getvalue()
     assert "load" in err.getvalue()
+
+
+@pytest.mark.parametrize("width", [40, 80])
+@given(words=st.lists(st.text("ab-,.", min_size=1, max_size=30), min_size=1, max_size=30))
+def test_a_message_hangs_below_its_label(width: int, words: list[str]) -> None:
+    text = "warning: " + " ".join(words)
+    first, *rest = hang(text, width)
+    assert [word for line in (first, *rest) for word in line.split()] == text.split(), "no word is lost or cut"
+    assert all(line.startswith(" " * 9) and line[9] != " " for line in rest)
+    if not any(word.startswith("--") for word in words):
+        assert all(len(line) <= width for line in (first, *rest))
+
+
+def test_what_is_to_be_pasted_is_not_cut() -> None:
+    command = "hlaunch up model " + " ".join(f"--set key{i}=value" for i in range(9))
+    assert hang(f"hint: no such thing here, run: {command}", 80)[-1].endswith(f"run: {command}")
+    for line in hang("hint: would fit: " + "  or  ".join(f"--set key-{i}=value" for i in range(9)), 50):
+        assert len(line) <= 50
+        assert not line.endswith("--set")
+
+
+def test_only_a_terminal_gets_a_message_in_several_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    text = "every word of this is longer than what one line of the terminal has room for"
+    for stream, lines in ((Terminal(), 2), (io.StringIO(), 1)):
+        console = Console(stderr=stream, environ={"NO_COLOR": "1"})
+        for write in (console.warning, console.info, console.error, console.note):
+            stream.seek(0)
+            stream.truncate()
+            write(text)
+            written = stream.getvalue().splitlines()
+            assert len(written) == lines
+            assert " ".join(line.strip() for line in written).endswith(text)
+    console = Console(stderr=(stream := Terminal()), environ={"NO_COLOR": "1"})
+    console.quote(text)
+    assert stream.getvalue() == text + "\n"
