@@ -111,10 +111,9 @@ class CompiledGraphExecutor:
         with self._settling():
             body = self._graph.collect(max(0.0, deadline - time.monotonic()))
             if body is None:
-                ranks = ", ".join(str(rank.rank) for rank in self.ranks)
                 raise ExecutorError(
                     f"step {step_id} did not come out of the compiled graph within {self._timeout:.0f} s; "
-                    f"Ray does not tell which of the ranks {ranks} holds it up"
+                    f"Ray does not tell which rank holds it up: {self._graph.processes()}"
                 )
         return self._steps.finish(body)
 

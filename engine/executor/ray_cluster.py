@@ -13,10 +13,9 @@ import importlib
 import os
 import signal
 import socket
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from engine.executor.base import ExecutorError
@@ -29,6 +28,7 @@ from engine.executor.ray_layout import (
     needed_and_there,
 )
 from engine.executor.ray_view import describe_error
+from engine.process import say
 
 NAMESPACE = "hlaunch"
 _POLL_SECONDS = 0.2
@@ -50,10 +50,11 @@ class NoRoom(ExecutorError):
 class RayCluster:
     """One connection of this process, which can have only one at a time. `close` gives everything back."""
 
-    def __init__(self, address: str, own_address: str) -> None:
+    def __init__(self, address: str, own_address: str, layout: Layout | None = None) -> None:
         """Connect to the cluster at `address` ("": that of RAY_ADDRESS), through the raylet at `own_address`.
 
-        Raises: RayRefused, ExecutorError.
+        A `layout` for which its nodes are too small is refused before anything else is done there.
+        Raises: RayRefused, NoRoom, ExecutorError.
         """
         check_token(os.environ)
         address = address or os.environ.get("RAY_ADDRESS", "")
@@ -70,7 +71,9 @@ class RayCluster:
             raise
         self._group: Any = None
         self._actors: list[Any] = []
-        doors.check(own_address)
+        nodes = doors.check(own_address)
+        if layout is not None:
+            _refuse_what_cannot_come(layout, nodes)
         _connect(self._ray, address, own_address)
 
     def nodes(self) -> list[RayNode]:
@@ -104,9 +107,10 @@ class RayCluster:
             if words != told:
                 told = words
                 tell(f"waiting for {words}")
-            if time.monotonic() > deadline or not all(item.can_come for item in missing):
-                print(needed_and_there(layout, nodes), file=sys.stderr, flush=True)
-                raise NoRoom(words, can_come=all(item.can_come for item in missing))
+            _refuse_what_cannot_come(layout, nodes)
+            if time.monotonic() > deadline:
+                say(needed_and_there(layout, nodes))
+                raise NoRoom(words, can_come=True)
             time.sleep(_POLL_SECONDS)
 
     def place(self, layout: Layout, name: str, deadline: float) -> None:
@@ -118,9 +122,11 @@ class RayCluster:
         )
         if not self._group.wait(max(1.0, deadline - time.monotonic())):
             nodes = self.nodes()
-            print(needed_and_there(layout, nodes), file=sys.stderr, flush=True)
+            say(needed_and_there(layout, nodes))
             missing = describe_shortages(find_shortages(layout, nodes))
-            raise ExecutorError(f"Ray has not placed the ranks in time: {missing or 'everything seems to be there'}")
+            where = ", ".join(bundle.address or bundle.node for bundle in layout.bundles)
+            hung = f"everything seems to be there, so the raylet of one of {where} does not answer"
+            raise ExecutorError(f"Ray has not placed the ranks in time: {missing or hung}")
         placed = placement_group_table(self._group)["bundles_to_node_id"]
         addresses = {node.id: node.address for node in self.nodes()}
         for number, bundle in enumerate(layout.bundles):
@@ -163,15 +169,19 @@ class RayCluster:
         """Have `on_end` told, from a thread, which node's call has ended and how: once for each."""
         return ActorWatch(self._ray, references, on_end)
 
+    def end_actors(self) -> None:
+        """Kill every actor. Idempotent."""
+        for actor in self._actors:
+            with contextlib.suppress(self._ray.exceptions.RayError, ValueError):
+                self._ray.kill(actor, no_restart=True)
+        self._actors.clear()
+
     def close(self) -> None:
         """End the actors, give the placement group back, and disconnect. Idempotent."""
         ray = self._ray
         if not ray.is_initialized():
             return
-        for actor in self._actors:
-            with contextlib.suppress(ray.exceptions.RayError, ValueError):
-                ray.kill(actor, no_restart=True)
-        self._actors.clear()
+        self.end_actors()
         if self._group is not None:
             from ray.util.placement_group import remove_placement_group
 
@@ -240,6 +250,14 @@ def _after(text: str, *marks: str) -> str:
         if found:
             return rest.strip().split(". ")[0][:200].rstrip(".")
     return ""
+
+
+def _refuse_what_cannot_come(layout: Layout, nodes: Sequence[RayNode]) -> None:
+    """Give up on what no waiting brings. Raises: NoRoom with everything that is missing."""
+    missing = find_shortages(layout, nodes)
+    if not all(item.can_come for item in missing):
+        say(needed_and_there(layout, nodes))
+        raise NoRoom(describe_shortages(missing), can_come=False)
 
 
 def _connect(ray: Any, address: str, own_address: str) -> None:

@@ -11,6 +11,7 @@ import contextlib
 import importlib
 import logging
 import os
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -33,6 +34,7 @@ TIMEOUT_SECONDS = 300
 MAX_IN_FLIGHT = 16
 _LOAD_SECONDS = 900.0
 _KV_SECONDS = 120.0
+_TEARDOWN_SECONDS = 5.0
 _PLAN_BYTES = 1 << 20
 Tell = Callable[[str], None]
 
@@ -63,19 +65,20 @@ class RankGraph:
         nodes = config.nodes
         began = time.monotonic()
         deadline = began + nodes.placement_timeout_seconds
-        self._cluster = RayCluster(nodes.ray_address, nodes.head_host or config.node_address)
+        layout = lay_out(placement, dp_rank, dict(zip(nodes.names, nodes.addresses, strict=False)))
+        self._cluster = RayCluster(nodes.ray_address, nodes.head_host or config.node_address, layout)
         self._actors: list[Any] = []
+        self._facts: list[ActorFacts] = []
         self._graph: Any = None
         self._in_flight: deque[Any] = deque()
         self._watch: ActorWatch | None = None
         try:
-            layout = lay_out(placement, dp_rank, dict(zip(nodes.names, nodes.addresses, strict=False)))
             self._cluster.await_resources(layout, deadline, tell)
             self._cluster.place(layout, f"hlaunch-graph-{os.getpid()}-{dp_rank}", deadline)
             self._actors = [self._cluster.start_actor(StageActor, layout, rank.node) for rank in self.ranks]
             looks = self._ask("look")
-            for rank, said in zip(self.ranks, looks, strict=True):
-                facts = msgspec.msgpack.decode(said, type=ActorFacts)
+            self._facts = [msgspec.msgpack.decode(said, type=ActorFacts) for said in looks]
+            for rank, facts in zip(self.ranks, self._facts, strict=True):
                 wanted = layout.bundles[layout.index(rank.node)].address
                 if wanted and facts.address != wanted:
                     raise ExecutorError(f"rank {rank.rank}: Ray runs it at {facts.address}, not at {wanted}")
@@ -145,15 +148,27 @@ class RankGraph:
             self._in_flight.popleft()
             return bytes(result)
 
+    def processes(self) -> str:
+        """Say where each rank's process is, for whoever must look at them himself."""
+        return ", ".join(
+            f"rank {rank.rank} (process {facts.pid} at {facts.address})"
+            for rank, facts in zip(self.ranks, self._facts, strict=True)
+        )
+
     def close(self) -> None:
         """Take the graph down, end the actors, leave the cluster. Idempotent."""
         if self._watch is not None:
             self._watch.stop()
             self._watch = None
         if self._graph is not None:
-            errors: Any = importlib.import_module("ray.exceptions")
-            with contextlib.suppress(errors.RayError):
-                self._graph.teardown(kill_actors=True)
+            # The order is Ray's: actors that die inside a graph may take their raylet along. But one that hangs would
+            # be waited for, so it has a few seconds.
+            teardown = threading.Thread(target=_tear_down, args=(self._graph,), name="graph's end", daemon=True)
+            teardown.start()
+            teardown.join(_TEARDOWN_SECONDS)
+            if teardown.is_alive():
+                self._cluster.end_actors()
+                teardown.join(_TEARDOWN_SECONDS)
             self._graph = None
         # Results that nobody took are dropped after the graph: before, Ray would read on for them.
         self._in_flight.clear()
@@ -191,6 +206,12 @@ class RankGraph:
             if isinstance(cause, StageFault):
                 raise GraphFault(str(cause), is_echo=cause.is_echo) from None
             raise GraphFault(describe_actor_end(error), is_echo=isinstance(error, errors.RayChannelError)) from None
+
+
+def _tear_down(graph: Any) -> None:
+    errors: Any = importlib.import_module("ray.exceptions")
+    with contextlib.suppress(errors.RayError):
+        graph.teardown(kill_actors=True)
 
 
 def _named(rank: RankSpec) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import secrets
-import sys
 import time
 from collections.abc import Callable, Sequence
 
@@ -23,6 +22,7 @@ from engine.executor.ray_cluster import ActorWatch, RayCluster
 from engine.executor.ray_environment import carried_environment
 from engine.executor.ray_layout import Layout, lay_out
 from engine.placement import Placement
+from engine.process import say
 
 GRACE_SECONDS = 2.0
 """What node hosts get to end by themselves, once their engine has said goodbye."""
@@ -53,10 +53,10 @@ class RayStarter:
         nodes, began = self._config.nodes, time.monotonic()
         deadline = began + nodes.placement_timeout_seconds
         host = nodes.head_host or self._config.node_address
-        cluster = self._cluster = RayCluster(nodes.ray_address, host)
-        connected = time.monotonic()
         addresses = dict(zip(nodes.names, nodes.addresses, strict=False))
         layout = lay_out(self._placement, self._config.data_parallel_rank, addresses)
+        cluster = self._cluster = RayCluster(nodes.ray_address, host, layout)
+        connected = time.monotonic()
         cluster.await_resources(layout, deadline, self._tell)
         name = orders[0].order_id if orders else "head"
         cluster.place(layout, f"hlaunch-{name}", deadline)
@@ -145,4 +145,4 @@ def _numbers(numbers: Sequence[int]) -> str:
 
 
 def _say(line: str) -> None:
-    print(f"ray: {line}", file=sys.stderr, flush=True)
+    say(f"ray: {line}")
