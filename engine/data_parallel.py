@@ -221,8 +221,7 @@ class DataParallelEngine:
         say(said)
 
     async def _restart(self, rank: int, backoff_seconds: float) -> None:
-        await self.engines[rank].stop()
-        await asyncio.sleep(backoff_seconds)
+        await asyncio.gather(self.engines[rank].stop(), asyncio.sleep(backoff_seconds))
         if self._is_ending:
             return
         try:
