@@ -71,7 +71,7 @@ def register(app: typer.Typer) -> None:
                     f"{name} runs on a cluster, which says its nodes itself",
                     hint="leave --nnodes away, or --set cluster=none",
                 )
-            return _up_on_cluster(invocation, name, chosen, runtime, replace=replace, dry_run=dry_run)
+            return _up_on_cluster(invocation, name, chosen, runtime, replace=replace, dry_run=dry_run, as_json=as_json)
         plan = _plan(invocation, name, list(overrides or []), port, nodes)
         if dry_run:
             from launcher.commands.dry_run import dry_run as show
@@ -88,15 +88,23 @@ def _has_cluster(invocation: Invocation, name: str, overrides: list[str]) -> boo
 
 
 def _up_on_cluster(
-    invocation: Invocation, name: str, overrides: list[str], runtime: str, *, replace: bool, dry_run: bool
+    invocation: Invocation,
+    name: str,
+    overrides: list[str],
+    runtime: str,
+    *,
+    replace: bool,
+    dry_run: bool,
+    as_json: bool,
 ) -> int:
     from launcher.commands import cluster as on_cluster
     from launcher.commands.render import cluster_plan_for
-    from launcher.errors import UsageError
 
-    if dry_run:
-        raise UsageError("a dry run of a cluster is its plan", hint=f"run: hlaunch plan {name}")
     plan = cluster_plan_for(invocation, name, overrides, None)
+    if dry_run:
+        from launcher.commands.plan import show_plan
+
+        return show_plan(invocation.console, plan, as_json=as_json)
     return on_cluster.up(invocation, plan, runtime, is_replacing=replace)
 
 
@@ -112,7 +120,9 @@ def _plan(
 
         entry = invocation.resolve(name, [*overrides, f"port={free_port(entry.text('host'))}"])
     folder = InstanceFolder(state_root(invocation.environ), entry.name)
-    return make_plan(entry, read_inventory(), invocation.environ, folder.path, nodes=nodes)
+    plan = make_plan(entry, read_inventory(), invocation.environ, folder.path, nodes=nodes)
+    invocation.console.issues(plan.warnings)
+    return plan
 
 
 def launch(console: Console, plan: LaunchPlan, *, is_detached: bool, is_replacing: bool) -> int:

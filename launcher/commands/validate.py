@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from launcher.commands import invocation_of
 from launcher.exit_codes import ExitCode
+
+if TYPE_CHECKING:
+    from launcher.errors import Issue
+    from launcher.registry import Registry
 
 
 def register(app: typer.Typer) -> None:
@@ -31,6 +36,9 @@ def register(app: typer.Typer) -> None:
         invocation = invocation_of(ctx)
         path = find_registry(file or invocation.registry_file, invocation.environ, invocation.cwd)
         registry, issues = check_registry(path, invocation.cwd)
+        if registry is not None:
+            # Variables make sense only in a file that is right otherwise.
+            issues = sorted([*issues, *_variables(registry)], key=lambda issue: (issue.line or 0, issue.column or 0))
         errors = sum(issue.severity == "error" for issue in issues)
         warnings = sum(issue.severity == "warning" for issue in issues)
         is_valid = errors == 0 and not (strict and warnings)
@@ -61,6 +69,20 @@ def register(app: typer.Typer) -> None:
                 invocation.console.error(f"{source} is not valid: {counts}")
         if not is_valid:
             raise typer.Exit(ExitCode.REGISTRY_INVALID)
+
+
+def _variables(registry: Registry) -> list[Issue]:
+    if not (registry.clusters or registry.profiles or registry.defaults.env or any(_has_env(registry))):
+        return []
+    from launcher.fabric.declared import registry_issues
+
+    return registry_issues(registry)
+
+
+def _has_env(registry: Registry) -> Iterator[bool]:
+    for entry in registry.models.values():
+        parts = (entry.options, *entry.profiles.values(), *entry.overrides.values())
+        yield any(options.env for options in parts)
 
 
 def _count(number: int, noun: str) -> str:

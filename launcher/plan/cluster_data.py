@@ -40,6 +40,7 @@ def cluster_plan_data(plan: ClusterPlan) -> dict[str, Any]:
         ],
         "remarks": [asdict(remark) for remark in plan.remarks],
         "notes": list(plan.notes),
+        "warnings": [issue.as_dict() for issue in plan.warnings],
         "problems": [error_data(error) for error in plan.problems],
         "blockers": [error_data(error) for error in plan.blockers],
     }

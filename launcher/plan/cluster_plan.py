@@ -23,7 +23,8 @@ from engine.placement import (
     place,
     remarks,
 )
-from launcher.errors import DoesNotFit, HlaunchError, PreflightError
+from launcher.errors import DoesNotFit, HlaunchError, Issue, PreflightError
+from launcher.fabric.declared import launch_findings, problem_of, warnings_of
 from launcher.fabric.environment import node_environment
 from launcher.plan import settings
 from launcher.plan.borders import weighed
@@ -97,7 +98,7 @@ class ClusterPlan:
     """One launch on a cluster. `problems` make it impossible, `blockers` are repaired outside it (files, secrets).
 
     `placement` and `model` are None only when a problem says why; `digest` is the SHA-256 of everything that a node
-    would see, as hex.
+    would see, as hex. `warnings` are about variables.
     """
 
     entry: ResolvedEntry
@@ -112,6 +113,7 @@ class ClusterPlan:
     problems: tuple[HlaunchError, ...] = ()
     blockers: tuple[HlaunchError, ...] = ()
     notes: tuple[str, ...] = ()
+    warnings: tuple[Issue, ...] = ()
 
     @property
     def name(self) -> str:
@@ -193,6 +195,9 @@ def make_cluster_plan(
     )
     for node in nodes:
         problems += port_clashes(node.name, node.ports)
+    lint = launch_findings(entry, cluster)
+    if (problem := problem_of(lint)) is not None:
+        problems.append(problem)
     return ClusterPlan(
         entry=entry,
         cluster=cluster,
@@ -206,6 +211,7 @@ def make_cluster_plan(
         problems=tuple(problems),
         blockers=tuple(blockers),
         notes=_notes(entry, config, files),
+        warnings=warnings_of(lint),
     )
 
 

@@ -128,6 +128,7 @@ def plan_data(plan: LaunchPlan) -> dict[str, Any]:
         "working_folder": str(plan.working_folder),
         "argv": list(plan.argv),
         "notes": list(plan.notes),
+        "warnings": [issue.as_dict() for issue in plan.warnings],
         "problems": [error_data(error) for error in plan.problems],
         "blockers": [error_data(error) for error in plan.blockers],
     }

@@ -74,7 +74,15 @@ def inventories_for(cluster: Cluster, paths: Sequence[Path]) -> Mapping[str, Inv
 def plan_for(
     invocation: Invocation, name: str, overrides: Sequence[str], cluster_name: str | None, paths: Sequence[Path]
 ) -> LaunchPlan | ClusterPlan:
-    """Make the plan of an entry: on its cluster, else on this host or the saved one."""
+    """Make the plan of an entry: on its cluster, else on this host or the saved one. Says its warnings."""
+    plan = _plan_of(invocation, name, overrides, cluster_name, paths)
+    invocation.console.issues(plan.warnings)
+    return plan
+
+
+def _plan_of(
+    invocation: Invocation, name: str, overrides: Sequence[str], cluster_name: str | None, paths: Sequence[Path]
+) -> LaunchPlan | ClusterPlan:
     entry = resolved(invocation, name, overrides, cluster_name)
     cluster = cluster_of(invocation, entry)
     if cluster is not None:

@@ -14,7 +14,8 @@ from pathlib import Path
 import engine
 from engine.config import ConfigError, EngineConfig, ModelConfig, NodesConfig, load_model_config
 from engine.placement import HostSpec, Placement, PlacementError, place, single_rank
-from launcher.errors import DoesNotFit, HlaunchError, PreflightError
+from launcher.errors import DoesNotFit, HlaunchError, Issue, PreflightError
+from launcher.fabric.declared import launch_findings, problem_of, warnings_of
 from launcher.plan import settings
 from launcher.plan.environment import Variable, as_mapping, engine_environment, engine_packages_missing
 from launcher.plan.fit import FitReport, report_fit
@@ -56,7 +57,7 @@ class LaunchPlan:
 
     `model`, `placement` and `fit` are None when nothing tells the model's shape; `fit` also with several ranks, whose
     bytes stand in `memory`, in rank order. `gpu` is the one that `config.device` names. `argv` has `N` where the number
-    of the status pipe will stand.
+    of the status pipe will stand. `warnings` are about variables.
     """
 
     entry: ResolvedEntry
@@ -75,6 +76,7 @@ class LaunchPlan:
     blockers: tuple[HlaunchError, ...]
     notes: tuple[str, ...]
     memory: tuple[RankMemory, ...] = ()
+    warnings: tuple[Issue, ...] = ()
 
     @property
     def name(self) -> str:
@@ -140,6 +142,7 @@ def make_plan(
         (problems if isinstance(error, DoesNotFit) else blockers).append(error)
     config = settings.engine_config(entry, files.folder, digests, choice.device)
     placement, report = None, None
+    lint = launch_findings(entry, None)
     memory: tuple[RankMemory, ...] = ()
     notes = [*settings.notes(entry, choice.device), *choice.notes]
     environment = engine_environment(entry, environ)
@@ -173,6 +176,8 @@ def make_plan(
             report = _fit(config, model, files, budget, problems)
             memory = () if report is None else (memory_of(report, 0, config.device),)
             notes += [budget.note] if budget.note else []
+    if (problem := problem_of(lint)) is not None:
+        problems.append(problem)
     return LaunchPlan(
         entry=entry,
         inventory=inventory,
@@ -190,6 +195,7 @@ def make_plan(
         blockers=tuple(blockers),
         notes=tuple(notes),
         memory=memory,
+        warnings=warnings_of(lint),
     )
 
 

@@ -22,6 +22,7 @@ from launcher.registry.keys import (
     canonical_key,
 )
 from launcher.registry.reading import read_scalar, read_variable
+from launcher.registry.reserved import refusal
 from launcher.registry.suggest import did_you_mean
 from launcher.registry.types import Layer, Mark, Origin, Value
 from launcher.registry.values import BadValue, show_text
@@ -121,6 +122,8 @@ def unknown_key(written: str) -> BadValue:
 def _read_override_variable(name: str, value: str) -> str | None:
     if _VARIABLE_NAME.fullmatch(name) is None:
         raise BadValue("bad-name", f"{show_text(name)} cannot name a variable", "write --set env.NAME=value")
+    if value and (refused := refusal(name)) is not None:
+        raise BadValue("reserved-variable", f"env.{name} {refused[0]}", refused[1])
     return read_variable(Scalar(value, "argument", _NO_MARK)) if value else None
 
 

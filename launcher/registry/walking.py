@@ -13,7 +13,8 @@ from typing import Any, TypeAlias
 from launcher.errors import Issue, Severity
 from launcher.registry.document import Mapping, Node, Scalar, Sequence
 from launcher.registry.flags import Flag, find_negated, flags
-from launcher.registry.shapes import DOCUMENT, MODEL, NAME_PATTERN, Items, Keys, Names, Shape
+from launcher.registry.reserved import refusal
+from launcher.registry.shapes import DOCUMENT, MODEL, NAME_PATTERN, Items, Keys, Names, Shape, Variables
 from launcher.registry.suggest import Suggester
 from launcher.registry.types import Mark
 from launcher.registry.values import BadValue, show_text
@@ -161,6 +162,9 @@ class _Walker:
             return None
         if isinstance(shape, Names):
             return self._name(text, shape, node, path)
+        if isinstance(shape, Variables) and (refused := refusal(text)) is not None and not _removes(value):
+            self._report("reserved-variable", node.mark, (*path, text), *refused)
+            return None
         return self._known(text, shape, node, path, value) if isinstance(shape, Keys) else text
 
     def _name(self, text: str, shape: Names, node: Scalar, path: Path) -> str | None:
@@ -233,6 +237,11 @@ def _below(shape: Shape | None, key: str) -> Shape | None:
     if isinstance(shape, Names):
         return shape.item
     return shape.below.get(key) if isinstance(shape, Keys) else None
+
+
+def _removes(value: Node) -> bool:
+    """Whether a variable has no value here: it is taken away, not set."""
+    return isinstance(value, Scalar) and value.is_null
 
 
 def _shown(key: str) -> str:

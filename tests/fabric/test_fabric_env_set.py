@@ -81,7 +81,7 @@ def test_a_model_without_a_cluster_has_its_own_env(hosts: Hosts) -> None:
         ("NCCL_SOCKET_IFNAME==eth0", "gid-on-cluster"),
         ("NCCL_NVLS_ENABLE=2", "nvls-on"),
         ("RAY_AUTH_TOKEN=canary-token", "token-in-env"),
-        ("MASTER_ADDR=10.0.0.1", "rank-env-leak"),
+        ("CUDA_VISIBLE_DEVICES=0", "rank-env-leak"),
     ],
 )
 def test_what_lint_calls_an_error_is_not_written(hosts: Hosts, setting: str, words: str) -> None:

@@ -154,7 +154,8 @@ def test_secrets_stay_out_of_every_screen(tmp_path: Path) -> None:
     path.write_text(f"models:\n  m:\n    model: x\n    api-key: {canary}\n    env: {{HF_TOKEN: {canary}, A: b}}\n")
     for args in (["list"], ["show", "m"], ["show", "m", "--explain"], ["show", "m", "--json"], ["validate", "--json"]):
         done = hlaunch(*args, cwd=tmp_path)
-        assert done.returncode == 0
+        # A token that every process can read is an error of the fabric's lint.
+        assert done.returncode == (3 if "validate" in args else 0)
         assert canary not in done.stdout + done.stderr
 
 
