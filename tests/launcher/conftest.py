@@ -9,6 +9,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 # Fixture trees in the place of hosts.
 sys.path.append(str(Path(__file__).parents[1] / "fabric"))
+pytest.register_assert_rewrite("screens_support")
 
 from launcher_support import Launcher  # noqa: E402
 

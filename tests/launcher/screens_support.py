@@ -67,13 +67,17 @@ class Screens:
     def check(self, name: str, args: Sequence[str], code: int = 0, *masks: Mask, drawn: str = "") -> None:
         """Run a command twice, into a pipe and at a terminal: both say what was reviewed.
 
+        Results are the same to the character, messages the same words, which a terminal has in lines of its width.
         `drawn` matches lines of a pipe for which a terminal has bars that go away.
         """
         plain = self.shown(args, Pipe, masks)
         self.compare(name, plain, code)
         if drawn:
             plain = re.sub(rf"^({drawn}).*\n", "", plain, flags=re.MULTILINE)
-        assert _flowing(self.shown(args, Terminal, masks)) == _flowing(plain), "a terminal shows other words"
+        seen = self.shown(args, Terminal, masks)
+        assert _flowing(seen) == _flowing(plain), "a terminal shows other words"
+        messages = seen.partition("--- messages\n")[2].splitlines()
+        assert [line for line in messages if len(line) > 80 and not line.startswith("hint: run: ")] == []
 
     def compare(self, name: str, text: str, code: int = 0) -> None:
         """Compare a screen with its reviewed file, and look that it keeps to 80 columns."""
