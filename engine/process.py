@@ -13,8 +13,11 @@ import os
 import select
 import signal
 import sys
+import threading
 import time
 import traceback
+from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any, Literal
 
 _PR_SET_PDEATHSIG = 1
@@ -30,7 +33,8 @@ def threads_per_rank(num_ranks: int = 1) -> int:
 def die_with_parent(parent_pid: int, sig: int = signal.SIGKILL) -> None:
     """Ask the kernel to send `sig` to this process when its parent dies; exit at once if it is dead already.
 
-    The signal follows the parent's *thread*: parents spawn from their main thread.
+    The signal follows the parent's *thread*: parents spawn from one that lives for as long as the child is wanted, such
+    as `LastingThread`.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     libc.prctl(_PR_SET_PDEATHSIG, sig, 0, 0, 0)
@@ -45,6 +49,36 @@ def follow_parent(status_fd: int) -> None:
     poll.register(status_fd, 0)
     if poll.poll(0):
         os._exit(1)
+
+
+class LastingThread:
+    """Runs one piece of work and lives on until `close`: whatever it spawned and dies with its parent dies then.
+
+    Whoever wants children may come from a thread that ends long before them, as those of a thread pool do.
+    """
+
+    def __init__(self, work: Callable[[], None], name: str) -> None:
+        self._work = work
+        self._done: Future[None] = Future()
+        self._may_end = threading.Event()
+        threading.Thread(target=self._run, name=name, daemon=True).start()
+
+    def wait(self) -> None:
+        """Wait for the work to be done. Raises: what the work raised."""
+        self._done.result()
+
+    def close(self) -> None:
+        """Let the thread end, once its work is done. Idempotent."""
+        self._may_end.set()
+
+    def _run(self) -> None:
+        try:
+            self._work()
+        except BaseException as error:  # noqa: BLE001 - it belongs to whoever waits
+            self._done.set_exception(error)
+        else:
+            self._done.set_result(None)
+        self._may_end.wait()
 
 
 def say(line: str) -> None:

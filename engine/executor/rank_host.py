@@ -3,8 +3,9 @@
 Knows: how to start, feed, examine and end ranks of this host. Refuses to know: other nodes, scheduling, whose fault a
 failure is. The engine core holds one for its own node, and each node host one for its.
 
-Ranks are spawned, never forked, from the main thread (the kernel's parent-death signal follows the spawning thread),
-and hold only descriptors without names: however this process ends, no process, no file and no segment is left.
+Ranks are spawned, never forked, from a thread that lives as long as they do (the kernel's parent-death signal follows
+the spawning thread), and hold only descriptors without names: however this process ends, no process, no file and no
+segment is left.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from engine.executor.multiproc_rank import FRAME
 from engine.executor.multiproc_watch import RankHandle, RankWatch
 from engine.executor.multiproc_wiring import RankSetup, Wiring
 from engine.placement import Placement, RankSpec
-from engine.process import say, threads_per_rank
+from engine.process import LastingThread, say, threads_per_rank
 
 RANK_COMMAND = (sys.executable, "-m", "engine.executor.multiproc_rank")
 STOP_SECONDS = 5.0
@@ -68,6 +69,7 @@ class RankHost:
         config = replace(config, cpu_threads=self._threads)
         self._wiring = Wiring(placement.engine(dp_rank), local, config, placement.to_json())
         self._handles: list[RankHandle] = []
+        self._parent: LastingThread | None = None
         self._watch: RankWatch | None = None
         self._plans: RingWriter | None = None
         self.results: RingReader | None = None
@@ -94,12 +96,15 @@ class RankHost:
         wiring = self._wiring
         if store is not None and wiring.store is None:
             wiring.meet_at(store)
+        self._parent = LastingThread(self._spawn_all, "parent of ranks")
         try:
-            for spec in self.ranks:
-                self._handles.append(_spawn(wiring.setups.pop(0), spec, self._command, self._threads))
+            self._parent.wait()
             self._plans = RingWriter(wiring.plans)
             self.results = RingReader(wiring.results) if wiring.results is not None else None
         except BaseException:
+            with contextlib.suppress(Exception):  # a signal may have ended the wait, and not the work
+                self._parent.wait()
+            self._parent.close()
             for handle in self._handles:
                 handle.process.kill()
                 handle.process.wait()
@@ -108,6 +113,10 @@ class RankHost:
             self._handles.clear()
             raise
         self._watch = RankWatch(self._handles, on_report)
+
+    def _spawn_all(self) -> None:
+        for spec in self.ranks:
+            self._handles.append(_spawn(self._wiring.setups.pop(0), spec, self._command, self._threads))
 
     def write(self, body: bytes, kind: Kind, timeout_seconds: float) -> None:
         """Give a message to all ranks. Raises: RingTimeout while they read nothing, RingError when they are gone."""
@@ -158,6 +167,8 @@ class RankHost:
             handle.process.kill()
         for handle in self._handles:
             handle.process.wait()
+        if self._parent is not None:
+            self._parent.close()
         if self._watch is not None:
             self._watch.stop()
         for handle in self._handles:

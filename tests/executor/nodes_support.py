@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import msgspec
-from executor_support import CONFIG, HERE, STAND_IN
+from executor_support import CONFIG, HERE, STAND_IN, children_of
 
 from engine.comm.node_listener import NodeArrival, NodeListener
 from engine.config import EngineConfig, NodesConfig
@@ -136,5 +136,4 @@ def start_on_nodes(
 
 def ranks_below(pid: int) -> list[int]:
     """Process ids of the children of a process."""
-    with open(f"/proc/{pid}/task/{pid}/children") as file:
-        return [int(child) for child in file.read().split()]
+    return children_of(pid)

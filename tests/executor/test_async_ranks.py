@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from executor_support import is_running, wait_until
+from executor_support import children_of, is_running, wait_until
 
 from engine import ipc
 from engine.async_engine import AsyncEngine
@@ -34,7 +34,7 @@ CONFIG = EngineConfig(
 
 def ranks_of(core_pid: int) -> list[int]:
     """The core's children, in the order in which they were spawned: rank order."""
-    return [int(pid) for pid in Path(f"/proc/{core_pid}/task/{core_pid}/children").read_text().split()]
+    return children_of(core_pid)
 
 
 async def serve_until_fatal(

@@ -79,14 +79,16 @@ def test_what_can_be_said_is_said_in_one_piece(
 def test_an_engine_that_dies_is_started_again() -> None:
     async def serve() -> None:
         engine, causes = await started(replace(TWO, data_parallel_size=1))
-        await answer(engine, replace(requests(1)[0], max_tokens=3))
-        first = engine.engines[0]
-        os.kill(first.core_pid, signal.SIGKILL)
-        async with asyncio.timeout(40):
-            while engine.engines[0] is first or engine.state is not EngineState.READY:
-                await asyncio.sleep(0.05)
-        assert not causes
-        await engine.stop()
+        try:
+            await answer(engine, replace(requests(1)[0], max_tokens=3))
+            first = engine.engines[0]
+            os.kill(first.core_pid, signal.SIGKILL)
+            async with asyncio.timeout(60):
+                while engine.engines[0] is first or engine.state is not EngineState.READY:
+                    await asyncio.sleep(0.05)
+            assert not causes
+        finally:
+            await engine.stop()
 
     with dead_log(full_disk()):
         asyncio.run(serve())

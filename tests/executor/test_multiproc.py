@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from executor_support import (
@@ -56,6 +57,18 @@ FAULTS = {
     "hang": r"rank 1 \(node localhost, cpu:1\) did not finish step 5 within 1 s: computing in step 5 for \d\.\d s",
     "stop": r"rank 1 \(node localhost, cpu:1\) did not finish step 5 within 1 s: computing .*, stopped by a signal",
 }
+
+
+def test_ranks_outlive_the_thread_that_wanted_them() -> None:
+    with ThreadPoolExecutor(1) as pool:
+        executor = pool.submit(start, 2).result()
+    scheduler = new_scheduler()
+    add_requests(scheduler, 2, 20)
+    time.sleep(0.2)
+    assert len(drive(executor, scheduler)) == 40
+    threads = threading.enumerate()
+    executor.stop()
+    assert wait_until(lambda: not any(thread.is_alive() for thread in threads if "rank" in thread.name), 2.0)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from executor_support import HERE, is_running, wait_until
+from executor_support import HERE, children_of, is_running, wait_until
 from nodes_support import nodes_config, nodes_placement
 from test_async_ranks import CONFIG, ranks_of
 
@@ -152,7 +152,7 @@ def free_port() -> int:
 def below(pid: int) -> list[int]:
     found = []
     with contextlib.suppress(OSError):  # it has just ended
-        found = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+        found = children_of(pid)
     return found + [pid for child in found for pid in below(child)]
 
 
