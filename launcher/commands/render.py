@@ -73,24 +73,21 @@ def cluster_plan_for(invocation: Invocation, name: str, overrides: list[str], cl
     return plan
 
 
+_DRIFT = {"create": "is missing", "recreate": "differs", "remove": "is of a node that is not in the plan"}
+
+
 def _check(invocation: Invocation, files: dict[str, bytes], folder: Path, name: str) -> int:
     from launcher.exit_codes import ExitCode
+    from launcher.plan.diff import diff_files
 
-    changed = [path for path, content in files.items() if _read(folder / path) != content]
-    for path in changed:
-        invocation.console.data(f"{folder / path}: {'differs' if (folder / path).is_file() else 'is missing'}")
+    changed = [item for item in diff_files(files, folder) if item.action != "none"]
+    for item in changed:
+        invocation.console.data(f"{folder / item.path}: {_DRIFT[item.action]}")
     if not changed:
         invocation.console.note(f"{folder} is what the registry says")
         return ExitCode.OK
     invocation.console.note(f"line by line: hlaunch plan {name} --diff --against {folder}")
     return ExitCode.PLAN_CHANGED
-
-
-def _read(path: Path) -> bytes | None:
-    try:
-        return path.read_bytes()
-    except OSError:
-        return None
 
 
 def _overrides(invocation: Invocation, files: dict[str, bytes]) -> dict[str, bytes]:
@@ -109,7 +106,11 @@ def _overrides(invocation: Invocation, files: dict[str, bytes]) -> dict[str, byt
 
 def _write(invocation: Invocation, files: dict[str, bytes], folder: Path) -> None:
     from launcher.errors import PreflightError
+    from launcher.plan.diff import diff_files
 
+    for item in diff_files(files, folder):
+        if item.action == "remove":
+            invocation.console.note(f"{folder / item.path} is of a node that is not in the plan: stop it, remove it")
     for path, content in files.items():
         target = folder / path
         try:

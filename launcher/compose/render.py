@@ -31,6 +31,7 @@ from launcher.plan.cluster_plan import ClusterPlan, NodePlan
 from launcher.registry.cluster import Cluster, Container
 
 COMPOSE_FILE = "docker-compose.yml"
+ENV_FILE = "node.env"
 ENV_EXAMPLE = ".env.example"
 README = "README.md"
 SERVICE = "node"
@@ -129,7 +130,7 @@ def _service(plan: ClusterPlan, node: NodePlan) -> dict[str, Value]:
         "user": Interpolated("${HLAUNCH_UID:-1000}:${HLAUNCH_GID:-1000}"),
         "environment": _environment(node, cluster),
         # `raw` keeps quotes, `#` and `$` as they stand, like `docker run --env-file`.
-        "env_file": [{"path": "./node.env", "required": False, "format": "raw"}],
+        "env_file": [{"path": f"./{ENV_FILE}", "required": False, "format": "raw"}],
     }
     service |= _network(node, container)
     service |= _isolation(container)
@@ -194,7 +195,8 @@ def _isolation(container: Container) -> dict[str, Value]:
 def _devices(node: NodePlan, cluster: Cluster) -> dict[str, Value]:
     """One GPU mechanism and no other; the RDMA devices only where the plan uses them, or create would fail."""
     chosen: dict[str, Value] = {}
-    devices: list[Value] = ["/dev/infiniband:/dev/infiniband"] if cluster.fabric.rdma == "required" else []
+    needs_rdma = cluster.fabric.rdma == "required" and _has_gpu(node, cluster)
+    devices: list[Value] = ["/dev/infiniband:/dev/infiniband"] if needs_rdma else []
     mode = cluster.container.gpu_mode if _has_gpu(node, cluster) else "none"
     if mode == "cdi":
         devices.append("nvidia.com/gpu=all")

@@ -38,6 +38,7 @@ def cluster_plan_data(plan: ClusterPlan) -> dict[str, Any]:
             }
             for node in plan.nodes
         ],
+        "unused_nodes": list(plan.unused),
         "remarks": [asdict(remark) for remark in plan.remarks],
         "notes": list(plan.notes),
         "warnings": [issue.as_dict() for issue in plan.warnings],

@@ -13,6 +13,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 
 from engine.config import ConfigError, EngineConfig, ModelConfig, load_model_config
 from engine.placement import (
@@ -98,7 +99,8 @@ class ClusterPlan:
     """One launch on a cluster. `problems` make it impossible, `blockers` are repaired outside it (files, secrets).
 
     `placement` and `model` are None only when a problem says why; `digest` is the SHA-256 of everything that a node
-    would see, as hex. `warnings` are about variables.
+    would see, as hex. `warnings` are about variables. `cluster` and `nodes` are what the launch needs of the declared
+    cluster; nodes that it does not use are named in `unused`, and nothing is rendered, started or asked there.
     """
 
     entry: ResolvedEntry
@@ -114,6 +116,7 @@ class ClusterPlan:
     blockers: tuple[HlaunchError, ...] = ()
     notes: tuple[str, ...] = ()
     warnings: tuple[Issue, ...] = ()
+    unused: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -189,9 +192,10 @@ def make_cluster_plan(
     if placement is not None:
         blockers += rank_blockers(placement, executor)
         config = with_ranks(config, cluster, placement, executor)
+    used = _in_use(cluster, placement, is_gpu=is_gpu)
     nodes = tuple(
-        _node_plan(entry, cluster, node, number, config, placement, report, environ)
-        for number, node in enumerate(cluster.nodes)
+        _node_plan(entry, used, node, number, config, placement, report, environ)
+        for number, node in enumerate(used.nodes)
     )
     for node in nodes:
         problems += port_clashes(node.name, node.ports)
@@ -200,19 +204,48 @@ def make_cluster_plan(
         problems.append(problem)
     return ClusterPlan(
         entry=entry,
-        cluster=cluster,
+        cluster=used,
         model=model,
         placement=placement,
         executor=executor,
         nodes=nodes,
-        digest=_digest(entry.model, cluster, nodes, placement),
+        digest=_digest(entry.model, used, nodes, placement),
         remarks=found,
-        inventories=tuple(hardware[node.name] for node in cluster.nodes),
+        inventories=tuple(hardware[node.name] for node in used.nodes),
+        unused=tuple(node.name for node in cluster.nodes if node.name not in {item.name for item in used.nodes}),
         problems=tuple(problems),
         blockers=tuple(blockers),
         notes=_notes(entry, config, files),
         warnings=warnings_of(lint),
     )
+
+
+def _in_use(cluster: Cluster, placement: Placement | None, *, is_gpu: bool) -> Cluster:
+    """Leave out what a launch does not need: nodes without ranks but the head, and for CPU ranks all that GPUs need."""
+    if placement is None:
+        return cluster
+    nodes = [
+        node if placement.on_node(node.name) else replace(node, gpus=0)
+        for node in cluster.nodes
+        if node.role == "head" or placement.on_node(node.name)
+    ]
+    if is_gpu:
+        return replace(cluster, nodes=tuple(nodes))
+    return replace(
+        cluster,
+        nodes=tuple(replace(node, gpus=0, env=_without_nccl(node.env)) for node in nodes),
+        platform="cpu",
+        fabric=replace(cluster.fabric, rdma="off"),
+        env=_without_nccl(cluster.env),
+    )
+
+
+def _without_nccl(env: Mapping[str, str]) -> Mapping[str, str]:
+    return MappingProxyType({name: value for name, value in env.items() if not _is_nccl(name)})
+
+
+def _is_nccl(name: str) -> bool:
+    return name.startswith("NCCL_")
 
 
 def _model(entry: ResolvedEntry, files: ModelFiles, problems: list[HlaunchError]) -> ModelConfig | None:
@@ -266,6 +299,9 @@ def _environment(
     Only a flag of this run (`--set env.NAME=…`) goes over a cluster's and a node's word.
     """
     chosen = {item.name: item for item in engine_environment(entry, {})}
+    if cluster.platform == "cpu":
+        of_cluster = {name for name, item in entry.env.items() if item.origin.layer in (Layer.CLUSTER, Layer.NODE)}
+        chosen = {name: item for name, item in chosen.items() if not (name in of_cluster and _is_nccl(name))}
     flagged = {name for name, item in entry.env.items() if item.origin.layer is Layer.FLAG}
     declared = {*cluster.env, *node.env} - flagged
     for item in node_environment(cluster, node, environ):

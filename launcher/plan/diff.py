@@ -28,6 +28,7 @@ _ITEM = re.compile(r"(?P<lead>\s*(?:- )?)(?P<value>[^\s,\]}#][^,]*?)(?P<end>,?\s
 _HUNK = re.compile(r"@@ -(\d+)(?:,\d+)? \+(\d+)(?:,\d+)? @@")
 _HIDDEN = "<hidden>"
 _SHOWN_KEYS = 3
+_ROLES = ("head", "worker")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,8 @@ def diff_files(files: Mapping[str, bytes], folder: Path) -> tuple[Change, ...]:
     for path, content in sorted(files.items()):
         changes.append(diff_text(path, _read(folder / path), _decode(content)))
     names = {path.rpartition("/")[2] for path in files}
-    tops = {path.partition("/")[0].partition("-")[0] for path in files if "/" in path}
+    # A plan without workers still knows the folders of an earlier one that had some.
+    tops = {path.partition("/")[0].partition("-")[0] for path in files if "/" in path} | set(_ROLES)
     for found in sorted(folder.glob("*/*")):
         path = found.relative_to(folder).as_posix()
         is_ours = found.name in names and found.parent.name.partition("-")[0] in tops

@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from launcher.compose.render import render
+from launcher.compose.specs import CONTAINER, node_spec
 from launcher.plan.cluster_plan import ClusterPlan, make_cluster_plan
+from launcher.plan.diff import diff_files
 from launcher.plan.inventory import declared_inventories
 from launcher.registry import load_registry, resolve
 from launcher.registry.cluster import Cluster, Fabric, Node, RaySettings
@@ -66,16 +69,62 @@ def test_sixteen_ranks_on_two_nodes(tmp_path: Path) -> None:
         mixed.check()
 
 
-def test_one_rank_leaves_the_worker_to_join_only(tmp_path: Path) -> None:
+def test_one_rank_leaves_the_worker_out(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, "tiny", cluster=CPUS)
     plan.check()
     assert plan.executor == "inline"
     assert plan.head.config.device == "cpu"
     assert plan.head.ranks[0].device == "cpu:0"
-    assert plan.workers[0].ranks == ()
-    assert plan.workers[0].config.device == "cpu"
-    assert plan.workers[0].memory == ()
+    assert [node.name for node in plan.nodes] == ["a"]
+    assert plan.unused == ("b",)
     assert plan.ready_timeout_seconds > 0
+
+
+def test_a_node_without_ranks_is_neither_rendered_nor_started(tmp_path: Path) -> None:
+    third = Node("c", "worker", "10.0.0.3", gpus=8, gpu_memory_bytes=80 * GIB, ifname="eth3")
+    three = replace(PAIR, nodes=(*PAIR.nodes, third))
+    both = plan_of(tmp_path, "oss120", "tp=8", "pp=2", "placement.nodes=[b, c]", cluster=three)
+    assert both.problems == ()
+    assert [(node.name, len(node.ranks), node.node.gpus) for node in both.nodes] == [
+        ("a", 0, 0),
+        ("b", 8, 8),
+        ("c", 8, 8),
+    ]
+    head = render(both)["head/docker-compose.yml"].decode()
+    assert "nvidia" not in head, "a head that only serves takes no GPU"
+    assert "/dev/infiniband" not in head
+    first = plan_of(tmp_path, "oss120", "tp=8", "pp=2", "placement.nodes=[a, b]", cluster=three)
+    assert first.unused == ("c",)
+    files = render(first)
+    assert {path.partition("/")[0] for path in files} == {"head", "worker"}
+    assert files["worker/docker-compose.yml"].decode().count("nvidia") == 1
+    peers = json.loads(node_spec(first, first.head, CONTAINER).to_json())["peers"]
+    assert [peer["name"] for peer in peers] == ["a", "b"], "the head waits for nobody else"
+    assert first.digest == plan_of(tmp_path, "oss120", "tp=8", "pp=2").digest, "as if it were not declared"
+    # What an earlier plan rendered for it is told.
+    for path, content in render(plan_of(tmp_path, "oss120", "tp=8", "pp=3", cluster=three)).items():
+        (tmp_path / "out" / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "out" / path).write_bytes(content)
+    gone = [item.path for item in diff_files(files, tmp_path / "out") if item.action == "remove"]
+    assert "worker-c/docker-compose.yml" in gone
+    alone = render(plan_of(tmp_path, "oss120", "tp=8", cluster=three))
+    assert {path.partition("/")[0] for path in alone} == {"head"}
+    gone = [item.path for item in diff_files(alone, tmp_path / "out") if item.action == "remove"]
+    assert "worker-b/docker-compose.yml" in gone
+
+
+def test_cpu_ranks_on_a_cluster_of_gpus_get_nothing_of_a_gpu(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, "tiny", "device=cpu", "tp=2", "placement.strategy=spread")
+    plan.check_problems()
+    assert len(plan.nodes) == 2
+    text = b"".join(content for path, content in render(plan).items() if path.endswith(".yml")).decode()
+    for word in ("nvidia", "NVIDIA", "/dev/infiniband", "NCCL_", "CUDA_"):
+        assert word not in text
+    assert "GLOO_SOCKET_IFNAME" in text
+    own = plan_of(tmp_path, "oss20", "device=cpu", "tp=2")
+    assert {item.name for item in own.head.environment if item.name.startswith("NCCL_")} == {"NCCL_DEBUG"}, (
+        "the model's"
+    )
 
 
 def test_cpu_ranks_share_numa_nodes_when_there_are_more(tmp_path: Path) -> None:
@@ -119,7 +168,7 @@ def test_a_model_that_is_too_large_for_one_gpu_is_told_the_split(tmp_path: Path)
 
 
 def test_ports_of_head_and_worker(tmp_path: Path) -> None:
-    plan = plan_of(tmp_path, "tiny")
+    plan = plan_of(tmp_path, "tiny", "pp=2", "placement.strategy=spread")
     head = {port.name: port for port in plan.head.ports}
     assert (head["api"].first, head["api"].reached_from) == (8000, "host")
     assert str(head["ray-workers"]) == "10002-19999"
@@ -133,7 +182,7 @@ def test_ports_of_head_and_worker(tmp_path: Path) -> None:
 
 
 def test_the_environment_of_a_node_is_complete_and_its_own(tmp_path: Path) -> None:
-    plan = plan_of(tmp_path, "oss20", SECRET="x", PATH="/bin")
+    plan = plan_of(tmp_path, "oss20", "pp=2", "placement.strategy=spread", SECRET="x", PATH="/bin")
     by_node = [{item.name: item for item in node.environment} for node in plan.nodes]
     assert [variables["HLAUNCH_NODE_IP"].value for variables in by_node] == ["10.0.0.1", "10.0.0.2"]
     assert by_node[0]["NCCL_SOCKET_IFNAME"].value != by_node[1]["NCCL_SOCKET_IFNAME"].value
@@ -151,7 +200,10 @@ def test_the_digest_names_what_nodes_see_and_nothing_else(tmp_path: Path) -> Non
     assert plan_of(tmp_path / "elsewhere", "keyed", KEY="one").digest == base.digest
     assert plan_of(tmp_path, "keyed", "max-num-seqs=3", KEY="one").digest != base.digest
     moved = replace(PAIR, nodes=(PAIR.nodes[0], replace(PAIR.nodes[1], ip="10.0.0.9")))
-    assert plan_of(tmp_path, "keyed", cluster=moved, KEY="one").digest != base.digest
+    assert plan_of(tmp_path, "keyed", cluster=moved, KEY="one").digest == base.digest, "no rank is there"
+    split = ("pp=2", "placement.strategy=spread")
+    there = plan_of(tmp_path, "keyed", *split, cluster=moved, KEY="one")
+    assert there.digest != plan_of(tmp_path, "keyed", *split, KEY="one").digest
     assert plan_of(tmp_path, "keyed", "env.MY_TOKEN=canary-2", KEY="one").digest == base.digest
 
 
@@ -166,7 +218,7 @@ def test_a_shape_that_nothing_tells_is_a_problem(tmp_path: Path) -> None:
 def test_real_inventories_replace_the_declared(tmp_path: Path) -> None:
     path = tmp_path / "model_registry.yml"
     path.write_text(REGISTRY)
-    entry = resolve(load_registry(path), "tiny", {}, ())
+    entry = resolve(load_registry(path), "tiny", {}, ("pp=2", "placement.strategy=spread"))
     declared = declared_inventories(PAIR)["a"]
     one_gpu = replace(declared, gpus=declared.gpus[:1])
     plan = make_cluster_plan(entry, PAIR, {}, inventories={"a": one_gpu})
