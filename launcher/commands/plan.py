@@ -53,16 +53,21 @@ def register(app: typer.Typer) -> None:
             raise UsageError("--against and --detailed-exitcode go with --diff", hint="add --diff")
         invocation = invocation_of(ctx)
         made = plan_for(invocation, name, list(overrides or []), cluster, list(inventory or []))
-        console, picture = invocation.console, picture_of_any(made)
+        console = invocation.console
         if svg is not None:
-            write_svg(console, picture, svg)
+            write_svg(console, picture_of_any(made), svg)
         if diff:
             return _diff(invocation, made, against, as_json=as_json, detailed=detailed)
-        if as_json:
-            console.json(data_of(made))
-        else:
-            _print(console, made, picture)
-        return conclude(console, made)
+        return show_plan(console, made, as_json=as_json)
+
+
+def show_plan(console: Console, plan: LaunchPlan | ClusterPlan, *, as_json: bool) -> int:
+    """Print either kind of plan; return the exit code of its first problem, or 0."""
+    if as_json:
+        console.json(data_of(plan))
+    else:
+        _print(console, plan, picture_of_any(plan))
+    return conclude(console, plan)
 
 
 def picture_of_any(plan: LaunchPlan | ClusterPlan) -> Picture | None:
@@ -251,9 +256,11 @@ def _print_cluster(console: Console, plan: ClusterPlan) -> None:
     console.data()
     console.heading(f"what would run ({plan.executor} executor, plan {plan.digest[:12]})")
     for node in plan.nodes:
-        ranks = f"{len(node.ranks)} rank{'s' * (len(node.ranks) != 1)}" if node.ranks else "no ranks, joins only"
+        ranks = f"{len(node.ranks)} rank{'s' * (len(node.ranks) != 1)}" if node.ranks else "no ranks, serves"
         where = f" over ssh {node.node.ssh}" if node.node.ssh else ""
         console.data(f"{node.name}: python -m launcher.node {node.role}, {ranks}{where}")
+    for name in plan.unused:
+        console.data(f"{name}: not used")
     console.note(f"variables of a node: hlaunch env {plan.name} --node {plan.nodes[0].name}")
 
 
@@ -290,12 +297,12 @@ def _changes(invocation: Invocation, plan: LaunchPlan | ClusterPlan, against: Pa
     from launcher.plan.diff import diff_files, diff_text
 
     if isinstance(plan, ClusterPlan):
-        if against is None:
-            raise UsageError("--diff on a cluster compares with rendered files", hint="add --against DIR")
-        if not against.is_dir():
-            raise UsageError(f"{against} is no folder", hint=f"run: hlaunch render {plan.name} -o {against}")
         from launcher.compose.render import render
 
+        if against is None:
+            against = _what_runs(invocation, plan)
+        elif not against.is_dir():
+            raise UsageError(f"{against} is no folder", hint=f"run: hlaunch render {plan.name} -o {against}")
         return diff_files(render(plan), against)
     from launcher.plan.launch_plan import CONFIG_FILE
 
@@ -304,3 +311,20 @@ def _changes(invocation: Invocation, plan: LaunchPlan | ClusterPlan, against: Pa
     running = plan.instance_folder / CONFIG_FILE
     old = running.read_text(encoding="utf-8", errors="replace") if running.is_file() else None
     return (diff_text(f"{plan.name}/{CONFIG_FILE}", old, plan.config.to_json()),)
+
+
+def _what_runs(invocation: Invocation, plan: ClusterPlan) -> Path:
+    """Say against what a plan of a cluster is compared, and return the folder with its files."""
+    from launcher.supervise.cluster_run import read_run
+    from launcher.supervise.instance import InstanceFolder, state_root
+    from launcher.supervise.running_files import files_folder
+
+    folder = InstanceFolder(state_root(invocation.environ), plan.name)
+    run = read_run(folder)
+    if run is None:
+        invocation.console.note(f"{plan.name} does not run: all is new; against rendered files: --against DIR")
+        # There is no such folder, and so no file.
+        return folder.path / "nothing"
+    is_same = "the same as" if run.plan == plan.digest else "other than"
+    invocation.console.note(f"plan {plan.digest[:12]} is {is_same} what runs on cluster {run.cluster}, {run.plan[:12]}")
+    return files_folder(folder)

@@ -17,7 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from launcher.errors import HlaunchError, NotReady, PreflightError
+from launcher.compose.render import render
+from launcher.errors import HlaunchError, NotReady, PreflightError, UsageError
 from launcher.exit_codes import ExitCode
 from launcher.fabric.facts import NodeFacts
 from launcher.fabric.transports import PairTransport, check, read_pairs, silence
@@ -29,6 +30,7 @@ from launcher.supervise.instance import InstanceFolder, write_private
 from launcher.supervise.kept_logs import KEPT_LINES, forget, keep
 from launcher.supervise.node_spec import HEAD
 from launcher.supervise.node_versions import SHOULD, differences
+from launcher.supervise.running_files import forget_files, keep_files
 from launcher.supervise.runtimes import RUNTIMES, NodeHandle, Runtime, Secrets, handle_of
 from launcher.supervise.shell import Shell
 from launcher.supervise.status import one_line
@@ -117,6 +119,9 @@ def start(
         runtime.check(shell)
     write_private(folder.path / RECORD, run.to_json())
     forget(folder)
+    # Plain processes take values that no compose file may hold; then there is nothing to compare with.
+    with contextlib.suppress(UsageError):
+        keep_files(folder, render(plan))
     try:
         for node in plan.nodes:
             for reason in runtime.stage(shells[node.name], plan, node, keys):
@@ -296,4 +301,5 @@ def stop(
     if not left:
         with contextlib.suppress(OSError):
             (folder.path / RECORD).unlink()
+        forget_files(folder)
     return left

@@ -11,6 +11,7 @@ from test_fabric_transports import REGISTRY, StandIns
 
 from launcher.supervise.instance import InstanceFolder, InstanceState, state_root
 from launcher.supervise.procfs import ProcessIdentity
+from launcher.supervise.running_files import files_folder
 
 NOBODY = "http://127.0.0.1:9"
 ENTRY = "tiny-oss: {model: tiny-oss,"
@@ -71,6 +72,22 @@ def test_a_model_that_does_not_run_is_told_with_what_does(stand_ins: StandIns) -
     assert (done.code, done.out) == (1, "")
     assert done.err.startswith("error: far is not running on cluster pair\nhint: start it: hlaunch up far")
     assert "is not in model_registry.yml" in stand_ins.cli("chat", "-m", "hello", "fra").err
+
+
+def test_a_plan_is_compared_with_what_runs(stand_ins: StandIns) -> None:
+    same = stand_ins.cli("plan", "tiny", "--diff", "--detailed-exitcode")
+    assert same.code == 0, same.out + same.err
+    assert "is the same as what runs on cluster pair" in same.err
+    other = stand_ins.cli("plan", "tiny", "--set", "port=8765", "--diff", "--detailed-exitcode")
+    assert other.code == 10
+    assert "is other than what runs on cluster pair" in other.err
+    rows = [line.split()[:2] for line in other.out.splitlines()[1:7]]
+    assert ["recreate", "head/docker-compose.yml"] in rows
+    assert any(line.startswith("+") and line.endswith('"port": 8765,') for line in other.out.splitlines())
+    kept = files_folder(InstanceFolder(state_root(stand_ins.environ), "tiny-oss"))
+    assert {path.stat().st_mode & 0o777 for path in kept.rglob("*.*")} == {0o600}
+    assert stand_ins.cli("down", "tiny").code == 0
+    assert not kept.exists()
 
 
 def test_what_status_does_not_show_is_not_read(stand_ins: StandIns) -> None:

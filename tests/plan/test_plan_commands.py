@@ -283,8 +283,18 @@ def test_a_cluster_plan_against_rendered_files(hlaunch: Hlaunch) -> None:
     changed = hlaunch("plan", "tied", "--set", "port=8765", "--diff", "--against", "out", "--detailed-exitcode")
     assert changed.returncode == 10
     assert "recreate" in changed.stdout
-    assert hlaunch("plan", "tied", "--diff").returncode == 2
+    nothing_runs = hlaunch("plan", "tied", "--diff", "--detailed-exitcode")
+    assert nothing_runs.returncode == 10
+    assert "create  head/docker-compose.yml" in nothing_runs.stdout
+    assert "tied does not run: all is new" in nothing_runs.stderr
     assert hlaunch("plan", "tied", "--diff", "--against", "nowhere").returncode == 2
+
+
+def test_a_dry_run_of_a_cluster_is_its_plan(hlaunch: Hlaunch) -> None:
+    dry, plan = hlaunch("up", "tied", "--dry-run"), hlaunch("plan", "tied")
+    assert (dry.returncode, dry.stdout, dry.stderr) == (plan.returncode, plan.stdout, plan.stderr)
+    assert "what would run" in dry.stdout
+    assert json.loads(hlaunch("up", "split", "--dry-run", "--json").stdout)["executor"] == "ray"
 
 
 def _render(hlaunch: Hlaunch, out: Path) -> None:
