@@ -102,17 +102,18 @@ def find_sizes(
 def _nearest(
     model: ModelConfig, asked: ParallelSizes, hosts: Sequence[HostSpec], options: PlacementOptions
 ) -> tuple[ParallelSizes, ...]:
-    """Up to three sizes that work: fewest changes first, then the most ranks, then the least different."""
+    """Up to three sizes that work: most ranks first, then fewest changes, as many engines, least different."""
     plain = PlacementOptions(strategy=options.strategy, nodes=options.nodes)
     try:
         found = find_sizes(model, hosts, plain, expert_parallel=asked.expert_parallel, uses_all=False)
     except PlacementError:
         return ()
 
-    def distance(sizes: ParallelSizes) -> tuple[int, int, int]:
+    def distance(sizes: ParallelSizes) -> tuple[int, int, bool, int]:
         pairs = ((sizes.data, asked.data), (sizes.pipeline, asked.pipeline), (sizes.tensor, asked.tensor))
         changed = sum(one != other for one, other in pairs)
-        return changed, -min(sizes.world, asked.world), sum(abs(one - other) for one, other in pairs)
+        apart = sum(abs(one - other) for one, other in pairs)
+        return -min(sizes.world, asked.world), changed, sizes.data != asked.data, apart
 
     return tuple(sorted((sizes for sizes in found if sizes != asked), key=distance)[:3])
 

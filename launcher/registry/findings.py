@@ -24,6 +24,9 @@ class Finding:
     hint: str
 
 
+NO_PLACE = frozenset({"context-too-long", "heads-tp", "layers-pp", "rank-spread", "world-exceeds-gpus"})
+"""Codes of an entry that asks for more than its hardware or its model has: no mistake of the file's other entries."""
+
 Values = Mapping[str, ResolvedValue]
 Rule = Callable[[Values], Iterator[Finding]]
 

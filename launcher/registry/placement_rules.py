@@ -163,7 +163,10 @@ def _ranks(values: Values, cluster: Cluster, shape: ModelConfig | None) -> Itera
         )
     elif need > gpus:
         message = f"tp {tp} x pp {pp} x dp {dp} needs {need} GPUs, {cluster.name} has {gpus} ({counts})"
-        yield Finding("error", "world-exceeds-gpus", blamed, message, "lower a size, or use placement.cpu-ranks")
+        outcome = None if shape is None else _placed(values, cluster, tuple(nodes), shape)
+        hint = _alternatives(outcome, ParallelSizes(dp, pp, tp)) if isinstance(outcome, PlacementError) else ""
+        hint = hint or f"lower tp, pp or dp: their product is at most {gpus}"
+        yield Finding("error", "world-exceeds-gpus", blamed, message, hint)
     elif values["placement.exact"].value is True and need < gpus:
         message = f"tp {tp} x pp {pp} x dp {dp} leaves {gpus - need} of {gpus} GPUs idle ({counts})"
         yield Finding("error", "world-exceeds-gpus", "placement.exact", message, "raise a size, or remove exact")
@@ -176,20 +179,41 @@ def _seats(values: Values, cluster: Cluster, nodes: tuple[Node, ...], shape: Mod
     is_strict = str(values["placement.strategy"].value).startswith("strict")
     first = ("placement.strategy",) if is_strict else ()
     blamed = highest(values, *first, *_SIZES, "placement.nodes")
+    tp, pp, dp = (whole(values, key) for key in _SIZES)
+    outcome = _placed(values, cluster, nodes, shape)
+    if isinstance(outcome, PlacementError):
+        hint = _alternatives(outcome, ParallelSizes(dp, pp, tp)) or "lower a size"
+        yield Finding("error", "rank-spread", blamed, outcome.message, hint)
+        return
+    for code, message, hint in outcome:
+        yield Finding("warning", code, _SIZES[0], message, hint)
+
+
+_Outcome = PlacementError | tuple[tuple[str, str, str], ...]
+"""Why ranks find no place, or what is to be said of the place they found: code, message, hint."""
+
+
+def _placed(values: Values, cluster: Cluster, nodes: tuple[Node, ...], shape: ModelConfig) -> _Outcome:
     strategy = cast(Literal["pack", "spread", "strict-pack", "strict-spread"], str(values["placement.strategy"].value))
     options = PlacementOptions(
         strategy, _asked_nodes(values), values["placement.exact"].value is True, whole(values, "placement.cpu-ranks")
     )
     tp, pp, dp = (whole(values, key) for key in _SIZES)
     seats = tuple((node.name, node.gpus) for node in nodes)
-    outcome = _judge(shape, ParallelSizes(dp, pp, tp), seats, options, cluster.fabric.rdma != "off")
-    if isinstance(outcome, PlacementError):
-        fits = ", ".join(str(sizes) for sizes in outcome.alternatives)
-        hint = f"possible here: {fits}" if fits else "lower a size"
-        yield Finding("error", "rank-spread", blamed, outcome.message, hint)
-        return
-    for code, message, hint in outcome:
-        yield Finding("warning", code, _SIZES[0], message, hint)
+    return _judge(shape, ParallelSizes(dp, pp, tp), seats, options, cluster.fabric.rdma != "off")
+
+
+def _alternatives(error: PlacementError, asked: ParallelSizes) -> str:
+    """Write the nearest sizes that have a place: `use tp 2, or tp 1 pp 2`; empty where there are none."""
+    ways = []
+    for sizes in error.alternatives:
+        axes = (
+            ("tp", sizes.tensor, asked.tensor),
+            ("pp", sizes.pipeline, asked.pipeline),
+            ("dp", sizes.data, asked.data),
+        )
+        ways.append(" ".join(f"{name} {size}" for name, size, old in axes if size != old or size > 1))
+    return f"use {', or '.join(way for way in ways if way)}" if any(ways) else ""
 
 
 @lru_cache(maxsize=256)
@@ -199,7 +223,7 @@ def _judge(
     seats: tuple[tuple[str, int], ...],
     options: PlacementOptions,
     has_rdma: bool,
-) -> PlacementError | tuple[tuple[str, str, str], ...]:
+) -> _Outcome:
     hosts = [
         HostSpec(
             name,

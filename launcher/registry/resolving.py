@@ -15,6 +15,8 @@ from types import MappingProxyType
 from typing import cast
 
 from launcher.errors import Issue, OverrideError, RegistryInvalid, UnknownModel, UnknownName
+from launcher.exit_codes import ExitCode
+from launcher.registry.findings import NO_PLACE
 from launcher.registry.keys import KEYS, Kind
 from launcher.registry.overriding import Contribution, environment_layer, flag_layer
 from launcher.registry.presets import PRESETS
@@ -107,7 +109,8 @@ def resolve(
     errors = [issue for issue in issues if issue.severity == "error"]
     if errors:
         is_outside = all(issue.line is None for issue in errors)
-        raise (OverrideError if is_outside else RegistryInvalid)(_count(errors), issues=errors)
+        kind = OverrideError if is_outside else RegistryInvalid
+        raise kind(_count(errors), issues=errors, exit_code=_exit_code(errors))
     return ResolvedEntry(
         entry.name,
         registry.path,
@@ -250,6 +253,15 @@ def _rule_issues(
             path = f"defaults.{finding.key}"
         issues.append(Issue(finding.severity, finding.code, where, line, column, path, finding.message, finding.hint))
     return issues
+
+
+def _exit_code(errors: list[Issue]) -> int | None:
+    """Tell what has no place, and what names an unknown node, from other mistakes; None: as the kind of error says."""
+    if all(issue.code in NO_PLACE for issue in errors):
+        return ExitCode.DOES_NOT_FIT
+    if all(issue.code == "unknown-ref" for issue in errors):
+        return ExitCode.UNKNOWN_MODEL
+    return None
 
 
 def _count(errors: list[Issue]) -> str:

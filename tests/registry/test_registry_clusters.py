@@ -8,6 +8,7 @@ import pytest
 from registry_support import ROOT
 
 from launcher.errors import Issue, OverrideError, RegistryInvalid, UnknownName
+from launcher.exit_codes import ExitCode
 from launcher.plan.cluster_plan import make_cluster_plan
 from launcher.registry import Layer, Registry, load_registry, parse_registry, resolve, resolve_cluster
 from launcher.registry.cluster import Cluster, Container, Fabric, Node, RaySettings
@@ -150,10 +151,10 @@ RULES = [
     ("unknown-ref", "defaults: {cluster: c}\nmodels: {m: {model: x}}\n", 1, 21, "declare it"),
     ("unknown-ref", "profiles: {p: {cluster: c}}\nmodels: {m: {model: x}}\n", 1, 25, "declare it"),
     ("unknown-ref", pair(placement="{nodes: [a, c]}"), 14, 24, "nodes: a, b"),
-    ("world-exceeds-gpus", pair(tp=8), 14, 9, "lower a size"),
+    ("world-exceeds-gpus", pair(tp=8), 14, 9, "use tp 4, or tp 2 pp 2"),
     ("world-exceeds-gpus", pair(tp=2, placement="{exact: true}"), 15, 24, "raise a size"),
     ("world-exceeds-gpus", pair(tp=2, placement="{cpu-ranks: 2}"), 15, 28, "at most 1"),
-    ("rank-spread", pair(pp=4, placement="{strategy: strict-pack}"), 15, 27, "possible here"),
+    ("rank-spread", pair(pp=4, placement="{strategy: strict-pack}"), 15, 27, "use pp 2 dp 2"),
     ("heads-tp", pair(tp=3), 14, 9, "use one of 1, 2, 4, 8"),
     ("layers-pp", pair(pp=25), 14, 9, "at most 24"),
     ("context-too-long", pair(max_model_len="256k"), 14, 20, "131072"),
@@ -247,6 +248,27 @@ def test_errors_from_flags_on_a_cluster_blame_the_flag() -> None:
     with pytest.raises(OverrideError) as caught:
         resolve(registry(), "m", {}, ["tp=8"])
     assert [(item.code, item.source) for item in caught.value.issues] == [("world-exceeds-gpus", "--set tp")]
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "hint"),
+    [
+        (["tp=8"], ExitCode.DOES_NOT_FIT, "use tp 4, or tp 2 pp 2, or tp 1 pp 4"),
+        (["tp=3"], ExitCode.DOES_NOT_FIT, "use one of 1, 2, 4, 8, 16, 32, 64"),
+        (["pp=25"], ExitCode.DOES_NOT_FIT, "use at most 24"),
+        (["placement.nodes=[c]"], ExitCode.UNKNOWN_MODEL, "nodes: a, b"),
+        (["tp=8", "port=6379"], ExitCode.USAGE, ""),
+        (["port=6379"], ExitCode.USAGE, "choose another, such as 8000"),
+    ],
+)
+def test_what_has_no_place_and_what_is_unknown_have_exit_codes_of_their_own(
+    flags: list[str], code: ExitCode, hint: str
+) -> None:
+    with pytest.raises(OverrideError) as caught:
+        resolve(registry(), "m", {}, flags)
+    assert caught.value.exit_code == code
+    assert not hint or [item.hint for item in caught.value.issues] == [hint]
+    assert not any("cpu-ranks" in item.hint for item in caught.value.issues)
 
 
 def test_words_that_nccl_reads_as_zero_switch_nothing_off() -> None:
