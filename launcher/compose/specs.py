@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from engine.config import BUNDLED_MODELS, EngineConfig
 from launcher.errors import PreflightError
 from launcher.plan.cluster_plan import ClusterPlan, NodePlan
-from launcher.plan.environment import INHERITED
 from launcher.plan.weights import is_repository
 from launcher.registry.values import is_secret_name
 from launcher.supervise.node_fabric import NodeFabric
@@ -103,7 +102,7 @@ def node_environment(node: NodePlan) -> Mapping[str, str]:
     """
     chosen: dict[str, str] = {}
     for variable in node.environment:
-        if variable.value is None or variable.origin == "inherited" or variable.name in INHERITED:
+        if variable.value is None or variable.origin == "inherited":
             continue
         if variable.name == "RAY_AUTH_TOKEN":
             raise PreflightError(

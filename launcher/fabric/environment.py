@@ -9,12 +9,13 @@ subnet with their twins. Without them it stays out, and the node's own start fil
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from launcher.fabric import catalogue, selection
 from launcher.fabric.facts import NodeFacts
 from launcher.registry.cluster import Cluster, Node
+from launcher.registry.contradictions import contradictions
 
 BUILT_IN = "built-in"
 CARRIED = "carried from the launching environment"
@@ -44,15 +45,32 @@ def node_environment(
     rank, no path, no secret.
     """
     platform = selection.platform_of(cluster, node, facts)
+    fabric = _fabric(cluster, node, platform, facts)
     layers: list[Variable] = [
-        *(Variable(name, base[name], CARRIED) for name in sorted(base) if catalogue.is_carried(name)),
+        *_carried(cluster, node, base, {item.name for item in fabric}),
         *_built_in(cluster, node, platform),
         *_preset(cluster, platform),
-        *_fabric(cluster, node, platform, facts),
+        *fabric,
         *(Variable(name, value, "cluster env") for name, value in cluster.env.items()),
         *(Variable(name, value, "node env") for name, value in node.env.items()),
     ]
     return _merged(layers)
+
+
+def carried_environment(
+    cluster: Cluster, node: Node, base: Mapping[str, str], planned: Collection[str]
+) -> dict[str, str]:
+    """Return what of `base` goes along at a start, in name order: nothing that the plan has (`planned`) already."""
+    platform = selection.platform_of(cluster, node)
+    fabric = {item.name for item in _fabric(cluster, node, platform, None)}
+    return {item.name: item.value for item in _carried(cluster, node, base, fabric) if item.name not in planned}
+
+
+def _carried(cluster: Cluster, node: Node, base: Mapping[str, str], fabric: Collection[str]) -> list[Variable]:
+    """List what may travel; what says the opposite of the fabric stays, unless the fabric's own word goes over it."""
+    found = {name: base[name] for name in sorted(base) if catalogue.is_carried(name)}
+    opposed = {item.variable for item in contradictions(cluster.fabric, found, node)} - set(fabric)
+    return [Variable(name, value, CARRIED) for name, value in found.items() if name not in opposed]
 
 
 def as_mapping(variables: Iterable[Variable]) -> dict[str, str]:

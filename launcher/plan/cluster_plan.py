@@ -64,7 +64,7 @@ class NodePlan:
     """What one node runs. `node_rank` counts nodes as declared; ranks may be none on a head that only serves.
 
     `config` is the engine's configuration on this node: the same on all, but for `device`, which is the node's first
-    rank's. `config.to_json()` is the file. `environment` is complete for the node, sorted by name.
+    rank's. `config.to_json()` is the file. `environment` is all that the registry says, sorted by name.
     """
 
     node: Node
@@ -194,7 +194,7 @@ def make_cluster_plan(
         config = with_ranks(config, cluster, placement, executor)
     used = _in_use(cluster, placement, is_gpu=is_gpu)
     nodes = tuple(
-        _node_plan(entry, used, node, number, config, placement, report, environ)
+        _node_plan(entry, used, node, number, config, placement, report)
         for number, node in enumerate(used.nodes)
     )
     for node in nodes:
@@ -275,7 +275,6 @@ def _node_plan(
     config: EngineConfig,
     placement: Placement | None,
     report: MemoryReport,
-    environ: Mapping[str, str],
 ) -> NodePlan:
     ranks = placement.on_node(node.name) if placement is not None else ()
     numbers = {rank.rank for rank in ranks}
@@ -285,18 +284,17 @@ def _node_plan(
         node_rank=number,
         ranks=ranks,
         config=replace(config, device=device),
-        environment=_environment(entry, cluster, node, environ),
+        environment=_environment(entry, cluster, node),
         ports=node_ports(cluster, node, config.server.host, config.server.port),
         memory=tuple(item for item in report.ranks if item.rank in numbers),
     )
 
 
-def _environment(
-    entry: ResolvedEntry, cluster: Cluster, node: Node, environ: Mapping[str, str]
-) -> tuple[Variable, ...]:
+def _environment(entry: ResolvedEntry, cluster: Cluster, node: Node) -> tuple[Variable, ...]:
     """Join what the engine always gets, the fabric's, and the entry's; what a cluster or node sets by name wins.
 
-    Only a flag of this run (`--set env.NAME=…`) goes over a cluster's and a node's word.
+    Only a flag of this run (`--set env.NAME=…`) goes over a cluster's and a node's word. Nothing of the shell that
+    plans stands here: who renders the same registry gets the same files. A start carries along what may travel.
     """
     chosen = {item.name: item for item in engine_environment(entry, {})}
     if cluster.platform == "cpu":
@@ -304,7 +302,7 @@ def _environment(
         chosen = {name: item for name, item in chosen.items() if not (name in of_cluster and _is_nccl(name))}
     flagged = {name for name, item in entry.env.items() if item.origin.layer is Layer.FLAG}
     declared = {*cluster.env, *node.env} - flagged
-    for item in node_environment(cluster, node, environ):
+    for item in node_environment(cluster, node, {}):
         if item.name not in entry.env or item.name in declared:
             chosen[item.name] = Variable(item.name, item.value, item.origin)
     return tuple(chosen[name] for name in sorted(chosen))

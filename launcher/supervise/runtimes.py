@@ -15,6 +15,7 @@ from launcher.compose.host import OVERRIDE_FILE, host_override
 from launcher.compose.labels import LABEL
 from launcher.compose.render import (
     COMPOSE_FILE,
+    ENV_FILE,
     compose_text,
     host_variables,
     is_hidden_variable,
@@ -22,9 +23,10 @@ from launcher.compose.render import (
 )
 from launcher.compose.specs import Layout, engine_config, node_environment, node_spec
 from launcher.errors import PreflightError
+from launcher.fabric.environment import carried_environment
 from launcher.plan.cluster_plan import ClusterPlan, NodePlan
 from launcher.supervise.docker import FACTS_SCRIPT, parse_containers, parse_host_facts
-from launcher.supervise.shell import RemoteFailed, Shell
+from launcher.supervise.shell import RemoteFailed, Shell, Unreachable
 from launcher.supervise.status import one_line
 
 WATCH_WAIT_SECONDS = 120
@@ -132,6 +134,7 @@ class ProcessRuntime:
             api_key_file=f"{folder}/api_key",
         )
         environment = dict(node_environment(node))
+        environment = {**carried_environment(plan.cluster, node.node, shell.environ, environment), **environment}
         environment.pop("RAY_AUTH_TOKEN_PATH", None)
         files = {
             "node.json": node_spec(plan, node, layout).to_json().encode(),
@@ -190,11 +193,15 @@ class ComposeRuntime:
         """Raise RemoteFailed unless Docker's daemon answers and Compose v2 is there."""
         try:
             shell.run(["docker", "version", "--format", "{{.Server.Version}}"], what="Docker")
+        except Unreachable:
+            raise
         except RemoteFailed as error:
             error.hint = "install and start Docker there: sudo systemctl start docker; or without it: --runtime process"
             raise
         try:
             shell.run(["sh", "-c", _COMPOSE, "sh", ".", "version"], what="Docker Compose")
+        except Unreachable:
+            raise
         except RemoteFailed as error:
             error.hint = "install docker-compose-plugin there, or set HLAUNCH_COMPOSE; or without it: --runtime process"
             raise
@@ -221,6 +228,10 @@ class ComposeRuntime:
             ".env": "".join(f"{name}='{value}'\n" for name, value in values.items()).encode(),
             "ray_token": secrets.ray_token.encode(),
         }
+        carried = carried_environment(plan.cluster, node.node, shell.environ, node_environment(node))
+        if travelling := {name: value for name, value in carried.items() if "\n" not in value}:
+            # Below the file's own `environment`, as Compose merges the two.
+            files[ENV_FILE] = "".join(f"{name}={value}\n" for name, value in travelling.items()).encode()
         if override.text:
             files[OVERRIDE_FILE] = override.text.encode()
         shell.stage(handle.folder, files)

@@ -15,11 +15,29 @@ ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "examples" / "two-nodes.yml"
 
 
+# What a developer's shell may hold; each of these changed a rendered file once.
+SHELL = {
+    "NCCL_IB_TIMEOUT": "22",
+    "NCCL_IB_DISABLE": "1",
+    "NCCL_DEBUG": "TRACE",
+    "NCCL_NET_PLUGIN": "aws-ofi",
+    "RAY_worker_niceness": "15",
+    "OMP_NUM_THREADS": "3",
+    "CUDA_VISIBLE_DEVICES": "1",
+}
+
+
 def hlaunch(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "launcher.cli", *args],
         cwd=cwd,
-        env={"PATH": os.environ["PATH"], "HOME": str(cwd), "PYTHONPATH": str(ROOT), "HLAUNCH_API_KEY": "canary-key"},
+        env={
+            **SHELL,
+            "PATH": os.environ["PATH"],
+            "HOME": str(cwd),
+            "PYTHONPATH": str(ROOT),
+            "HLAUNCH_API_KEY": "canary-key",
+        },
         capture_output=True,
         text=True,
         timeout=60,

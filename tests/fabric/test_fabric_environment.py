@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import os
+from pathlib import Path
+
 from fabric_support import cpu_pair, spark_pair
 
-from launcher.fabric.environment import as_mapping, node_environment
+from launcher.fabric.environment import as_mapping, carried_environment, node_environment
 from launcher.fabric.lint import lint
 from launcher.fabric.sources import Source
+from launcher.plan.cluster_plan import make_cluster_plan
+from launcher.registry import parse_registry, resolve, resolve_cluster
+from launcher.supervise.runtimes import RUNTIMES, Secrets
+from launcher.supervise.shell import Shell
 
 
 def test_a_unified_memory_pair_renders_as_the_handbook_says() -> None:
@@ -103,6 +111,43 @@ def test_the_launching_environment_adds_only_what_may_travel() -> None:
     assert found["NCCL_IB_HCA"].value == "=rocep1s0f0,roceP2p1s0f0"
     assert found["NCCL_NET_PLUGIN"].value == "none"
     assert {"RANK", "HF_TOKEN", "RAY_AUTH_TOKEN", "PATH", "EDITOR"}.isdisjoint(found)
+
+
+def test_a_start_carries_what_the_plan_lacks_and_the_fabric_does_not_forbid() -> None:
+    cluster = spark_pair()
+    base = {
+        "NCCL_DEBUG": "INFO",
+        "NCCL_IB_DISABLE": "1",
+        "NCCL_IB_TC": "8",
+        "NCCL_BUFFSIZE": "1",
+        "RANK": "3",
+        "A": "b",
+    }
+    planned = as_mapping(node_environment(cluster, cluster.head, {}))
+    carried = carried_environment(cluster, cluster.head, base, {*planned, "NCCL_BUFFSIZE"})
+    assert carried == {"NCCL_DEBUG": "INFO"}
+    assert "NCCL_IB_DISABLE" not in as_mapping(node_environment(cluster, cluster.head, base)), "rdma is required"
+    free = spark_pair(fabric={"rdma": "preferred"})
+    assert carried_environment(free, free.head, base, ())["NCCL_IB_DISABLE"] == "1"
+
+
+def test_a_node_gets_its_plan_over_what_is_carried(tmp_path: Path) -> None:
+    registry = parse_registry(
+        "clusters: {c: {platform: cpu, env: {GLOO_LOG_LEVEL: WARN}, "
+        "nodes: [{name: a, role: head, ip: 10.0.0.1, ifname: lo}]}}\n"
+        "models: {m: {model: tiny-oss, cluster: c, env: {OMP_NUM_THREADS: '2'}}}\n"
+    )
+    entry = resolve(registry, "m", {})
+    shell = {"GLOO_LOG_LEVEL": "INFO", "TORCH_GLOO_LAZY_INIT": "1", "HF_TOKEN": "canary", "OMP_NUM_THREADS": "9"}
+    plan = make_cluster_plan(entry, resolve_cluster(registry, "c", {}, entry), shell)
+    assert "TORCH_GLOO_LAZY_INIT" not in {item.name for item in plan.head.environment}, "a plan has no shell"
+    environ = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), **shell}
+    RUNTIMES["process"].stage(Shell("a", None, environ), plan, plan.head, Secrets("token", ""))
+    staged = json.loads(next(tmp_path.rglob("environment.json")).read_text())
+    assert staged["GLOO_LOG_LEVEL"] == "WARN"
+    assert staged["TORCH_GLOO_LAZY_INIT"] == "1"
+    assert staged["OMP_NUM_THREADS"] == "2"
+    assert "HF_TOKEN" not in staged
 
 
 def test_our_own_environment_has_no_finding_but_the_decoded_class() -> None:
