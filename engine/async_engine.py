@@ -22,6 +22,7 @@ from typing import Any, Protocol
 from engine import ipc
 from engine.config import ConfigError, EngineConfig, ModelConfig, load_model_config, resolve_model_folder
 from engine.core.request import EngineRequest, FinishReason, RequestOutput, SchedulerStats
+from engine.process import signal_name
 
 PING_INTERVAL_SECONDS = 1.0
 STOP_GRACE_SECONDS = 5.0
@@ -367,6 +368,6 @@ def _describe_exit(code: int | None) -> str:
     if code is None:
         return "the engine core closed its socket but did not exit"
     if code < 0:
-        name = signal.Signals(-code).name
+        name = signal_name(-code)
         return f"the engine core was killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
     return f"the engine core exited with code {code}"

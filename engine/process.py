@@ -51,6 +51,14 @@ def follow_parent(status_fd: int) -> None:
         os._exit(1)
 
 
+def signal_name(number: int) -> str:
+    """Name a signal: `SIGKILL`, or `signal 40` for one of those that have no name."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
 class LastingThread:
     """Runs one piece of work and lives on until `close`: whatever it spawned and dies with its parent dies then.
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import select
-import signal
 import subprocess
 import threading
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from engine.comm.segment import new_bell
 from engine.executor.messages import EndedReport, FaultReport, MessageError, Report, decode_report
 from engine.executor.multiproc_rank import FRAME
 from engine.placement import RankSpec
+from engine.process import say_trace, signal_name
 
 
 @dataclass(slots=True)
@@ -71,7 +71,7 @@ class RankWatch:
                     poll.unregister(fd)
                     self._listen(handle)
                     handle.has_ended = True
-                    self._on_report(EndedReport(handle.spec.rank, describe_end(handle.process.wait())))
+                    self._tell(EndedReport(handle.spec.rank, describe_end(handle.process.wait())))
                 elif not self._listen(handle):
                     poll.unregister(fd)
 
@@ -93,15 +93,22 @@ class RankWatch:
             del handle.buffer[: FRAME.size + length]
             handle.has_spoken = True
             try:
-                self._on_report(decode_report(kind, body))
+                report = decode_report(kind, body)
             except MessageError as error:
-                self._on_report(FaultReport(handle.spec.rank, "", "MessageError", str(error)))
+                report = FaultReport(handle.spec.rank, "", "MessageError", str(error))
+            self._tell(report)
         return is_open
+
+    def _tell(self, report: Report) -> None:
+        try:
+            self._on_report(report)
+        except Exception as error:  # noqa: BLE001 - the thread's border: nobody else would notice the next rank's end
+            say_trace(error)
 
 
 def describe_end(code: int) -> str:
     """Say how a process ended, by the code that Popen gives."""
     if code < 0:
-        name = signal.Signals(-code).name
+        name = signal_name(-code)
         return f"was killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
     return f"ended by itself with code {code}"

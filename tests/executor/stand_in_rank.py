@@ -53,6 +53,8 @@ class StandInWorker:
                 os._exit(7)
             if self._fault == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
+            if self._fault == "unnamed signal":
+                os.kill(os.getpid(), signal.SIGRTMIN + 6)
             if self._fault == "hang":
                 time.sleep(60)
             if self._fault == "stop":

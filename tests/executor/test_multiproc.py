@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -13,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from executor_support import (
+    CONFIG,
     HERE,
     add_requests,
     drive,
@@ -25,8 +27,11 @@ from executor_support import (
 
 from engine.core.request import FinishReason
 from engine.core.scheduler import Scheduler
+from engine.engine_core import open_model, place
 from engine.executor.base import ExecutorError
+from engine.executor.messages import EndedReport, Report
 from engine.executor.multinode import MultiNodeExecutor
+from engine.executor.multiproc_watch import RankHandle, RankWatch, describe_end
 from engine.executor.roster import RankFailure
 
 
@@ -53,10 +58,50 @@ def test_plans_go_out_and_results_come_back(num_ranks: int, num_stages: int) -> 
 FAULTS = {
     "raise": r"rank 1 \(node localhost, cpu:1\) failed: RuntimeError: a kernel went wrong; phase serve",
     "exit": r"rank 1 \(node localhost, cpu:1\) ended by itself with code 7; phase serve",
+    "unnamed signal": r"rank 1 \(node localhost, cpu:1\) was killed by signal 40; phase serve",
     "kill": r"rank 1 \(node localhost, cpu:1\) was killed by SIGKILL \(out of memory\?\); phase serve",
     "hang": r"rank 1 \(node localhost, cpu:1\) did not finish step 5 within 1 s: computing in step 5 for \d\.\d s",
     "stop": r"rank 1 \(node localhost, cpu:1\) did not finish step 5 within 1 s: computing .*, stopped by a signal",
 }
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        (-9, "was killed by SIGKILL (out of memory?)"),
+        (-signal.SIGRTMIN, "was killed by SIGRTMIN"),
+        (-40, "was killed by signal 40"),
+        (3, "ended by itself with code 3"),
+    ],
+)
+def test_every_end_has_a_name(code: int, expected: str) -> None:
+    assert describe_end(code) == expected
+
+
+def test_the_watch_outlives_whoever_hears_it(capfd: pytest.CaptureFixture[str]) -> None:
+    heard: list[Report] = []
+
+    def hear(report: Report) -> None:
+        heard.append(report)
+        raise RuntimeError("who hears it breaks")
+
+    handles = []
+    for rank in range(2):
+        ours, theirs = socket.socketpair()
+        process = subprocess.Popen(["sleep", "60"], pass_fds=[theirs.fileno()])
+        theirs.close()
+        spec = place(CONFIG, open_model(CONFIG)[1]).ranks[rank]
+        handles.append(RankHandle(spec, process, ours, os.pidfd_open(process.pid)))
+    watch = RankWatch(handles, hear)
+    for rank, handle in enumerate(handles):
+        handle.process.send_signal(40)
+        assert wait_until(lambda rank=rank: len(heard) == rank + 1, 5.0)  # type: ignore[misc]
+    watch.stop()
+    for handle in handles:
+        handle.control.close()
+        os.close(handle.pidfd)
+    assert heard == [EndedReport(rank, "was killed by signal 40") for rank in range(2)]
+    assert capfd.readouterr().err.count("who hears it breaks") >= 2
 
 
 def test_ranks_outlive_the_thread_that_wanted_them() -> None:
@@ -74,7 +119,16 @@ def test_ranks_outlive_the_thread_that_wanted_them() -> None:
 @pytest.mark.parametrize(
     # Stand-ins do not meet each other: the rank that answers does not wait for one that hangs.
     ("kind", "place"),
-    [("raise", 0), ("raise", 1), ("exit", 1), ("kill", 0), ("kill", 1), ("hang", 0), ("stop", 0)],
+    [
+        ("raise", 0),
+        ("raise", 1),
+        ("exit", 1),
+        ("kill", 0),
+        ("kill", 1),
+        ("unnamed signal", 1),
+        ("hang", 0),
+        ("stop", 0),
+    ],
 )
 def test_a_rank_that_fails_in_a_step_is_named(
     kind: str, place: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
