@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from launcher.errors import HlaunchError
 from launcher.exit_codes import ExitCode
 
+_SSH_FAILED = 255
+"""ssh's own exit status; every other one is that of the command."""
 _STAGE = 'umask 077; cd && mkdir -p -- "$1" && cd -- "$1" && [ -O . ] && chmod 700 . && tar xf - && pwd -P'
 _FOLDER = 'umask 077; cd && mkdir -p -- "$1" && cd -- "$1" && pwd -P'
 _REMOVE = 'cd && rm -rf -- "$1"'
@@ -27,6 +29,10 @@ class RemoteFailed(HlaunchError):
     """A command on a node failed."""
 
     exit_code = ExitCode.REMOTE_FAILED
+
+
+class Unreachable(RemoteFailed):
+    """ssh itself failed: nothing was run there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,11 +83,22 @@ class Shell:
             raise RemoteFailed(f"{self.node}: {argv[0]}: {error.strerror}") from error
         if done.returncode != 0 and is_checked:
             said = [line for line in done.stderr.decode(errors="replace").splitlines() if line.strip()]
+            if self.ssh is not None and done.returncode == _SSH_FAILED:
+                raise self._unreachable(said)
             raise RemoteFailed(
                 f"{self.node}: {what or argv[0]} failed: {said[-1] if said else f'exit status {done.returncode}'}",
                 details=said[-6:-1],
             )
         return done.stdout.decode(errors="replace")
+
+    def _unreachable(self, said: Sequence[str]) -> Unreachable:
+        program = self.environ.get("HLAUNCH_SSH", "ssh")
+        words = said[-1].removeprefix("ssh: ") if said else f"exit status {_SSH_FAILED}"
+        return Unreachable(
+            f"{self.node}: cannot reach {self.ssh} over ssh: {words}",
+            details=said[-6:-1],
+            hint=f"this has to work without a question: {program} -o BatchMode=yes {shlex.quote(self.ssh or '')} true",
+        )
 
     def folder(self, relative: str) -> str:
         """Make a private folder below the home there and return its absolute path."""

@@ -24,8 +24,8 @@ from launcher.supervise.docker import parse_host_facts
 from launcher.supervise.instance import InstanceFolder
 from launcher.supervise.node_spec import NodeSpec, Peer
 from launcher.supervise.ray_process import ray_argv, ray_cause, ray_environment
-from launcher.supervise.runtimes import NodeHandle
-from launcher.supervise.shell import Shell
+from launcher.supervise.runtimes import ComposeRuntime, NodeHandle
+from launcher.supervise.shell import RemoteFailed, Shell, Unreachable
 
 ROOT = Path(__file__).parents[2]
 PEERS = (Peer("one", "10.0.0.1", "head"), Peer("two", "10.0.0.2", "worker", gpus=1))
@@ -190,6 +190,25 @@ def test_ssh_gets_every_word_quoted() -> None:
     assert argv[:1] == ["ssh"]
     assert argv[-2] == "host"
     assert shlex.split(argv[-1]) == ["sh", "-c", "echo $1", "sh", "a b; rm -rf /"]
+
+
+def test_a_host_that_ssh_does_not_reach_is_no_fault_of_docker(tmp_path: Path) -> None:
+    ssh = tmp_path / "ssh"
+    ssh.write_text("#!/bin/sh\necho 'ssh: Could not resolve hostname n1' >&2; exit 255\n")
+    ssh.chmod(0o755)
+    shell = Shell("one", "me@n1", {"PATH": os.environ["PATH"], "HLAUNCH_SSH": str(ssh)})
+    with pytest.raises(Unreachable) as caught:
+        ComposeRuntime().check(shell)
+    assert caught.value.message == "one: cannot reach me@n1 over ssh: Could not resolve hostname n1"
+    assert caught.value.exit_code == 7
+    assert caught.value.hint.endswith(f"{ssh} -o BatchMode=yes me@n1 true")
+    assert "Docker" not in caught.value.hint
+    # Another status is the command's own, and so is 255 where there is no ssh.
+    ssh.write_text("#!/bin/sh\nexit 3\n")
+    with pytest.raises(RemoteFailed, match="Docker failed"):
+        ComposeRuntime().check(shell)
+    with pytest.raises(RemoteFailed, match="sh failed: exit status 255"):
+        Shell("one", None, dict(os.environ)).run(["sh", "-c", "exit 255"])
 
 
 def test_a_node_is_cleared_away_and_nobody_who_only_names_its_folder(tmp_path: Path) -> None:
