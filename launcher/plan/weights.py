@@ -14,6 +14,9 @@ from engine.config import BUNDLED_MODELS, resolve_model_folder
 from launcher.errors import PreflightError
 
 _MAX_INDEX_BYTES = 64 << 20
+_MAX_HEADER_BYTES = 100_000_000
+"""The format's own limit."""
+_LFS_POINTER = b"version "
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,17 +38,21 @@ class ModelFiles:
         if absent:
             shown = ", ".join(absent[:3]) + (f" and {len(absent) - 3} more" if len(absent) > 3 else "")
             return self._error(f"{self.folder} is incomplete: no {shown}", ())
+        for file in weight_files(self.folder):
+            if damage := damage_of(file):
+                return self._error(f"{file} {damage}", (), again=f"remove {file.name}, then ")
         return None
 
-    def _error(self, message: str, looked_in: tuple[str, ...]) -> PreflightError:
+    def _error(self, message: str, looked_in: tuple[str, ...], again: str = "") -> PreflightError:
         details = [f"looked in {place}" for place in looked_in]
         if is_repository(self.model):
             revision = f" --revision {self.revision}" if self.revision else ""
-            hint = f"run: huggingface-cli download {self.model}{revision}   (or point HLAUNCH_MODEL_DIR at the cache)"
+            download = f"huggingface-cli download {self.model}{revision}"
+            hint = f"{again}run: {download}   (or point HLAUNCH_MODEL_DIR at the cache)"
         elif self.model in BUNDLED_MODELS:
             hint = "the bundled model is part of the package: install hlaunch again"
         elif self.folder is not None:
-            hint = "put all files of the checkpoint into this folder"
+            hint = f"{again}put all files of the checkpoint into this folder"
         else:
             hint = "write a folder with config.json, or a Hugging Face id such as openai/gpt-oss-20b"
         return PreflightError(message, details=details, hint=hint)
@@ -114,13 +121,51 @@ def missing_shards(folder: Path) -> list[str]:
 
     Without an index, any one `*.safetensors` counts as complete; a malformed index is the engine's to report.
     """
+    names = _indexed(folder)
+    if names is None:
+        return [] if any(folder.glob("*.safetensors")) else ["*.safetensors"]
+    return sorted(name for name in names if not (folder / name).is_file())
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """List the weight files that are there and belong to the model, in name order."""
+    names = _indexed(folder)
+    found = folder.glob("*.safetensors") if names is None else (folder / name for name in names)
+    return sorted(path for path in found if path.is_file())
+
+
+def damage_of(file: Path) -> str:
+    """Say how a safetensors file is not whole: its header tells its size. Empty for a whole one.
+
+    Reads the header only. What else may be wrong with it is the engine's to report.
+    """
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as opened:
+            first = opened.read(8)
+            if first == _LFS_POINTER:
+                return "is a pointer of Git LFS, not the weights: git lfs pull"
+            length = int.from_bytes(first, "little")
+            if len(first) < 8 or 8 + length > size:
+                return f"is cut short: {size} bytes, and its header alone has more"
+            if length > _MAX_HEADER_BYTES:
+                return ""
+            header = json.loads(opened.read(length))
+        entries = [entry for name, entry in header.items() if name != "__metadata__"]
+        whole = 8 + length + max((int(entry["data_offsets"][1]) for entry in entries), default=0)
+    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
+        return ""
+    return f"is cut short: {size} of {whole} bytes" if size < whole else ""
+
+
+def _indexed(folder: Path) -> set[str] | None:
+    """Read which files the index names. None: there is no index; a malformed one names nothing."""
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
-        return [] if any(folder.glob("*.safetensors")) else ["*.safetensors"]
+        return None
     try:
         if index.stat().st_size > _MAX_INDEX_BYTES:
-            return []
-        names = {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+            return set()
+        return {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return []
-    return sorted(name for name in names if not (folder / name).is_file())
+        return set()

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from launcher_support import REGISTRY
 
-from engine.config import EngineConfig
+from engine.config import BUNDLED_MODELS, EngineConfig
 from engine.memory import CPU_RUNTIME_BYTES, loaded_weight_bytes, model_bytes
-from launcher.errors import DoesNotFit, PreflightError
+from launcher.errors import DoesNotFit, HlaunchError, PreflightError
 from launcher.plan import Inventory, LaunchPlan, make_plan, read_inventory
 from launcher.plan.drawing import BAR_WIDTH, curl_line, memory_bar, plan_data
 from launcher.plan.fit import report_fit
@@ -262,6 +262,39 @@ def test_a_snapshot_of_the_cache_is_found_and_missing_shards_are_named(tmp_path:
         assert missing.message.endswith("is incomplete: no model-2.safetensors")
         assert files.missing(needs_weights=False) is None
     assert find_model_files("org/name", "nope", {"HF_HUB_CACHE": str(tmp_path / "cache")}, tmp_path).folder is None
+
+
+def test_weights_that_are_cut_short_are_told_before_anything_starts(tmp_path: Path) -> None:
+    bundled = BUNDLED_MODELS["tiny-oss"]
+    (folder := tmp_path / "mine").mkdir()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"):
+        (folder / name).write_bytes((bundled / name).read_bytes())
+    weights = folder / "model.safetensors"
+    whole = weights.stat().st_size
+    (tmp_path / "model_registry.yml").write_text("models: {mine: {model: ./mine, device: cpu}}\n")
+
+    def blockers() -> tuple[HlaunchError, ...]:
+        entry = resolve(load_registry(tmp_path / "model_registry.yml"), "mine", {})
+        return make_plan(entry, BIG, {}, tmp_path / "state/instances/mine").blockers
+
+    assert blockers() == ()
+    for size, message in (
+        (whole - 1, f"is cut short: {whole - 1} of {whole} bytes"),
+        (100, "is cut short: 100 bytes, and its header alone has more"),
+        (0, "is cut short: 0 bytes, and its header alone has more"),
+    ):
+        with weights.open("r+b") as file:
+            file.truncate(size)
+        (blocker,) = blockers()
+        assert blocker.message == f"{weights} {message}"
+        assert (blocker.exit_code, blocker.hint) == (
+            5, "remove model.safetensors, then put all files of the checkpoint into this folder",
+        )  # fmt: skip
+    weights.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    assert "Git LFS" in blockers()[0].message
+    # What the header says wrongly is for the engine to tell.
+    weights.write_bytes((2).to_bytes(8, "little") + b"[]")
+    assert blockers() == ()
 
 
 # The engine's start.
