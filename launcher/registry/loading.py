@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +20,7 @@ from launcher.errors import Issue, RegistryInvalid
 from launcher.registry.building import build
 from launcher.registry.cluster_rules import cluster_issues
 from launcher.registry.document import DocumentError, Mapping, Node, Scalar, decode, read_tree
+from launcher.registry.findings import NO_PLACE
 from launcher.registry.locate import display_path
 from launcher.registry.reading import describe
 from launcher.registry.references import reference_issues
@@ -44,14 +45,24 @@ def load_registry(path: Path, cwd: Path | None = None) -> Registry:
     return _unless_errors(registry, issues, display_path(path, cwd or Path.cwd()))
 
 
-def parse_registry(text: str, source: str = "model_registry.yml") -> Registry:
-    """Validate a registry held in a string. Pure. Raises: RegistryInvalid."""
+def parse_registry(text: str, source: str = "model_registry.yml", *, known: Sequence[Issue] | None = None) -> Registry:
+    """Validate a registry held in a string. Pure. Raises: RegistryInvalid.
+
+    With `known`, also for an entry that finds no place on its cluster, unless these say so already.
+    """
     registry, issues = _check_text(text, source, Path(source))
+    if registry is not None and known is not None:
+        before = {(issue.code, issue.path) for issue in known}
+        if any(issue.severity == "error" and (issue.code, issue.path) not in before for issue in issues):
+            registry = None
     return _unless_errors(registry, issues, source)
 
 
 def check_registry(path: Path, cwd: Path | None = None) -> tuple[Registry | None, list[Issue]]:
-    """Return the registry (None when it has errors) and every issue of the file, in file order. Never raises."""
+    """Return the registry (None when it has errors) and every issue of the file, in file order. Never raises.
+
+    Errors of entries that only find no place on their cluster are among the issues; the registry is there.
+    """
     source = display_path(path, cwd or Path.cwd())
     try:
         with path.open("rb") as handle:
@@ -129,7 +140,7 @@ class _Validation:
     def run(self) -> tuple[Registry | None, list[Issue]]:
         document, has_defaults = self._validate()
         self.issues += reference_issues(self.tree, self.source)
-        registry = None
+        registry, own = None, list[Issue]()
         # A circle of bases says nothing about values, and nobody reads the thousandth problem's neighbours.
         is_hopeless = len(self.issues) >= MAX_ISSUES or any(item.code.startswith("extends-") for item in self.issues)
         if document is not None and not is_hopeless:
@@ -138,9 +149,12 @@ class _Validation:
                 self.issues += cluster_issues(cluster, self.source)
             # Without its defaults an entry may look broken where it is not.
             if has_defaults:
-                self.issues += entry_issues(registry)
-        self.issues = sorted(set(self.issues), key=lambda issue: (issue.line or 0, issue.column or 0, issue.path))
-        if registry is None or any(issue.severity == "error" for issue in self.issues):
+                own = entry_issues(registry)
+        # An entry that has no place fails where it is named: the others are as right as before.
+        blocking = [*self.issues, *(issue for issue in own if issue.code not in NO_PLACE)]
+        is_blocked = any(issue.severity == "error" for issue in blocking)
+        self.issues = sorted({*self.issues, *own}, key=lambda issue: (issue.line or 0, issue.column or 0, issue.path))
+        if registry is None or is_blocked:
             return None, self.issues
         return replace(registry, issues=tuple(self.issues)), self.issues
 

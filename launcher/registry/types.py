@@ -168,7 +168,10 @@ class DeclaredCluster:
 
 @dataclass(frozen=True, slots=True)
 class Registry:
-    """A registry file without errors. `issues` are its warnings and notes; `source` is its path as one typed it."""
+    """A registry file without errors but for entries that find no place on their cluster: who names one is told.
+
+    `issues` are those, warnings and notes; `source` is its path as one typed it.
+    """
 
     path: Path
     source: str

@@ -77,7 +77,7 @@ def set_value(text: str, source: str, owner: str | ClusterPart, key: str, value:
     start, end, new = change(text, _block(text, place, name), path, written)
     edited = text[:start] + new + text[end:]
     leaf = value_at(content_of(f"models: {{m: {{{flow_of(path, written)}}}}}"), ("models", "m", *path))
-    _prove(edited, source, with_value(before, (*place, *path), leaf))
+    _prove(edited, source, with_value(before, (*place, *path), leaf), registry.issues)
     line = edited.count("\n", 0, start + len(new) - len(new.lstrip())) + 1
     return Edit(edited, name, line, ".".join(path), text_at(before, (*place, *path)), written)
 
@@ -133,7 +133,7 @@ def add_entry(text: str, source: str, name: str, settings: Sequence[tuple[str, s
         start, new = into_flow(text, models, f"{yaml_text(name)}: {flow}")
     edited = text[:start] + new + text[start:]
     leaf = value_at(content_of(f"models: {{{yaml_text(name)}: {flow}}}"), ("models", name))
-    _prove(edited, source, with_value(content_of(text, source), ("models", name), leaf))
+    _prove(edited, source, with_value(content_of(text, source), ("models", name), leaf), registry.issues)
     line = edited.count("\n", 0, start + len(new) - len(new.lstrip())) + 1
     return Edit(edited, name, line)
 
@@ -143,7 +143,7 @@ def begin_registry(source: str, name: str, settings: Sequence[tuple[str, str]]) 
     _check_name(name)
     body = "".join(f"    {key}: {value}\n" for key, value in _nested(settings))
     text = f"{_HEADER}  {yaml_text(name)}:\n{body}"
-    parse_registry(text, source)
+    parse_registry(text, source, known=())
     return Edit(text, name, _HEADER.count("\n") + 1)
 
 
@@ -193,10 +193,10 @@ def _nested(settings: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
     return list(plain.items())
 
 
-def _prove(edited: str, source: str, expected: Any) -> None:
+def _prove(edited: str, source: str, expected: Any, known: Sequence[Issue]) -> None:
     """Raises: RegistryInvalid for a result that is no registry; EditRefused for one that changed elsewhere too."""
     try:
-        parse_registry(edited, source)
+        parse_registry(edited, source, known=known)
     except RegistryInvalid as error:
         # Without positions: they are those of a text that nobody will see.
         issues = [replace(item, line=None, column=None) for item in error.issues if item.severity == "error"]

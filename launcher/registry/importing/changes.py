@@ -78,7 +78,7 @@ def finish(entries: Sequence[Entry], env: Mapping[str, str], changes: list[Chang
     for _ in range(len(KEYS)):
         text = _write(entries, env, origin)
         try:
-            parse_registry(text, "the result")
+            parse_registry(text, "the result", known=())
         except RegistryInvalid as error:
             if not _drop_blamed(entries, error, changes):
                 raise ImportRefused(
