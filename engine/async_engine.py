@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import enum
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -22,7 +21,7 @@ from typing import Any, Protocol
 from engine import ipc
 from engine.config import ConfigError, EngineConfig, ModelConfig, load_model_config, resolve_model_folder
 from engine.core.request import EngineRequest, FinishReason, RequestOutput, SchedulerStats
-from engine.process import signal_name
+from engine.process import ask_for_stacks, say, signal_name
 
 PING_INTERVAL_SECONDS = 1.0
 STOP_GRACE_SECONDS = 5.0
@@ -310,7 +309,8 @@ class AsyncEngine:
                 self.state = EngineState.READY
             self.ready.set()
         elif kind is ipc.Kind.FATAL:
-            self._fatal = body
+            # One that was taken to hang, and was woken for its stacks, knows less than we do.
+            self._fatal = self._fatal or body
             # The core still has ranks, perhaps on other nodes, to end: nobody waits for that.
             self._end_streams()
 
@@ -358,7 +358,8 @@ class AsyncEngine:
                     f"the engine core (pid {self._process.pid}) gave no sign of life for {silent:.0f} s; "
                     "its stacks are in the log",
                 )
-                self._process.send_signal(signal.SIGUSR1)
+                if why_not := await asyncio.to_thread(ask_for_stacks, self._process.pid):
+                    say(f"the engine core shows no stacks: {why_not}")
                 await asyncio.sleep(0.5)
                 self._process.kill()
                 return

@@ -18,9 +18,11 @@ import time
 import traceback
 from collections.abc import Callable
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any, Literal
 
 _PR_SET_PDEATHSIG = 1
+_STACKS_SECONDS = 1.0
 
 PhaseState = Literal["begin", "progress", "end"]
 
@@ -119,6 +121,46 @@ def dump_stacks_on_signal() -> None:
     """Write the stacks of all threads to stderr on SIGUSR1 and on a crash."""
     faulthandler.enable(sys.stderr)
     faulthandler.register(signal.SIGUSR1, sys.stderr, all_threads=True)
+
+
+def ask_for_stacks(pid: int) -> str:
+    """Have a process that called `dump_stacks_on_signal` write its stacks, also one that was stopped: that goes on.
+
+    Returns "" once it does, else why it cannot: what the kernel says of it. Takes at most a second.
+    """
+    try:
+        os.kill(pid, signal.SIGUSR1)
+        # To a stopped process nothing is delivered before it goes on, and this comes first then.
+        os.kill(pid, signal.SIGCONT)
+    except ProcessLookupError:
+        return "it has ended"
+    deadline = time.monotonic() + _STACKS_SECONDS
+    while _is_pending(pid, signal.SIGUSR1):
+        if time.monotonic() > deadline:
+            return f"it takes no signal; {_kernel_view(pid)}"
+        time.sleep(0.005)
+    return ""
+
+
+def _is_pending(pid: int, number: int) -> bool:
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith(("SigPnd:", "ShdPnd:")) and int(line.split()[1], 16) >> (number - 1) & 1:
+                return True
+    return False
+
+
+def _kernel_view(pid: int) -> str:
+    """Say in what state a process is, and where in the kernel it waits as far as we may know."""
+    folder, said = Path(f"/proc/{pid}"), []
+    with contextlib.suppress(OSError, IndexError):
+        state = next(line for line in (folder / "status").read_text().splitlines() if line.startswith("State:"))
+        said.append(" ".join(state.split()))
+    for name in ("wchan", "stack"):
+        with contextlib.suppress(OSError):
+            if (text := (folder / name).read_text().strip()) not in ("", "0"):
+                said.append(f"{name}: {' '.join(text.split())}")
+    return "; ".join(said) or "nothing is known of it"
 
 
 class StatusPipe:

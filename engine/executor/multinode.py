@@ -32,7 +32,7 @@ from engine.executor.messages import (
 )
 from engine.executor.node_starter import NodeOrder, NodeStarter, orders_for
 from engine.executor.nodes_awaited import NodesAwaited
-from engine.executor.rank_host import RANK_COMMAND, STOP_SECONDS, RankHost, RankLine
+from engine.executor.rank_host import RANK_COMMAND, STOP_SECONDS, STOPPED, TRACED, RankHost, RankLine
 from engine.executor.remote_node import RemoteNode
 from engine.executor.roster import RankFailure, RankView, Roster
 from engine.executor.steps_in_flight import StepsInFlight
@@ -341,14 +341,17 @@ class MultiNodeExecutor:
         what += f" (and ranks {', '.join(others)})" if others else ""
         waiting = [str(line.spec.rank) for line in lines if line not in blamed]
         what += f"; ranks {', '.join(waiting)} wait" if waiting else ""
-        return self._fail_with_stacks(
-            RankFailure(first.spec, first.state.phase, what + "; stacks are in the log", seconds=first.state.seconds)
+        # Whom the kernel itself holds can show none.
+        shown = (
+            "stacks are" if first.kernel in ("", STOPPED) else "where the kernel holds it and the others' stacks are"
         )
+        what += f"; {shown} in the log"
+        return self._fail_with_stacks(RankFailure(first.spec, first.state.phase, what, seconds=first.state.seconds))
 
 
 def _blame(lines: Sequence[RankLine], step_id: int) -> list[RankLine]:
     """Those who hold a step up. A rank may be stopped while it waits: what the kernel says goes first."""
-    stopped = [line for line in lines if "stopped" in line.kernel]
+    stopped = [line for line in lines if line.kernel in (STOPPED, TRACED)]
     if stopped:
         return stopped
     guilty = suspects([line.state for line in lines], step_id)

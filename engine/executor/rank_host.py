@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -31,10 +30,12 @@ from engine.executor.multiproc_rank import FRAME
 from engine.executor.multiproc_watch import RankHandle, RankWatch
 from engine.executor.multiproc_wiring import RankSetup, Wiring
 from engine.placement import Placement, RankSpec
-from engine.process import LastingThread, say, threads_per_rank
+from engine.process import LastingThread, ask_for_stacks, say, threads_per_rank
 
 RANK_COMMAND = (sys.executable, "-m", "engine.executor.multiproc_rank")
 STOP_SECONDS = 5.0
+STOPPED = ", stopped by a signal"
+TRACED = ", stopped by a debugger"
 _STACKS_SECONDS = 0.3
 _SECRETS = ("HLAUNCH_NODE_SECRET", "HLAUNCH_API_KEY", "RAY_AUTH_")
 """What proves a node, a client or a driver, or says where that lies: how the names of such variables begin."""
@@ -135,14 +136,18 @@ class RankHost:
         ]
 
     def dump_stacks(self) -> None:
-        """Put the stacks of all ranks into the log. Takes about a third of a second."""
+        """Put the stacks of all ranks into the log, or what keeps a rank from writing them.
+
+        Takes about a third of a second, and a second more for each rank that the kernel holds. Ranks that were stopped
+        go on for that: whoever calls this is about to end them.
+        """
         for handle in self._handles:
             # Before its first report a process has no handler yet, and the signal would end it.
             if not handle.has_spoken or handle.has_ended:
                 continue
             say(f"stacks of rank {handle.spec.rank} (pid {handle.process.pid}):")
-            with contextlib.suppress(ProcessLookupError):
-                handle.process.send_signal(signal.SIGUSR1)
+            if why_not := ask_for_stacks(handle.process.pid):
+                say(f"rank {handle.spec.rank} has none to show: {why_not}")
             time.sleep(_STACKS_SECONDS / len(self._handles))
 
     def begin_stop(self) -> None:
@@ -212,6 +217,5 @@ def _kernel_state(handle: RankHandle) -> str:
     """Say it when the kernel keeps a process from running: stopped, traced, waiting for a disk."""
     with contextlib.suppress(OSError, IndexError):
         state = Path(f"/proc/{handle.process.pid}/stat").read_text().rpartition(")")[2].split()[0]
-        names = {"T": "stopped by a signal", "t": "stopped by a debugger", "D": "in an uninterruptible wait"}
-        return f", {names[state]}" if state in names else ""
+        return {"T": STOPPED, "t": TRACED, "D": ", in an uninterruptible wait"}.get(state, "")
     return ""

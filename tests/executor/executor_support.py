@@ -96,6 +96,11 @@ def children_of(pid: int) -> list[int]:
     return found
 
 
+def stacks_of(log: str, rank: int) -> str:
+    """Cut a rank's stacks out of a log."""
+    return log.partition(f"stacks of rank {rank} (pid ")[2].partition("stacks of rank ")[0]
+
+
 def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
     deadline = time.monotonic() + seconds
     while not condition():
