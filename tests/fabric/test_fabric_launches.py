@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from test_fabric_transports import REGISTRY, StandIns
@@ -17,18 +16,19 @@ NOBODY = "http://127.0.0.1:9"
 ENTRY = "tiny-oss: {model: tiny-oss,"
 
 
-@pytest.fixture
-def stand_ins(tmp_path: Path) -> Iterator[StandIns]:
-    made = StandIns(tmp_path)
+@pytest.fixture(scope="module")
+def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StandIns]:
+    """One launch for all tests, which leave it as it was; the last one ends it."""
+    folder = tmp_path_factory.mktemp("launches")
+    made = StandIns(folder)
     for name in ("one", "two"):
-        (tmp_path / f"{name}.log").write_text(f"{name} says this\n{name} says that\n")
+        (folder / f"{name}.log").write_text(f"{name} says this\n{name} says that\n")
     aliased = REGISTRY.replace(ENTRY, f"{ENTRY} aliases: [tiny],")
     assert aliased != REGISTRY
-    (tmp_path / "model_registry.yml").write_text(aliased)
-    (tmp_path / "one.json").write_text(json.dumps({"url": NOBODY}))
+    (folder / "model_registry.yml").write_text(aliased)
+    (folder / "one.json").write_text(json.dumps({"url": NOBODY}))
     made.start()
     yield made
-    (tmp_path / "model_registry.yml").write_text(aliased)
     assert made.cli("down", "--all").code == 0
 
 
@@ -50,18 +50,20 @@ def test_an_alias_names_a_launch_for_every_command(stand_ins: StandIns) -> None:
         assert done.code == 1
         assert NOBODY in done.err, command
     # The name stands in the record even where the registry is gone; an alias then names nothing.
-    (stand_ins.folder / "model_registry.yml").unlink()
+    registry = stand_ins.folder / "model_registry.yml"
+    text = registry.read_text()
+    registry.unlink()
     assert stand_ins.cli("status", "tiny-oss").code == 0
     done = stand_ins.cli("status", "tiny")
     assert done.code == 4
     assert done.err.startswith("error: nothing runs under the name 'tiny'\n  available: tiny-oss\n")
-    (stand_ins.folder / "model_registry.yml").write_text(REGISTRY.replace(ENTRY, f"{ENTRY} aliases: [tiny],"))
-    assert stand_ins.cli("down", "tiny").out == "tiny-oss: stopped on 2 nodes, nothing is left\n"
+    registry.write_text(text)
 
 
 def test_a_model_that_does_not_run_is_told_with_what_does(stand_ins: StandIns) -> None:
     registry = stand_ins.folder / "model_registry.yml"
-    registry.write_text(registry.read_text() + "  other: {model: tiny-oss}\n  far: {model: tiny-oss, cluster: pair}\n")
+    text = registry.read_text()
+    registry.write_text(text + "  other: {model: tiny-oss}\n  far: {model: tiny-oss, cluster: pair}\n")
     for command in (("status",), ("top", "--once"), ("connect", "env")):
         done = stand_ins.cli(*command, "other")
         assert (done.code, done.out) == (1, "")
@@ -72,6 +74,7 @@ def test_a_model_that_does_not_run_is_told_with_what_does(stand_ins: StandIns) -
     assert (done.code, done.out) == (1, "")
     assert done.err.startswith("error: far is not running on cluster pair\nhint: start it: hlaunch up far")
     assert "is not in model_registry.yml" in stand_ins.cli("chat", "-m", "hello", "fra").err
+    registry.write_text(text)
 
 
 def test_a_plan_is_compared_with_what_runs(stand_ins: StandIns) -> None:
@@ -86,8 +89,6 @@ def test_a_plan_is_compared_with_what_runs(stand_ins: StandIns) -> None:
     assert any(line.startswith("+") and line.endswith('"port": 8765,') for line in other.out.splitlines())
     kept = files_folder(InstanceFolder(state_root(stand_ins.environ), "tiny-oss"))
     assert {path.stat().st_mode & 0o777 for path in kept.rglob("*.*")} == {0o600}
-    assert stand_ins.cli("down", "tiny").code == 0
-    assert not kept.exists()
 
 
 def test_what_status_does_not_show_is_not_read(stand_ins: StandIns) -> None:
@@ -124,4 +125,7 @@ def test_what_cannot_be_ended_does_not_keep_the_rest_alive(stand_ins: StandIns) 
     assert (done.code, done.out) == (1, "zz: was gone already\n")
     assert "error: tiny-oss: not everything is gone" in done.err
     (stand_ins.folder / "one.gone").unlink()
-    assert stand_ins.cli("down", "--all").out == "tiny-oss: stopped on 2 nodes, nothing is left\n"
+    kept = files_folder(InstanceFolder(state_root(stand_ins.environ), "tiny-oss"))
+    assert kept.exists()
+    assert stand_ins.cli("down", "tiny").out == "tiny-oss: stopped on 2 nodes, nothing is left\n"
+    assert not kept.exists()
