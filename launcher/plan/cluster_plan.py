@@ -29,7 +29,7 @@ from launcher.fabric.declared import launch_findings, problem_of, warnings_of
 from launcher.fabric.environment import node_environment
 from launcher.plan import settings
 from launcher.plan.borders import weighed
-from launcher.plan.cluster_ranks import ExecutorName, executor_of, rank_blockers, with_ranks
+from launcher.plan.cluster_ranks import ExecutorName, executor_of, rank_blockers, rank_problems, with_ranks
 from launcher.plan.environment import Variable, engine_environment
 from launcher.plan.inventory import Inventory, declared_inventories
 from launcher.plan.known_models import known_model
@@ -190,7 +190,8 @@ def make_cluster_plan(
             problems.append(ranks_do_not_fit(report, (*report.suggestions, *more)))
     executor = executor_of(entry, cluster, placement)
     if placement is not None:
-        blockers += rank_blockers(placement, executor)
+        problems += rank_problems(placement, executor)
+        blockers += rank_blockers(placement, executor, cluster)
         config = with_ranks(config, cluster, placement, executor)
     used = _in_use(cluster, placement, is_gpu=is_gpu)
     nodes = tuple(

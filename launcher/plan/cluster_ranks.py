@@ -64,14 +64,30 @@ def _ray_address(cluster: Cluster) -> str:
     return host_and_port(cluster.head.ip, cluster.ray.port if cluster.ray is not None else 6379)
 
 
-def rank_blockers(placement: Placement, executor: ExecutorName) -> tuple[HlaunchError, ...]:
+def rank_problems(placement: Placement, executor: ExecutorName) -> tuple[HlaunchError, ...]:
+    """List what no node could run, whoever starts it."""
+    if executor != "ray-cgraph" or all(rank.backend == "cpu" for rank in placement.ranks):
+        return ()
+    message = f"{placement.sizes}: distributed-executor-backend ray-cgraph runs CPU ranks, and these are on GPUs"
+    return (PreflightError(message, hint="use distributed-executor-backend ray or auto"),)
+
+
+def rank_blockers(placement: Placement, executor: ExecutorName, cluster: Cluster) -> tuple[HlaunchError, ...]:
     """List what keeps these ranks from starting on a cluster, each with what is possible instead."""
     found: list[HlaunchError] = []
-    if executor == "multinode":
+    by_hand = "start each node by hand: hlaunch up NAME --nnodes N"
+    if executor == "multinode" and cluster.ray is None:
         found.append(
             PreflightError(
                 f"{placement.sizes}: ranks on several nodes of a cluster are started by Ray, which it does not declare",
-                hint="add `ray: {}` to the cluster; without Ray, start each node by hand: hlaunch up NAME --nnodes N",
+                hint=f"add `ray: {{}}` to the cluster; without Ray, {by_hand}",
+            )
+        )
+    elif executor == "multinode":
+        found.append(
+            PreflightError(
+                f"{placement.sizes}: distributed-executor-backend mp starts no ranks on other nodes of a cluster",
+                hint=f"use ray or auto, as the cluster declares Ray; with mp, {by_hand}",
             )
         )
     if any(len({rank.backend for rank in placement.engine(dp)}) > 1 for dp in range(placement.data_parallel_size)):

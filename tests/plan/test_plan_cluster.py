@@ -69,6 +69,30 @@ def test_sixteen_ranks_on_two_nodes(tmp_path: Path) -> None:
         mixed.check()
 
 
+def test_a_backend_that_starts_no_ranks_here_is_named_with_the_reason(tmp_path: Path) -> None:
+    asked = ("tp=8", "pp=2", "distributed-executor-backend=mp")
+    declared = plan_of(tmp_path, "oss120", *asked)
+    assert PAIR.ray is not None
+    assert declared.executor == "multinode"
+    (blocker,) = declared.blockers
+    assert "distributed-executor-backend mp starts no ranks on other nodes" in blocker.message
+    assert "does not declare" not in blocker.message
+    assert "use ray or auto" in blocker.hint
+    (blocker,) = plan_of(tmp_path, "oss120", *asked, cluster=replace(PAIR, ray=None)).blockers
+    assert "started by Ray, which it does not declare" in blocker.message
+    assert "ray: {}" in blocker.hint
+
+
+def test_a_compiled_graph_of_gpu_ranks_is_a_problem_of_the_plan(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, "oss120", "tp=8", "pp=2", "distributed-executor-backend=ray-cgraph")
+    (problem,) = plan.problems
+    assert "ray-cgraph runs CPU ranks, and these are on GPUs" in problem.message
+    assert problem.hint == "use distributed-executor-backend ray or auto"
+    with pytest.raises(type(problem)):
+        plan.check_problems()
+    assert plan_of(tmp_path, "tiny", "tp=2", "distributed-executor-backend=ray-cgraph", cluster=CPUS).problems == ()
+
+
 def test_one_rank_leaves_the_worker_out(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, "tiny", cluster=CPUS)
     plan.check()
