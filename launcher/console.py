@@ -260,16 +260,24 @@ def layout_table(columns: Sequence[str], rows: Sequence[Sequence[str]], width: i
     """Lay out a table without rules in lines of at most `width`, header first; `>` before a name aligns right.
 
     A column keeps its longest word whole while there is room: names and positions must survive to be copied. Where a
-    few long names in the first column would fold all other rows, they stand on lines of their own.
+    few long names in the first column would fold many other rows, they stand on lines of their own.
     """
-    names = [column.removeprefix(">") for column in columns]
-    cells = [names, *rows]
+    cells = [[column.removeprefix(">") for column in columns], *rows]
     natural = [max(_width(row[i]) for row in cells) for i in range(len(columns))]
+    lines = _laid_out(columns, cells, natural, width)
+    if columns[0].startswith(">") or natural[0] > width:
+        return lines
+    room = max(width, 20) - sum(natural[1:]) - 2 * (len(columns) - 1)
+    if usual := _usual_width([row[0] for row in cells], room):
+        return min(lines, _laid_out(columns, cells, [usual, *natural[1:]], width), key=len)
+    return lines
+
+
+def _laid_out(columns: Sequence[str], cells: Sequence[Sequence[str]], natural: Sequence[int], width: int) -> list[str]:
+    """Lay out rows whose columns would like to be `natural` wide; a first cell that is wider stands alone."""
     widths = [max(_width(word) for row in cells for word in (row[i].split() or [""])) for i in range(len(columns))]
+    widths = [min(pair) for pair in zip(widths, natural, strict=True)]
     room = max(width, 20) - 2 * (len(columns) - 1)
-    has_names = not columns[0].startswith(">") and natural[0] <= width
-    if has_names and (usual := _usual_width([row[0] for row in cells], room - sum(natural[1:]))):
-        natural[0] = widths[0] = usual
     while sum(widths) > room:
         widest = widths.index(max(widths))
         widths[widest] -= 1

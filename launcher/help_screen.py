@@ -89,8 +89,10 @@ class Command(TyperCommand):
     """One command with its help."""
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
-        arguments = [param for param in self.get_params(ctx) if param.param_type_name == "argument"]
-        return ["[OPTIONS]", *map(_in_usage, arguments)]
+        params = self.get_params(ctx)
+        arguments = [param for param in params if param.param_type_name == "argument"]
+        needed = [_label(param, ctx) for param in params if param.required and param not in arguments]
+        return ["[OPTIONS]", *map(_in_usage, arguments), *needed]
 
     def get_help(self, ctx: Any) -> str:
         text: str = super().get_help(ctx)

@@ -228,7 +228,7 @@ def _run_offline(invocation: Invocation, job: _Job) -> _Outcome:
             if kind == "ready":
                 view.end("start", event["ready_seconds"], "ready")
             elif kind in ("warm-up", "run"):
-                label = f"{event['num_requests']} requests"
+                label = f"{event['num_requests']} in flight"
                 view.begin(label)
                 done = 0 if kind == "warm-up" else event["run"] + 1
                 view.progress(label, done / job.runs, "warm-up" if kind == "warm-up" else f"run {done} of {job.runs}")
@@ -369,9 +369,7 @@ def _profile_title(profile: Mapping[str, Any]) -> str:
     fraction = profile.get("fraction")
     share = "" if fraction is None else f", {100 * fraction:.0f}% of the floor"
     step = 1e3 * profile["step_seconds"]
-    return (
-        f"one decode step of {profile['num_requests']} requests: {step:.3f} ms at context {profile['context']}{share}"
-    )
+    return f"one decode step, {profile['num_requests']} in flight: {step:.3f} ms at context {profile['context']}{share}"
 
 
 def _profile_rows(profile: Mapping[str, Any]) -> list[tuple[str, ...]]:

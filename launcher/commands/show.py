@@ -40,7 +40,11 @@ def register(app: typer.Typer) -> None:
             return
         console = invocation.console
         if explain:
-            console.table(("KEY", "VALUE", "ORIGIN"), [row for item in _items(entry) for row in _explained(item)])
+            rows = [row for item in _items(entry) if _is_set(item) for row in _explained(item)]
+            console.table(("KEY", "VALUE", "ORIGIN"), rows, title=f"{entry.name}: what is set")
+            console.data()
+            rest = [(item.key, _value(item)) for item in _items(entry) if not _is_set(item)]
+            console.table(("KEY", "VALUE"), rest, title="built-in")
             note_registry(console, entry)
             return
         console.table(("KEY", "VALUE"), [(item.key, _value(item)) for item in _items(entry) if _is_set(item)])

@@ -21,7 +21,9 @@ def close_names(word: str, known: Iterable[str]) -> list[str]:
     if len(forms) > _MAX_COMPARED:
         # Of very many names only those are worth the time that begin alike.
         forms = [form for form in forms if form[:2] == written[:2]][:_MAX_COMPARED]
-    return [by_form[form] for form in get_close_matches(written, forms, n=3, cutoff=0.6)]
+    close = get_close_matches(written, forms, n=3, cutoff=0.6)
+    # Two letters that changed places are the commonest slip, and in a short word count as two wrong ones.
+    return [by_form[form] for form in close or [form for form in forms if sorted(form) == sorted(written)][:3]]
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
