@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from launcher.registry.cluster import Cluster, Container, Fabric, Node, RaySettings
+from launcher.registry.cluster import RDMA_FIELDS, Cluster, Container, Fabric, Node, RaySettings
 from launcher.registry.keys import CLUSTER
 from launcher.registry.references import MAX_BASES
 from launcher.registry.types import DeclaredCluster, Mark, ModelEntry, Options, Registry, Setting
@@ -128,7 +128,7 @@ def _declared(name: str, block: Any, tree: Tree, marks: Marks) -> DeclaredCluste
         name,
         tuple(_node(node) for node in block.nodes_),
         platform=block.platform_ or str(CLUSTER.specs["platform"].default),
-        fabric=_made(Fabric, block.fabric_, _FABRIC_FIELDS, hcas=_hcas),
+        fabric=_fabric(block),
         ray=None if block.ray_ is None else _made(RaySettings, block.ray_, _RAY_FIELDS),
         container=_made(Container, block.container_, _CONTAINER_FIELDS),
         env=_texts(block.env_),
@@ -141,6 +141,15 @@ def _declared(name: str, block: Any, tree: Tree, marks: Marks) -> DeclaredCluste
         MappingProxyType(node_env),
         MappingProxyType(marks),
     )
+
+
+def _fabric(block: Any) -> Fabric:
+    """Make the fabric; one that says how RDMA is done wants it, unless it says otherwise."""
+    fabric: Fabric = _made(Fabric, block.fabric_, _FABRIC_FIELDS, hcas=_hcas)
+    written = {key: value for key, value in _fields(block.fabric_)} if block.fabric_ is not None else {}
+    is_meant = any(written.get(key) not in (None, "auto") for key in RDMA_FIELDS)
+    is_meant = is_meant or any(node.hcas_ or node.gid_index_ is not None for node in block.nodes_)
+    return replace(fabric, rdma="preferred") if is_meant and written.get("rdma") is None else fabric
 
 
 def _node(block: Any) -> Node:

@@ -33,6 +33,10 @@ class Node:
     env: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
 
 
+RDMA_FIELDS = ("hcas", "gid-index", "tc", "sl", "timeout", "merge-nics")
+"""Keys of `fabric` that speak of RDMA alone: where one stands, RDMA is preferred unless `rdma` says otherwise."""
+
+
 @dataclass(frozen=True, slots=True)
 class Fabric:
     """What carries data between nodes. `gid_index`: auto | auto-pin; `hcas` empty: auto.

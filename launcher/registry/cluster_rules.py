@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from launcher.errors import Issue, Severity
-from launcher.registry.cluster import Cluster, RaySettings
+from launcher.registry.cluster import RDMA_FIELDS, Cluster, RaySettings
 from launcher.registry.contradictions import contradictions
 from launcher.registry.types import DeclaredCluster, Mark, Setting
 from launcher.registry.values import is_secret_name
@@ -20,6 +20,8 @@ EPHEMERAL_PORTS = (32768, 60999)
 """Linux gives these to outgoing connections: a server there fails to bind now and then."""
 RAY_CLIENT_PORT = 10001
 """Ray's client server starts here and cannot be switched off."""
+
+_NODE_RDMA = ("hcas", "gid-index")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +40,7 @@ def cluster_issues(declared: DeclaredCluster, source: str) -> list[Issue]:
         *_heads(declared.cluster),
         *_node_names(declared.cluster),
         *_addresses(declared.cluster),
+        *_unused(declared),
         *_ports(declared),
         *_container(declared),
         *_variables(declared),
@@ -100,6 +103,18 @@ def _addresses(cluster: Cluster) -> Iterator[_Found]:
             message = f"{node.ip} is outside fabric.subnet {subnet}"
             yield _Found("error", "node-ip-subnet", path, message, "correct the address or the subnet")
         owners.setdefault(node.ip, node.name)
+
+
+def _unused(declared: DeclaredCluster) -> Iterator[_Found]:
+    """Find what speaks of RDMA where RDMA is off: nothing reads it, and everything goes over TCP."""
+    if declared.cluster.fabric.rdma != "off":
+        return
+    paths = [("fabric", key) for key in RDMA_FIELDS]
+    paths += [("nodes", str(index), key) for index in range(len(declared.cluster.nodes)) for key in _NODE_RDMA]
+    for path in paths:
+        if path in declared.marks:
+            message = "with rdma: off nothing reads this, and the ranks talk over TCP"
+            yield _Found("warning", "fabric-unused", path, message, "write rdma: required or preferred, or remove it")
 
 
 def _ports(declared: DeclaredCluster) -> Iterator[_Found]:

@@ -45,6 +45,25 @@ def issues(text: str) -> list[Issue]:
         return list(error.issues)
 
 
+@pytest.mark.parametrize(
+    ("fabric", "node", "rdma"),
+    [
+        ("hcas: [mlx5_0]", "", "preferred"),
+        ("hcas: auto", "", "preferred"),
+        ("tc: 106", "", "preferred"),
+        ("gid-index: auto-pin, rdma: ", "", "preferred"),
+        ("subnet: 10.0.0.0/24, mtu: 9000", "", "off"),
+        ("subnet: 10.0.0.0/24", "hcas: [mlx5_0], ", "preferred"),
+        ("subnet: 10.0.0.0/24", "gid-index: 3, ", "preferred"),
+        ("tc: 106, rdma: off", "", "off"),
+        ("tc: 106, rdma: required", "", "required"),
+    ],
+)
+def test_a_field_of_rdma_means_that_it_is_wanted(fabric: str, node: str, rdma: str) -> None:
+    text = pair("rdma: required, subnet: 10.0.0.0/24, tc: 106", fabric).replace("{name: a, ", "{name: a, " + node)
+    assert parse_registry(text).clusters["pair"].cluster.fabric.rdma == rdma
+
+
 def test_the_example_is_valid_and_resolves_to_the_shared_type() -> None:
     registry = load_registry(ROOT / "examples" / "two-nodes.yml", ROOT)
     assert registry.issues == ()
@@ -135,6 +154,8 @@ RULES = [
     ("env-contradicts-fabric", pair("ifname: eth0", "ifname: eth0, env: {GLOO_SOCKET_IFNAME: lo}"), 7, 94, "ifname"),
     ("secret-literal", pair("B: only", "HF_TOKEN: x"), 8, 58, "export"),
     ("shm-inert", pair("ray: {}", "container: {ipc: host, shm-size: 1GiB}"), 5, 38, "private"),
+    ("fabric-unused", pair("rdma: required, ", "rdma: off, "), 4, 50, "rdma: required"),
+    ("fabric-unused", pair("rdma: required, ", "").replace("tc: 106", "rdma: off, hcas: auto"), 4, 52, "preferred"),
     ("rdma-network", pair("ray: {}", "container: {network: mine}"), 5, 26, "host"),
     ("missing-key", "clusters: {c: {}}\nmodels: {m: {model: x}}\n", 1, 12, "add nodes"),
     ("missing-key", "clusters: {c: {nodes: []}}\nmodels: {m: {model: x}}\n", 1, 23, "add nodes"),
@@ -298,10 +319,9 @@ def test_a_node_is_the_truth_about_itself() -> None:
 
 
 def test_a_flag_goes_over_what_cluster_and_node_set() -> None:
-    text = PAIR.replace("platform: generic", "platform: cpu").replace("openai/gpt-oss-20b", "tiny-oss")
-    found = parse_registry(text)
+    found = parse_registry(PAIR)
     for flags, expected in (([], ("WARN", "only")), (["env.NCCL_DEBUG=INFO", "env.B=flag"], ("INFO", "flag"))):
-        entry = resolve(found, "m", {}, flags)
+        entry = resolve(found, "m", {}, ["tp=4", *flags])
         plan = make_cluster_plan(entry, resolve_cluster(found, "pair", {}, entry), {})
         given = {item.name: item.value for item in plan.nodes[1].environment}
         assert (given["NCCL_DEBUG"], given["B"]) == expected

@@ -37,7 +37,7 @@ CLUSTER_KEYS: tuple[KeySpec, ...] = (
         "fabric.rdma",
         Kind.CHOICE,
         "Whether ranks must talk over RDMA: required fails without it, preferred warns, off uses TCP",
-        default=_FABRIC.rdma,
+        automatic="off; preferred where hcas, gid-index, tc, sl, timeout or merge-nics stand",
         choices=("required", "preferred", "off"),
     ),
     KeySpec(
