@@ -45,6 +45,7 @@ PREPARE_SECONDS = 30.0
 CAUSE_SECONDS = 5.0
 """Longer than the roster takes to settle on a cause."""
 _STATES_SECONDS = 1.0
+_PIECE_SECONDS = 1.0
 
 
 class MultiNodeExecutor:
@@ -138,9 +139,13 @@ class MultiNodeExecutor:
     def collect(self) -> StepResult:
         """Wait for the oldest plan's result, at most for the step's deadline."""
         self._check()
-        step_id, deadline = self._steps.oldest()
-        while (body := self._read_result(max(0.0, deadline - time.monotonic()))) is None:
+        deadline = self._steps.oldest()[1]
+        if (late := time.monotonic() - deadline) > 0:
+            # Nobody has waited for it yet: this process itself stood still.
+            self._steps.postpone(late + self._timeout)
+        while (body := self._read_piece()) is None:
             self._check()
+            step_id, deadline = self._steps.oldest()
             if time.monotonic() >= deadline:
                 raise self._hang(step_id)
         return self._steps.finish(body)
@@ -237,6 +242,20 @@ class MultiNodeExecutor:
         self._roster.wakers.append(node.wake)
         return node
 
+    def _read_piece(self) -> bytes | None:
+        """Wait for a result, for a small part of the step's time at most.
+
+        A pause of the whole engine (a frozen container, a machine asleep) is nobody's hang: ranks stood still with this
+        process, and get the time back.
+        """
+        began = time.monotonic()
+        piece = min(_PIECE_SECONDS, self._timeout / 8, max(0.0, self._steps.oldest()[1] - began))
+        body = self._read_result(piece)
+        late = time.monotonic() - began - piece
+        if body is None and late > min(_PIECE_SECONDS, self._timeout / 8):
+            self._steps.postpone(late + piece)
+        return body
+
     def _read_result(self, timeout_seconds: float) -> bytes | None:
         answering = self._answering
         if isinstance(answering, RemoteNode):
@@ -273,7 +292,10 @@ class MultiNodeExecutor:
         began = time.monotonic()
         while len(came) < len(self.ranks):
             self._check()
+            asked = time.monotonic()
             report = self._roster.next_report(0.2)
+            if time.monotonic() - asked > _PIECE_SECONDS:
+                began = time.monotonic()  # this process stood still, and the ranks perhaps with it
             if report is not None and is_wanted(report):
                 came[report.rank] = report
             if (silent := self._find_silent(came, began)) is not None:

@@ -44,6 +44,11 @@ class StepsInFlight:
         plan, sent_at = self._steps[0]
         return plan.step_id, max(sent_at, self._finished_at) + self._timeout
 
+    def postpone(self, seconds: float) -> None:
+        """Move all deadlines: time has passed in which nobody could do anything."""
+        self._steps = deque((plan, sent_at + seconds) for plan, sent_at in self._steps)
+        self._finished_at += seconds
+
     def finish(self, body: bytes) -> StepResult:
         """Take the oldest step's result from its wire form."""
         result = decode_result(body)

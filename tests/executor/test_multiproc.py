@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import re
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -250,27 +252,52 @@ def kill_storm(num_kills: int, seed: int) -> None:
         assert leftovers() == before
 
 
+@contextlib.contextmanager
+def owner_of_ranks(step_timeout_seconds: float) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
+    """Run two busy ranks and the process that owns them; yields it and their ids."""
+    owner = subprocess.Popen(
+        [sys.executable, str(HERE / "stand_in_core.py"), "2", str(step_timeout_seconds)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(HERE.parents[1])},
+    )
+    try:
+        assert owner.stdout is not None
+        pids = [int(pid) for pid in owner.stdout.readline().split()]
+        assert len(pids) == 2
+        yield owner, pids
+    finally:
+        owner.kill()
+        owner.communicate()
+
+
 def owner_storm(num_kills: int, seed: int) -> None:
     """Kill the process that owns the ranks: they go with it."""
     source = random.Random(seed)
     names = leftovers()[0]
     for _ in range(num_kills):
-        owner = subprocess.Popen(
-            [sys.executable, str(HERE / "stand_in_core.py"), "2"],
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "PYTHONPATH": str(HERE.parents[1])},
-        )
-        try:
-            assert owner.stdout is not None
-            pids = [int(pid) for pid in owner.stdout.readline().split()]
-            assert len(pids) == 2
+        with owner_of_ranks(30.0) as (_, pids):
             time.sleep(source.random() * 0.1)
-        finally:
-            owner.kill()
-            owner.communicate()
         assert wait_until(lambda pids=pids: not any(map(is_running, pids)), 5.0)
         assert leftovers()[0] == names
+
+
+def test_a_pause_of_the_whole_engine_is_no_hang() -> None:
+    with owner_of_ranks(1.0) as (owner, pids):
+        assert owner.stdout is not None
+        for _ in range(2):
+            assert owner.stdout.readline() == "round\n"
+            for pid in (owner.pid, *pids):
+                os.kill(pid, signal.SIGSTOP)
+            time.sleep(2.0)
+            for pid in (owner.pid, *pids):
+                os.kill(pid, signal.SIGCONT)
+                time.sleep(0.2)  # the ranks go on when the deadline has long passed for who waits for them
+        for _ in range(3):
+            assert owner.stdout.readline() == "round\n"
+        # One that stands still alone is still found.
+        os.kill(pids[1], signal.SIGSTOP)
+        assert owner.wait(10) == 1
 
 
 def test_kills_under_load_leave_nothing_behind() -> None:
