@@ -99,6 +99,9 @@ def _addresses(cluster: Cluster) -> Iterator[_Found]:
             yield _Found(
                 "error", "node-ip-subnet", path, f"{node.ip} is no host's address", "write the node's fabric address"
             )
+        elif address.is_loopback and cluster.ray is not None:
+            message = f"Ray tells other nodes where this one is, and {node.ip} is each node itself: none ever joins"
+            yield _Found("error", "node-ip-subnet", path, message, "write the host's own address, or remove ray")
         elif subnet is not None and address not in subnet:
             message = f"{node.ip} is outside fabric.subnet {subnet}"
             yield _Found("error", "node-ip-subnet", path, message, "correct the address or the subnet")

@@ -45,6 +45,11 @@ def issues(text: str) -> list[Issue]:
         return list(error.issues)
 
 
+def test_a_loopback_address_is_right_without_ray() -> None:
+    text = pair("    ray: {}\n", "").replace("subnet: 10.0.0.0/24, ", "").replace("10.0.0.1", "127.0.0.1")
+    assert [issue.code for issue in issues(text) if issue.severity == "error"] == []
+
+
 @pytest.mark.parametrize(
     ("fabric", "node", "rdma"),
     [
@@ -154,6 +159,8 @@ RULES = [
     ("env-contradicts-fabric", pair("ifname: eth0", "ifname: eth0, env: {GLOO_SOCKET_IFNAME: lo}"), 7, 94, "ifname"),
     ("secret-literal", pair("B: only", "HF_TOKEN: x"), 8, 58, "export"),
     ("shm-inert", pair("ray: {}", "container: {ipc: host, shm-size: 1GiB}"), 5, 38, "private"),
+    ("node-ip-subnet", pair("ip: 10.0.0.1", "ip: 127.0.0.1"), 7, 35, "own address"),
+    ("node-ip-subnet", pair("ip: 10.0.0.1", "ip: '::1'"), 7, 35, "own address"),
     ("fabric-unused", pair("rdma: required, ", "rdma: off, "), 4, 50, "rdma: required"),
     ("fabric-unused", pair("rdma: required, ", "").replace("tc: 106", "rdma: off, hcas: auto"), 4, 52, "preferred"),
     ("rdma-network", pair("ray: {}", "container: {network: mine}"), 5, 26, "host"),
