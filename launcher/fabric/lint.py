@@ -7,6 +7,7 @@ was read (`dotenv`, the registry), what a host has beyond the facts handed in.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from launcher.fabric import catalogue
 from launcher.fabric.facts import NodeFacts
@@ -15,6 +16,7 @@ from launcher.fabric.lint_rules import cluster_findings, view_findings
 from launcher.fabric.sources import Source, node_views, said
 from launcher.fabric.spec import Scope, Spec
 from launcher.registry.cluster import Cluster
+from launcher.registry.contradictions import contradictions
 
 
 def lint(
@@ -35,7 +37,19 @@ def lint(
         found += view_findings(view)
     if cluster is not None:
         found += cluster_findings(cluster, sources, views)
-    return ordered(found)
+    return ordered([_agreed(item, cluster, sources) for item in found])
+
+
+def _agreed(item: Finding, cluster: Cluster | None, sources: Sequence[Source]) -> Finding:
+    """Take back a fix that would contradict the fabric; what a field renders needs no variable."""
+    name, equals, better = item.fix.partition("=")
+    if cluster is None or not equals or name != item.subject:
+        return item
+    nodes = {source.node for source in sources if source.at(name) == item.where}
+    nodes_or_none = [None, *(node for node in cluster.nodes if node.name in nodes)]
+    if any(next(contradictions(cluster.fabric, {name: better}, node), None) for node in nodes_or_none):
+        return replace(item, fix=f"remove {name}: the fabric says it")
+    return item
 
 
 def _variable_findings(name: str, value: str, source: Source, version: str) -> list[Finding]:

@@ -196,3 +196,17 @@ def test_dotenv_reads_what_docker_reads() -> None:
     parsed = parse_dotenv("A=1\n\n# B=2\nexport C='x # y'\nD=a=b\nnonsense\nA=3\n")
     assert dict(parsed.values) == {"A": "3", "C": "x # y", "D": "a=b"}
     assert parsed.lines["A"] == 7
+
+
+@pytest.mark.parametrize(
+    ("rdma", "name", "value", "fix"),
+    [
+        ("required", "NCCL_IB_DISABLE", "true", "remove NCCL_IB_DISABLE: the fabric says it"),
+        ("preferred", "NCCL_IB_DISABLE", "true", "NCCL_IB_DISABLE=1"),
+        ("required", "NCCL_IB_TC", "08", "remove NCCL_IB_TC: the fabric says it"),
+    ],
+)
+def test_no_fix_contradicts_the_fabric(rdma: str, name: str, value: str, fix: str) -> None:
+    found = lint_cluster({name: value}, {"rdma": rdma})
+    assert fix in {item.fix for item in found}
+    assert all(item.fix == fix for item in found if item.fix.startswith(f"{name}="))
