@@ -1,4 +1,4 @@
-"""The process that owns ranks: starts them, prints their ids, keeps them busy until it is killed, and tells each round."""
+"""The process that owns ranks: starts them, prints their ids, and keeps them busy until it is killed, in told rounds."""
 
 from __future__ import annotations
 
