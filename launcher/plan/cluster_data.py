@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from launcher.plan.cluster_plan import ClusterPlan
-from launcher.plan.drawing import entry_values, error_data
+from launcher.plan.drawing import entry_values, error_data, memory_data
 from launcher.plan.settings import shown_config
 
 
@@ -21,11 +21,7 @@ def cluster_plan_data(plan: ClusterPlan) -> dict[str, Any]:
         "digest": plan.digest,
         "values": entry_values(plan.entry),
         "placement": None if plan.placement is None else json.loads(plan.placement.to_json()),
-        "memory": [
-            {**asdict(memory), "required_bytes": memory.required_bytes, "node": node.name}
-            for node in plan.nodes
-            for memory in node.memory
-        ],
+        "memory": [{**memory_data(memory), "node": node.name} for node in plan.nodes for memory in node.memory],
         "nodes": [
             {
                 "name": node.name,

@@ -14,6 +14,7 @@ from launcher.addresses import host_and_port
 from launcher.errors import HlaunchError
 from launcher.plan.fit import FitReport
 from launcher.plan.launch_plan import LaunchPlan
+from launcher.plan.rank_memory import RankMemory
 from launcher.plan.settings import shown_config
 from launcher.registry.types import ResolvedEntry
 from launcher.sizes import size
@@ -111,7 +112,7 @@ def plan_data(plan: LaunchPlan) -> dict[str, Any]:
         "folder": None if plan.files.folder is None else str(plan.files.folder),
         "values": entry_values(plan.entry),
         "fit": None if report is None else _fit_data(report),
-        "memory": [{**asdict(memory), "required_bytes": memory.required_bytes} for memory in plan.memory],
+        "memory": [memory_data(memory) for memory in plan.memory],
         "placement": [
             {
                 "rank": rank.rank,
@@ -142,6 +143,11 @@ def entry_values(entry: ResolvedEntry) -> dict[str, Any]:
 def error_data(error: HlaunchError) -> dict[str, Any]:
     """An error as plain values."""
     return {"exit_code": int(error.exit_code), "message": error.message, "hint": error.hint}
+
+
+def memory_data(memory: RankMemory) -> dict[str, Any]:
+    """The memory of a rank as plain values."""
+    return {**asdict(memory), "required_bytes": memory.required_bytes, "room_requests": memory.room_requests}
 
 
 def _fit_data(report: FitReport) -> dict[str, Any]:

@@ -12,7 +12,14 @@ from pathlib import Path
 
 from engine.config import EngineConfig, ModelConfig
 from engine.cpu_memory import HalfExact, cpu_memory
-from engine.memory import CPU_RUNTIME_BYTES, GPU_RUNTIME_BYTES, cpu_dtype, cpu_limits, gpu_activation_bytes
+from engine.memory import (
+    CPU_KV_CAP_BYTES,
+    CPU_RUNTIME_BYTES,
+    GPU_RUNTIME_BYTES,
+    cpu_dtype,
+    cpu_limits,
+    gpu_activation_bytes,
+)
 from engine.placement import (
     HostSpec,
     Placement,
@@ -34,6 +41,7 @@ class RankMemory:
     """Expected bytes of one rank. `kv_tokens` of one request at most; `max_full_requests` of full length at once.
 
     `held_bytes` are second layouts of weights, and tables, on a CPU; `load_bytes` are needed only while weights load.
+    The pool holds no more than the `asked_requests` that may run at once.
     """
 
     rank: int
@@ -49,6 +57,7 @@ class RankMemory:
     problem: str = ""
     held_bytes: int = 0
     load_bytes: int = 0
+    asked_requests: int = 0
 
     @property
     def stored_bytes(self) -> int:
@@ -59,6 +68,21 @@ class RankMemory:
     def required_bytes(self) -> int:
         serving = self.stored_bytes + self.activation_bytes + self.runtime_bytes + self.kv_bytes
         return max(serving, self.weight_bytes + self.load_bytes + self.runtime_bytes)
+
+    @property
+    def room_requests(self) -> int:
+        """Requests of full length that the budget has room for, were as many asked; 0 where there is no cache."""
+        if not self.num_blocks or self.max_full_requests <= 0:
+            return 0
+        free = self.budget_bytes - self.stored_bytes - self.activation_bytes - self.runtime_bytes
+        if not self.device.startswith("cuda"):
+            free = min(free, CPU_KV_CAP_BYTES)
+        return max(0, int(free / (self.kv_bytes / self.max_full_requests)))
+
+    @property
+    def is_capped(self) -> bool:
+        """Whether the pool is what was asked for, and memory has room for more."""
+        return 0 < self.asked_requests <= self.max_full_requests and self.room_requests > self.asked_requests
 
     @property
     def fits(self) -> bool:
@@ -175,6 +199,7 @@ def memory_of(report: FitReport, rank: int, device: str) -> RankMemory:
         problem="" if report.fits else report.cause(),
         held_bytes=memory.held_bytes,
         load_bytes=memory.load_bytes,
+        asked_requests=report.limits.max_num_seqs,
     )
 
 

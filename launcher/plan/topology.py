@@ -194,6 +194,8 @@ def _rank_bar(label: str, memory: RankMemory, width: int) -> Iterator[str]:
             f"{pad}KV {memory.kv_bytes / GIB:.2f} GiB = {tokens(memory.kv_tokens)} tokens"
             f" = {memory.max_full_requests:.1f} requests of full length"
         )
+        if memory.is_capped:
+            yield f"{pad}{memory.asked_requests} asked (max-num-seqs), room for {memory.room_requests}"
     if memory.problem:
         yield from (f"{pad}{line}" for line in wrap(f"DOES NOT FIT: {memory.problem}", width - len(pad)))
 

@@ -11,11 +11,12 @@ from engine.config import EngineConfig
 from engine.engine_core import place
 from engine.executor.messages import LoadedReport
 from engine.executor.multiproc_fit import fit_ranks
-from engine.memory import CPU_RUNTIME_BYTES, model_bytes
+from engine.memory import CPU_KV_CAP_BYTES, CPU_RUNTIME_BYTES, model_bytes
 from engine.placement import Placement
 from launcher.errors import DoesNotFit
-from launcher.plan import LaunchPlan, make_plan
+from launcher.plan import LaunchPlan, make_plan, topology
 from launcher.plan.inventory import Gpu, Inventory, NumaNode
+from launcher.plan.rank_memory import RankMemory
 from launcher.registry import load_registry, resolve
 
 GIB = 1 << 30
