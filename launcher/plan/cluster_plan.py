@@ -47,7 +47,7 @@ from launcher.plan.rank_memory import (
 from launcher.plan.weights import ModelFiles, find_model_files
 from launcher.registry.cluster import Cluster, Node
 from launcher.registry.types import Layer, ResolvedEntry
-from launcher.registry.values import is_secret_name
+from launcher.registry.values import holds_secret
 
 __all__ = [
     "ClusterPlan",
@@ -195,8 +195,7 @@ def make_cluster_plan(
         config = with_ranks(config, cluster, placement, executor)
     used = _in_use(cluster, placement, is_gpu=is_gpu)
     nodes = tuple(
-        _node_plan(entry, used, node, number, config, placement, report)
-        for number, node in enumerate(used.nodes)
+        _node_plan(entry, used, node, number, config, placement, report) for number, node in enumerate(used.nodes)
     )
     for node in nodes:
         problems += port_clashes(node.name, node.ports)
@@ -324,7 +323,8 @@ def _digest(model: str, cluster: Cluster, nodes: Sequence[NodePlan], placement: 
             {
                 "config": _travelling(node.config, model).to_json(),
                 "environment": [
-                    [item.name, "" if is_secret_name(item.name) else item.value] for item in node.environment
+                    [item.name, "" if holds_secret(item.name, item.value or "") else item.value]
+                    for item in node.environment
                 ],
                 "ports": [asdict(port) for port in node.ports],
             }

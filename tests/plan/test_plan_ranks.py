@@ -218,3 +218,29 @@ def test_engines_take_a_gpu_each_and_no_more_than_are_seen(tmp_path: Path) -> No
     assert problem.hint.startswith("possible: --set dp=2")
     hidden = plan_of(tmp_path, "dp=2", inventory=GPUS, model="oss20", CUDA_VISIBLE_DEVICES="1")
     assert hidden.problems[0].message.endswith("needs 2 GPUs, host has 1")
+
+
+def test_memory_says_how_many_requests_it_has_room_for(tmp_path: Path) -> None:
+    def first(asked: int) -> RankMemory:
+        return plan_of(tmp_path, "tp=2", f"max-num-seqs={asked}", inventory=GPUS, model="oss20").memory[0]
+
+    few = first(8)
+    assert (few.asked_requests, round(few.max_full_requests)) == (8, 8)
+    room = few.room_requests
+    assert room > 16
+    assert few.is_capped
+    # As many can be asked for, and not many more: activations grow a little with what is asked.
+    enough = first(room - 1)
+    assert enough.max_full_requests >= room - 1
+    many = first(2 * room)
+    assert many.max_full_requests == pytest.approx(room, rel=0.05)
+    assert not many.is_capped
+    text = "\n".join(topology._rank_bar("", few, 80))
+    assert f"8 asked (max-num-seqs), room for {room}" in text
+    assert "room for" not in "\n".join(topology._rank_bar("", many, 80))
+
+
+def test_room_on_a_cpu_ends_where_the_pool_does(tmp_path: Path) -> None:
+    (memory,) = plan_of(tmp_path, "max-num-seqs=4").memory
+    each = memory.kv_bytes / memory.max_full_requests
+    assert memory.room_requests == int(CPU_KV_CAP_BYTES / each) > 4
