@@ -218,7 +218,7 @@ def _conclude(console: Console, view: LaunchView, outcome: Outcome) -> int:
     from launcher.redaction import Redaction
 
     view.fail()
-    shown = _without_stacks(outcome) if outcome.hint else outcome.log_tail
+    shown = _without_stacks(outcome)
     if shown:
         console.note("last lines of the engine's log:")
     redaction = Redaction(os.environ)
@@ -234,20 +234,23 @@ def _conclude(console: Console, view: LaunchView, outcome: Outcome) -> int:
 
 
 def _without_stacks(outcome: Outcome) -> list[str]:
-    """Leave out of the log's end what a failure with a remedy of its own does not need: stacks, and itself again."""
+    """Leave out of the log's end what says no more than the cause: it again, and stacks of errors that are ours."""
     again = (f"hint: {outcome.hint}", f"error: {outcome.cause.rpartition('phase ')[2].partition(': ')[2]}")
+    kept: list[str] = []
+    stack: list[str] = []
     # The end of a log may begin inside a stack.
     is_stack = outcome.log_tail[:1] != () and outcome.log_tail[0].startswith(" ")
-    kept = []
     for line in outcome.log_tail:
-        if line.startswith("Traceback (most recent call last):"):
+        if line.startswith("Traceback (most recent call last):") or (is_stack and line.startswith(" ")):
             is_stack = True
+            stack.append(line)
         elif is_stack:
-            # The first line that is not indented is the error, which ends the stack.
-            is_stack = line.startswith(" ")
+            # The first line that is not indented is the error, which ends its stack.
+            kept += [] if line.startswith("engine.") else [*stack, line]
+            is_stack, stack = False, []
         elif line.strip() and line not in again:
             kept.append(line)
-    return kept
+    return [*kept, *stack]
 
 
 class LaunchView:

@@ -44,6 +44,7 @@ REGISTRY = """\
 models:
   tiny: {model: tiny-oss, device: cpu, drain-timeout: 2s, ready: {timeout: 60s}}
   damaged: {model: ./damaged, device: cpu}
+  cut: {model: ./cut, device: cpu}
   absent: {model: somebody/some-model}
 """
 PORT = same_width(r"127\.0\.0\.1:\d{5}\b", "127.0.0.1:NNNNN")
@@ -85,8 +86,11 @@ def argv(*args: str) -> list[str]:
 def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Here]:
     folder = tmp_path_factory.mktemp("running")
     (folder / "model_registry.yml").write_text(REGISTRY)
-    shutil.copytree(BUNDLED_MODELS["tiny-oss"], folder / "damaged")
-    os.truncate(folder / "damaged/model.safetensors", 5_000_000)
+    for name in ("damaged", "cut"):
+        shutil.copytree(BUNDLED_MODELS["tiny-oss"], folder / name)
+    weights = folder / "damaged/model.safetensors"
+    weights.write_bytes(weights.read_bytes().replace(b"lm_head.weight", b"lm_hair.weight", 1))
+    os.truncate(folder / "cut/model.safetensors", 5_000_000)
     environ = {"PATH": os.environ["PATH"], "HOME": str(folder), "PYTHONPATH": str(ROOT), "LANG": "C.UTF-8"}
 
     def run(*args: str) -> subprocess.CompletedProcess[str]:
@@ -147,6 +151,7 @@ def test_up_fails(here: Here, screens: Screens) -> None:
 SIMPLE = {
     "up-again": (["up", "tiny"], 5),
     "up-without-files": (["up", "absent"], 5),
+    "up-cut-short": (["up", "cut"], 5),
     "ps": (["ps"], 0),
     "status": (["status", "tiny"], 0),
     "status-unknown": (["status", "tyni"], 4),
