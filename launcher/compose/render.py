@@ -167,7 +167,7 @@ def _environment(node: NodePlan, cluster: Cluster) -> dict[str, Value]:
             raise UsageError(f"{node.name}: {name!r} is not a variable name", hint="use letters, digits and '_'")
         if "\0" in value:
             raise UsageError(f"{node.name}: {name} holds a NUL byte, which no environment can", hint="remove it")
-        chosen[name] = Interpolated(f"${{{name}:?run: export {name}=...}}") if is_secret(name) else value
+        chosen[name] = Interpolated(f"${{{name}:?run: export {name}=...}}") if is_secret(name, value) else value
     fixed: dict[str, Value] = {"HF_HOME": CONTAINER.model_root, "HF_HUB_OFFLINE": "1", "HLAUNCH_NODE_IP": node.node.ip}
     if cluster.ray is not None:
         fixed |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": CONTAINER.token_file}
@@ -303,8 +303,8 @@ def host_variables(plan: ClusterPlan, node: NodePlan) -> Mapping[str, HostVariab
         wanted[api_key_variable(plan)] = HostVariable(
             "the API key that clients send (secret: export it, do not write it here)", is_secret=True
         )
-    for name in node_environment(node):
-        if is_secret(name):
+    for name, value in node_environment(node).items():
+        if is_secret(name, value):
             wanted[name] = HostVariable("secret: export it, do not write it here", is_secret=True)
     return wanted
 

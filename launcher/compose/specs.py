@@ -12,7 +12,7 @@ from engine.config import BUNDLED_MODELS, EngineConfig
 from launcher.errors import PreflightError
 from launcher.plan.cluster_plan import ClusterPlan, NodePlan
 from launcher.plan.weights import is_repository
-from launcher.registry.values import is_secret_name
+from launcher.registry.values import holds_secret
 from launcher.supervise.node_fabric import NodeFabric
 from launcher.supervise.node_spec import NodeSpec, Peer
 
@@ -113,6 +113,6 @@ def node_environment(node: NodePlan) -> Mapping[str, str]:
     return dict(sorted(chosen.items()))
 
 
-def is_secret(name: str) -> bool:
+def is_secret(name: str, value: str) -> bool:
     """Whether a variable's value must not stand in a file."""
-    return is_secret_name(name) and name not in NOT_SECRET
+    return holds_secret(name, value) and name not in NOT_SECRET

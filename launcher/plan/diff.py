@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from launcher.errors import UsageError
-from launcher.registry.values import is_secret_name
+from launcher.registry.values import is_secret_name, redacted
 
 Action = Literal["create", "recreate", "remove", "none"]
 MAX_FILE_BYTES = 8 << 20
@@ -147,7 +147,7 @@ def _hidden(line: str) -> tuple[str, Literal["list", "text"] | None]:
             return line, "text" if below["list"] is None else "list"
         if _NO_SECRET.fullmatch(value) is None:
             return line[: found.end()] + _HIDDEN, None
-    return line, None
+    return redacted("", line), None
 
 
 def _read(path: Path) -> str | None:

@@ -146,7 +146,7 @@ def _declared(name: str, block: Any, tree: Tree, marks: Marks) -> DeclaredCluste
 def _fabric(block: Any) -> Fabric:
     """Make the fabric; one that says how RDMA is done wants it, unless it says otherwise."""
     fabric: Fabric = _made(Fabric, block.fabric_, _FABRIC_FIELDS, hcas=_hcas)
-    written = {key: value for key, value in _fields(block.fabric_)} if block.fabric_ is not None else {}
+    written = dict(_fields(block.fabric_)) if block.fabric_ is not None else {}
     is_meant = any(written.get(key) not in (None, "auto") for key in RDMA_FIELDS)
     is_meant = is_meant or any(node.hcas_ or node.gid_index_ is not None for node in block.nodes_)
     return replace(fabric, rdma="preferred") if is_meant and written.get("rdma") is None else fabric

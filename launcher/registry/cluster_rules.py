@@ -14,7 +14,7 @@ from launcher.errors import Issue, Severity
 from launcher.registry.cluster import RDMA_FIELDS, Cluster, RaySettings
 from launcher.registry.contradictions import contradictions
 from launcher.registry.types import DeclaredCluster, Mark, Setting
-from launcher.registry.values import is_secret_name
+from launcher.registry.values import holds_secret
 
 EPHEMERAL_PORTS = (32768, 60999)
 """Linux gives these to outgoing connections: a server there fails to bind now and then."""
@@ -112,7 +112,7 @@ def _unused(declared: DeclaredCluster) -> Iterator[_Found]:
     """Find what speaks of RDMA where RDMA is off: nothing reads it, and everything goes over TCP."""
     if declared.cluster.fabric.rdma != "off":
         return
-    paths = [("fabric", key) for key in RDMA_FIELDS]
+    paths: list[tuple[str, ...]] = [("fabric", key) for key in RDMA_FIELDS]
     paths += [("nodes", str(index), key) for index in range(len(declared.cluster.nodes)) for key in _NODE_RDMA]
     for path in paths:
         if path in declared.marks:
@@ -182,6 +182,6 @@ def _contradiction(path: tuple[str, ...], field: str, message: str) -> _Found:
 
 def _secrets(path: tuple[str, ...], env: Mapping[str, Setting]) -> Iterator[_Found]:
     for name, setting in env.items():
-        if setting.value and is_secret_name(name):
+        if setting.value and holds_secret(name, str(setting.value)):
             message = "looks like a secret that stands in the registry"
             yield _Found("warning", "secret-literal", (*path, name), message, f"remove it and export {name} instead")

@@ -27,7 +27,7 @@ from launcher.registry.references import reference_issues
 from launcher.registry.resolving import entry_issues
 from launcher.registry.schema import document_model
 from launcher.registry.types import Registry
-from launcher.registry.values import is_secret_name, show_text
+from launcher.registry.values import holds_secret, show_text
 from launcher.registry.walking import MAX_ISSUES, Tree, dotted, walk
 from launcher.registry.walking import Path as KeyPath
 
@@ -219,6 +219,6 @@ class _Validation:
     def _without_secret(self, path: KeyPath, message: str) -> str:
         """A variable's value is quoted in its message, unless the name says that it is a secret."""
         raw = self.tree.value(path)
-        if isinstance(raw, Scalar) and raw.text and "env" in path[:-1] and is_secret_name(path[-1]):
+        if isinstance(raw, Scalar) and raw.text and "env" in path[:-1] and holds_secret(path[-1], raw.text):
             return message.replace(show_text(raw.text), "the value").replace(raw.text, "the value")
         return message

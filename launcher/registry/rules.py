@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from launcher.registry.findings import Finding, Rule, Values, highest, whole
 from launcher.registry.placement_rules import placement_findings
 from launcher.registry.types import DeclaredCluster, Layer, ResolvedValue
-from launcher.registry.values import SecretRef, is_secret_name
+from launcher.registry.values import SecretRef, holds_secret
 
 _LOOPBACK = re.compile(r"127(\.[0-9]+){3}|localhost|::1|\[::1\]", re.ASCII)
 
@@ -104,7 +104,7 @@ def _secret_literal(values: Values) -> Iterator[Finding]:
 def _secret_variables(env: Mapping[str, ResolvedValue]) -> Iterator[Finding]:
     for name, item in env.items():
         is_written = isinstance(item.value, str) and item.value != ""
-        if is_written and item.origin.line is not None and is_secret_name(name):
+        if is_written and item.origin.line is not None and holds_secret(name, str(item.value)):
             yield Finding(
                 "warning",
                 "secret-literal",

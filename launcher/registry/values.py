@@ -32,6 +32,11 @@ _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}", re.ASCII)
 _SECRET_NAME = re.compile(
     r"PASSWORD|PASSWD|SECRET|CREDENTIAL|(^|_)(API)?(TOKEN|KEY|AUTH|AUTHORIZATION|PAT)(_|$)", re.ASCII | re.IGNORECASE
 )
+# The userinfo of a URL ends at the last '@' before its path. Over HTTP a name alone is a token.
+_LOGIN = re.compile(
+    r"(?P<scheme>(?:https?|[A-Za-z][A-Za-z0-9+.-]{0,30}(?=://[^\s/?#@:]{0,200}:))://)[^\s/?#]{1,4096}@",
+    re.ASCII | re.IGNORECASE,
+)
 _MAX_SECRET_BYTES = 64 << 10
 
 
@@ -56,9 +61,21 @@ def is_secret_name(name: str) -> bool:
     return _SECRET_NAME.search(name) is not None
 
 
+def holds_secret(name: str, value: str) -> bool:
+    """Say whether a variable holds a secret: by its name, or because its value is a URL with a password in it."""
+    return is_secret_name(name) or _without_login(value) != value
+
+
 def redacted(name: str, value: str) -> str:
-    """Return a variable's value as it may be shown: hidden whole when the name says that it is a secret."""
-    return "<hidden>" if value and is_secret_name(name) else value
+    """Return a variable's value as it may be shown: hidden whole when the name says that it is a secret.
+
+    Of a URL the login is hidden: `postgres://<hidden>@host/db`; the user of `ssh://git@host` is none.
+    """
+    return "<hidden>" if value and is_secret_name(name) else _without_login(value)
+
+
+def _without_login(value: str) -> str:
+    return _LOGIN.sub(lambda found: f"{found['scheme']}<hidden>@", value) if "@" in value else value
 
 
 def parse_size(text: str) -> int:

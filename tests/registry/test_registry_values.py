@@ -13,6 +13,7 @@ from launcher.registry import (
     SecretRef,
     format_duration,
     format_size,
+    holds_secret,
     parse_count,
     parse_duration,
     parse_size,
@@ -103,3 +104,22 @@ def test_a_secret_that_is_not_there_names_its_place(text: str) -> None:
 )
 def test_secret_variables_are_hidden_whole(name: str, shown: str) -> None:
     assert redacted(name, "value") == shown
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        ("postgres://u:canary@h/db", "postgres://<hidden>@h/db"),
+        ("http://u:can@ary@proxy:3128", "http://<hidden>@proxy:3128"),
+        ("redis://:canary@h:6379/0", "redis://<hidden>@h:6379/0"),
+        ("https://canary@github.com/a/b", "https://<hidden>@github.com/a/b"),
+        ("http://a:canary@h,http://b:canary@i/x", "http://<hidden>@h,http://<hidden>@i/x"),
+        ("ssh://git@github.com/a", "ssh://git@github.com/a"),
+        ("http://h:80/a@b", "http://h:80/a@b"),
+        ("tcp://h:80", "tcp://h:80"),
+        ("user@host:/path", "user@host:/path"),
+    ],
+)
+def test_the_login_of_a_url_is_hidden(value: str, shown: str) -> None:
+    assert redacted("HTTPS_PROXY", value) == shown
+    assert holds_secret("HTTPS_PROXY", value) is (shown != value)

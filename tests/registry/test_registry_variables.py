@@ -159,3 +159,28 @@ def test_the_examples_have_no_finding() -> None:
     root = Path(__file__).parents[2]
     for path in (*root.glob("examples/*.yml"), root / "model_registry.yml"):
         assert registry_issues(parse_registry(path.read_text(), str(path))) == [], path
+
+
+def test_a_login_in_a_url_is_warned_of_and_shown_nowhere(here: Here) -> None:
+    text = pair("DB_URL: postgres://u:canary@h/db").replace(
+        "alone: {model: tiny-oss}",
+        "alone: {model: tiny-oss, cluster: pair, device: cpu, env: {HTTPS_PROXY: 'http://u:canary@proxy'}}",
+    )
+    here.write(text)
+    result = here("validate", "--json")
+    assert result.out.count('"secret-literal"') == 2
+    said = result.out + result.err
+    for command in (
+        ["show", "alone", "--explain"],
+        ["plan", "alone"],
+        ["plan", "alone", "--json"],
+        ["env", "alone"],
+        ["render", "alone", "-o", "out"],
+        ["plan", "alone", "--diff", "--against", "out"],
+    ):
+        result = here(*command)
+        assert result.code == 0, result.err
+        said += result.out + result.err
+    rendered = (here.folder / "out" / "head" / "docker-compose.yml").read_text()
+    assert "${DB_URL:?" in rendered
+    assert "canary" not in said + rendered

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 
 from launcher.registry.importing.changes import Change
-from launcher.registry.values import is_secret_name, show_text
+from launcher.registry.values import holds_secret, is_secret_name, redacted, show_text
 
 _NODE_FIELDS = {
     "NCCL_IB_HCA": "hcas",
@@ -35,7 +35,7 @@ def apply_variables(variables: Mapping[str, str]) -> tuple[dict[str, str], list[
     changes = []
     for name, text in variables.items():
         value = text.strip()
-        source = name if is_secret_name(name) else f"{name}={_cut(value)}"
+        source = name if is_secret_name(name) else f"{name}={_cut(redacted(name, value))}"
         row, dead = find(name), find_dead(name)
         if not value:
             reason = "no value"
@@ -47,7 +47,7 @@ def apply_variables(variables: Mapping[str, str]) -> tuple[dict[str, str], list[
             continue
         elif dead is not None:
             reason = f"{dead.truth}; instead: {dead.instead}" if dead.instead else dead.truth
-        elif is_secret_name(name):
+        elif holds_secret(name, value):
             reason = f"a secret has no place in a registry: export {name}"
         elif row is not None and str(row.scope) == "R":
             reason = "the engine sets it per rank"
