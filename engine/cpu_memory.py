@@ -20,11 +20,13 @@ SERIAL_WORK = 4 << 20
 """Multiplications up to which a product has a layout for one thread as well."""
 PACK_DEPTH, PACK_ROWS = 512, 16
 """FBGEMM's blocks: input columns and output rows of a packed weight are padded to whole ones."""
-MAX_GATHERED_BYTES = 32 << 20
+MAX_GATHERED_BYTES = 4 << 20
 """Keys and values that several decoding rows gather at once; beyond this they go one after the other."""
 SINGLE_ROWS = 4
 """Decoding rows up to which each gathers for itself."""
 QUERY_TILE = 64
+TILE_TOKENS = 1024
+"""Tokens whose experts are computed together."""
 PRIMITIVE_BYTES = 650 << 10
 """What oneDNN keeps for every shape of a product that it has met; measured alike for 640 x 224 and 5120 x 2880."""
 PRIMITIVE_ROWS = 16
@@ -33,10 +35,6 @@ MANY_THREADS = 2
 """Stands for "more than one": what a rank holds depends on no more than that."""
 
 _FLOAT = 4
-# Buffers of a step come and go in many sizes: the allocator's holes among them, as a share of what is alive.
-_HOLES = 0.25
-# Unpacked experts come in pieces of several megabytes each.
-_UNPACKING_HOLES = 0.5
 # Bytes per value while MXFP4 is expanded: nibbles, int32 indices, float32 values.
 _EXPANSION = 1 + 4 + 4
 # Bytes per logit while tokens are drawn: logits, then float64 scaled, sorted with ids, summed and cut off.
@@ -190,11 +188,7 @@ def _activation_bytes(model: ModelConfig, limits: CpuLimits) -> int:
     stream = 2 * tokens * model.hidden_size * unit
     layers = max(_attention_bytes(model, limits, unit), _experts_bytes(model, limits, unit)) if model.num_layers else 0
     logits = limits.max_num_seqs * (_DRAWING * model.vocab_size + 2 * unit * model.hidden_size)
-    unpacks = model.quantization == "mxfp4" and not limits.is_expanded
-    return int(
-        (1 + (_UNPACKING_HOLES if unpacks else _HOLES))
-        * max(rotation + stream + layers + _mask_bytes(model, limits), logits)
-    )
+    return max(rotation + stream + layers + _mask_bytes(model, limits), logits)
 
 
 def _attention_bytes(model: ModelConfig, limits: CpuLimits, unit: int) -> int:
@@ -234,7 +228,8 @@ def _experts_bytes(model: ModelConfig, limits: CpuLimits, unit: int) -> int:
     pairs = limits.max_num_batched_tokens * model.num_experts_per_token
     if has_fast_experts(model, limits.dtype, limits.is_expanded):
         # Rows by expert, then gate_up or what follows it: parts, and the same joined.
-        return _FLOAT * pairs * (hidden + max(4 * inter, 3 * inter + 2 * hidden))
+        tiled = min(pairs, TILE_TOKENS * model.num_experts_per_token)
+        return _FLOAT * tiled * (hidden + max(4 * inter, 3 * inter + 2 * hidden))
     # One expert after the other: twice an even share of the tokens go to the busiest.
     busiest = min(limits.max_num_batched_tokens, -(-2 * pairs // max(1, model.num_experts)))
     outputs = pairs * hidden * _FLOAT

@@ -47,6 +47,7 @@ class Worker:
         self.device_name = "cpu"
         self.dtype_name = cpu_dtype(config.dtype)
         self.kv_dtype_name = self.dtype_name if config.cache.dtype == "auto" else config.cache.dtype
+        cpu.settle_allocator(model.hidden_size)
         self.num_threads = cpu.use_threads(config.cpu_threads)
         self.weight_bytes = 0
         self._is_expanded = False
@@ -142,15 +143,7 @@ class Worker:
         """Run one plan. Plans must come in the order in which they were made."""
         if self._runner is None:
             raise RuntimeError("allocate_kv() comes before execute()")
-        result = self._runner.execute(plan)
-        if self._unpacks:
-            # Experts unpacked for a step leave holes of many megabytes, and the next step does not fit into them.
-            cpu.give_back_freed()
-        return result
-
-    @property
-    def _unpacks(self) -> bool:
-        return self._model_config.quantization == "mxfp4" and not self._is_expanded
+        return self._runner.execute(plan)
 
 
 def groups_of_stage(model: ModelConfig, rank: RankSpec) -> tuple[KVCacheGroup, ...]:

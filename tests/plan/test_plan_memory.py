@@ -33,7 +33,7 @@ LIMITS = CpuLimits(
 )
 
 
-@pytest.mark.parametrize("case", ["tiny-oss", "true-widths-dummy", "true-widths-checkpoint"])
+@pytest.mark.parametrize("case", ["tiny-oss", "tiny-oss-defaults", "true-widths-dummy", "true-widths-checkpoint"])
 def test_the_estimate_is_within_three_percent_of_what_is_taken(case: str) -> None:
     done = subprocess.run(
         [sys.executable, str(ROOT / "bench" / "memory_estimate.py"), "--json", "--case", case],
@@ -56,6 +56,7 @@ def test_the_rules_are_the_kernels() -> None:
     assert cpu_memory.MAX_GATHERED_BYTES == attention.MAX_GATHERED_BYTES
     assert cpu_memory.SINGLE_ROWS == attention.SINGLE_ROWS
     assert cpu_memory.QUERY_TILE == attention.QUERY_TILE
+    assert cpu_memory.TILE_TOKENS == moe.TILE_TOKENS
 
 
 def test_what_float16_holds_is_told_from_a_few_values() -> None:
