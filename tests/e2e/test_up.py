@@ -201,7 +201,7 @@ def test_the_fit_preview_agrees_with_what_was_allocated(up: Up) -> None:
 @pytest.mark.parametrize(
     ("file", "keep", "code", "cause"),
     [
-        ("model.safetensors", 5_000_000, 1, "found 5000000 bytes"),
+        ("model.safetensors", 5_000_000, 5, "is cut short: 5000000 of"),
         ("model.safetensors", 100, 5, "header of "),
         ("tokenizer.json", 100, 1, "tokenizer.json"),
         ("config.json", 100, 5, "config.json: not valid JSON"),
