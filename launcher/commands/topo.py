@@ -214,8 +214,7 @@ def _explain(console: Console, study: Study, declared: Cluster, case: Case, spli
         f"expected       {estimate.tokens_per_second:,.0f} tok/s at {estimate.requests:.0f} requests, "
         f"{1e3 * estimate.latency_seconds:.2f} ms a token alone"
     )
-    parts = (("memory", estimate.read_seconds), ("sums", estimate.sum_seconds), ("hops", estimate.hop_seconds))
-    console.data("               of which " + ", ".join(f"{name} {1e3 * part:.2f}" for name, part in parts))
+    console.data("               of which " + ", ".join(f"{name} {1e3 * part:.2f}" for name, part in estimate.parts))
     largest = max(rank.required_bytes for rank in split.memory.ranks) / (1 << 30)
     verdict = "fits" if split.fits else "DOES NOT FIT"
     console.data(f"memory         {verdict}: {largest:.1f} GiB in the fullest rank")
@@ -229,13 +228,16 @@ def _roles(cluster: Cluster) -> dict[str, tuple[str, str]]:
 
 def _assumptions(study: Study, declared: Cluster) -> dict[str, str]:
     """What every figure rests on, by name."""
-    from launcher.plan.cost import gpu_speed
+    from launcher.plan.cost import gpu_speed, launches_of
     from launcher.plan.links import inside_link
 
     found: dict[str, str] = {
         "load": f"{study.load.requests} requests, {study.load.context} tokens each, prompts of {study.load.prompt}",
         "experts": "uniform routing, the worst case",
     }
+    kind = launches_of("cuda" if any(host.of("cuda") for host in study.hosts) else "cpu")
+    each = f"{1e6 * kind.layer_seconds:.0f} us a layer and {1e6 * kind.step_seconds:.0f} us a step"
+    found["launches"] = f"{each}: {kind.source}"
     for name, inventory in study.sizing.inventories.items():
         for gpu in inventory.gpus[:1]:
             read, flops = gpu_speed(gpu)

@@ -3,7 +3,7 @@
 Knows: the floors of `launcher.benchmark.floor` and the links of `launcher.plan.links`. Refuses to know: measurements;
 kernels reach less than a copy does, so figures rank placements and are not what a benchmark will show.
 
-    rank      max(bytes read / copy bandwidth, FLOP / peak) of its share
+    rank      max(bytes read / copy bandwidth, FLOP / peak) of its share, and what launching its layers takes
     stage     its slowest rank + 2 all-reduces a layer
     latency   all stages + hops between them, one request
     rate      requests in as many microbatches as stages; the slowest stage sets the pace
@@ -35,6 +35,20 @@ BF16_BYTES = 2
 
 
 @dataclass(frozen=True, slots=True)
+class Launches:
+    """What a step takes beside bytes and sums: starting and draining the kernels of a layer, the host between steps."""
+
+    layer_seconds: float
+    step_seconds: float
+    source: str
+
+
+GPU_LAUNCHES = Launches(20e-6, 50e-6, "what one, two and four H200 and one H100 took of 24 layers beyond their bytes")
+CPU_LAUNCHES = Launches(100e-6, 100e-6, "what two cores took of 6 small layers beyond their bytes")
+"""Without them a small model would seem to need no time at all: its bytes are read in microseconds."""
+
+
+@dataclass(frozen=True, slots=True)
 class Load:
     """What is to be served: `requests` at once over all engines, each `context` tokens long, prompts of `prompt`."""
 
@@ -56,16 +70,26 @@ class Estimate:
     ttft_seconds: float
     sum_seconds: float
     hop_seconds: float
+    launch_seconds: float
 
     @property
     def read_seconds(self) -> float:
         """The part of the latency that is reading weights and KV."""
-        return self.latency_seconds - self.sum_seconds - self.hop_seconds
+        return self.latency_seconds - self.sum_seconds - self.hop_seconds - self.launch_seconds
 
     @property
     def bound(self) -> str:
-        parts = (("memory", self.read_seconds), ("sums", self.sum_seconds), ("hops", self.hop_seconds))
-        return max(parts, key=lambda part: part[1])[0]
+        return max(self.parts, key=lambda part: part[1])[0]
+
+    @property
+    def parts(self) -> tuple[tuple[str, float], ...]:
+        """What the latency consists of, each in seconds."""
+        return (
+            ("memory", self.read_seconds),
+            ("sums", self.sum_seconds),
+            ("hops", self.hop_seconds),
+            ("launches", self.launch_seconds),
+        )
 
 
 class CostModel:
@@ -83,7 +107,7 @@ class CostModel:
         stages = placement.pipeline_parallel_size
         # Engines are alike but for where they lie; the slowest one is what a user may meet.
         chosen = max(range(engines), key=lambda dp: self._lone(placement, dp, load)[0])
-        latency, sums, hops = self._lone(placement, chosen, load)
+        latency, sums, hops, launches = self._lone(placement, chosen, load)
         per_engine = load.requests / engines
         if held_requests is not None:
             per_engine = min(per_engine, max(1.0, held_requests))
@@ -99,6 +123,7 @@ class CostModel:
             ttft_seconds=self._ttft(placement, chosen, load.prompt),
             sum_seconds=sums,
             hop_seconds=hops,
+            launch_seconds=launches,
         )
 
     def group_link(self, placement: Placement, ranks: Sequence[int]) -> Link:
@@ -109,21 +134,22 @@ class CostModel:
         is_gpu = all(rank.backend == "cuda" for rank in members)
         return inside_link(self._inventories[members[0].node], is_gpu=is_gpu)
 
-    def _lone(self, placement: Placement, dp: int, load: Load) -> tuple[float, float, float]:
-        """(latency, all-reduces, hops) of one token of one request."""
+    def _lone(self, placement: Placement, dp: int, load: Load) -> tuple[float, float, float, float]:
+        """(latency, all-reduces, hops, launches) of one token of one request."""
         stages = placement.pipeline_parallel_size
         parts = [self._stage(placement, dp, pp, 1, load.context) for pp in range(stages)]
-        sums = sum(summing for _, summing in parts)
+        sums = sum(summing for _, summing, _ in parts)
         hops = sum(self._hop(placement, dp, pp, 1) for pp in range(stages - 1))
-        return sum(reading for reading, _ in parts) + sums + hops, sums, hops
+        launches = sum(launching for _, _, launching in parts)
+        return sum(reading for reading, _, _ in parts) + sums + hops + launches, sums, hops, launches
 
-    def _stage(self, placement: Placement, dp: int, pp: int, rows: int, context: int) -> tuple[float, float]:
-        """(slowest rank, all-reduces) of one stage for `rows` requests."""
+    def _stage(self, placement: Placement, dp: int, pp: int, rows: int, context: int) -> tuple[float, float, float]:
+        """(slowest rank, all-reduces, launches) of one stage for `rows` requests."""
         ranks = placement.stage(dp, pp)
         slowest = max(self._rank(rank, rows, context, placement) for rank in ranks)
         link = self.group_link(placement, [rank.rank for rank in ranks])
         num_bytes = rows * self._model.hidden_size * BF16_BYTES
-        return slowest, 2 * ranks[0].num_layers * link.all_reduce(num_bytes, len(ranks))
+        return slowest, 2 * ranks[0].num_layers * link.all_reduce(num_bytes, len(ranks)), launching(ranks)
 
     def _rank(self, rank: RankSpec, rows: int, context: int, placement: Placement) -> float:
         part = self._shard(rank)
@@ -157,7 +183,7 @@ class CostModel:
                 times.append(max(read, prefill_flops(part, 1, prompt) / spread / flops))
             link = self.group_link(placement, [rank.rank for rank in ranks])
             num_bytes = prompt * self._model.hidden_size * BF16_BYTES
-            total += max(times) + 2 * ranks[0].num_layers * link.all_reduce(num_bytes, len(ranks))
+            total += max(times) + 2 * ranks[0].num_layers * link.all_reduce(num_bytes, len(ranks)) + launching(ranks)
             if pp:
                 total += self._hop(placement, dp, pp - 1, prompt)
         return total
@@ -173,6 +199,17 @@ class CostModel:
         if rank.backend == "cuda":
             return gpu_speed(inventory.gpus[int(rank.device.partition(":")[2])])
         return inventory.memory_bandwidth or UNKNOWN_CPU[0], UNKNOWN_CPU[1]
+
+
+def launches_of(backend: str) -> Launches:
+    """Choose what launching costs on a kind of device."""
+    return GPU_LAUNCHES if backend == "cuda" else CPU_LAUNCHES
+
+
+def launching(ranks: Sequence[RankSpec]) -> float:
+    """Time that a stage spends beside bytes and sums, in every step: that of its slowest kind of rank."""
+    kinds = (launches_of(rank.backend) for rank in ranks)
+    return max(kind.step_seconds + ranks[0].num_layers * kind.layer_seconds for kind in kinds)
 
 
 def gpu_speed(gpu: Gpu) -> tuple[float, float]:

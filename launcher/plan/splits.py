@@ -217,11 +217,7 @@ def split_data(split: Split) -> dict[str, Any]:
         "requests": round(estimate.requests, 1),
         "latency_ms": round(1e3 * estimate.latency_seconds, 4),
         "ttft_ms": round(1e3 * estimate.ttft_seconds, 3),
-        "latency_parts_ms": {
-            "memory": round(1e3 * estimate.read_seconds, 4),
-            "sums": round(1e3 * estimate.sum_seconds, 4),
-            "hops": round(1e3 * estimate.hop_seconds, 4),
-        },
+        "latency_parts_ms": {name: round(1e3 * seconds, 4) for name, seconds in estimate.parts},
         "bound": estimate.bound,
         "max_full_requests_per_engine": round(split.memory.max_full_requests, 2),
         "largest_rank_gib": round(max(rank.required_bytes for rank in split.memory.ranks) / GIB, 2),

@@ -12,7 +12,7 @@ from plan_support import gpu_hosts, shape
 from engine.config import EngineConfig
 from engine.placement import ParallelSizes, place
 from launcher.benchmark.floor import decode_floor_seconds
-from launcher.plan.cost import CostModel, Load, busiest_experts, gpu_speed
+from launcher.plan.cost import GPU_LAUNCHES, CostModel, Load, busiest_experts, gpu_speed
 from launcher.plan.inventory import Gpu, Inventory
 from launcher.plan.links import NVLINK, PCIE, RDMA, SHARED_MEMORY, TCP, Link, inside_link
 from launcher.plan.rank_memory import Sizing
@@ -41,18 +41,49 @@ def study(*, load: Load | None = None, between: Link = RDMA, memory: int = 80) -
     return Study(Sizing(EngineConfig("m", device="cuda:0"), model, hardware), gpu_hosts(8, 8), between, load or Load())
 
 
-@pytest.mark.parametrize(
-    ("tp", "milliseconds", "gain"), [(1, 0.78, 1.0), (2, 0.58, 1.35), (4, 0.37, 2.1), (8, 0.37, 2.1)]
-)
-def test_tensor_parallel_decode_of_20b_on_h200(tp: int, milliseconds: float, gain: float) -> None:
+@pytest.mark.parametrize(("tp", "milliseconds"), [(1, 0.78), (2, 0.58), (4, 0.37), (8, 0.37)])
+def test_tensor_parallel_decode_of_20b_on_h200(tp: int, milliseconds: float) -> None:
     """The published sums: bytes at 4.8 TB/s and 48 one-shot all-reduces; a copy's 4.3 TB/s is what we count with."""
     model, hardware = shape(), hosts_of("NVIDIA H200", 8)
     model_of = CostModel(model, hardware, RDMA)
-    alone = model_of.estimate(place(model, ParallelSizes(), gpu_hosts(8)), Load(1)).latency_seconds
     estimate = model_of.estimate(place(model, ParallelSizes(tensor=tp), gpu_hosts(8)), Load(1))
     in_spec = estimate.read_seconds * 4.3 / 4.8 + estimate.sum_seconds
     assert 1e3 * in_spec == pytest.approx(milliseconds, rel=0.06)
-    assert alone / estimate.latency_seconds == pytest.approx(gain, rel=0.08)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "tp", "rows", "tokens_per_second"),
+    [
+        ("NVIDIA H100 80GB HBM3", 1, 1, 554),
+        ("NVIDIA H200", 1, 1, 642),
+        ("NVIDIA H200", 2, 1, 898),
+        ("NVIDIA H200", 4, 1, 1184),
+        ("NVIDIA H100 80GB HBM3", 1, 256, 21768),
+        ("NVIDIA H200", 1, 64, 10402),
+        ("NVIDIA H200", 2, 64, 15499),
+        ("NVIDIA H200", 4, 64, 19961),
+    ],
+)
+def test_estimates_stay_near_what_our_engine_was_measured_at(
+    gpu: str, tp: int, rows: int, tokens_per_second: float
+) -> None:
+    """gpt-oss-20b, prompts of 1,024 and 128 tokens after: `bench/results`."""
+    model, hardware = shape(), hosts_of(gpu, 8)
+    placement = place(model, ParallelSizes(tensor=tp), gpu_hosts(8))
+    estimate = CostModel(model, hardware, RDMA).estimate(placement, Load(rows, 1088))
+    ratio = estimate.tokens_per_second / tokens_per_second
+    # Alone it is near; many rows are an upper bound, as kernels reach less than a copy and experts' sums take time.
+    assert (0.88 if rows == 1 else 1.0) < ratio < (1.15 if rows == 1 else 2.0)
+
+
+def test_a_small_model_is_not_free() -> None:
+    model, hardware = shape(), hosts_of("NVIDIA H100 80GB HBM3", 1)
+    tiny = replace(model, num_layers=6, layer_windows=model.layer_windows[:6], hidden_size=256, vocab_size=4096)
+    estimate = CostModel(tiny, hardware, RDMA).estimate(place(tiny, ParallelSizes(), gpu_hosts(1)), Load(1))
+    assert estimate.latency_seconds > 6 * GPU_LAUNCHES.layer_seconds + GPU_LAUNCHES.step_seconds
+    assert estimate.bound == "launches"
+    assert sum(seconds for _, seconds in estimate.parts) == pytest.approx(estimate.latency_seconds)
+    assert estimate.read_seconds > 0
 
 
 @pytest.mark.parametrize("requests", [1, 8, 64])
@@ -61,6 +92,7 @@ def test_one_rank_is_the_floor(requests: int) -> None:
     placement = place(model, ParallelSizes(), gpu_hosts(1))
     estimate = CostModel(model, hardware, RDMA).estimate(placement, Load(requests, 1024))
     floor = decode_floor_seconds(model, requests, 1024, 3.0e12, 798e12)
+    floor += model.num_layers * GPU_LAUNCHES.layer_seconds + GPU_LAUNCHES.step_seconds
     assert estimate.tokens_per_second == pytest.approx(requests / floor)
 
 
