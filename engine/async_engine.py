@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from typing import Any, Protocol
 
 from engine import ipc
@@ -33,6 +34,8 @@ ENGINE_DEAD = "engine_dead: the engine process ended"
 class EngineState(enum.StrEnum):
     STARTING = "starting"
     READY = "ready"
+    DEGRADED = "degraded"
+    """Some of several engines serve."""
     DRAINING = "draining"
     FAILED = "failed"
     STOPPED = "stopped"
@@ -83,6 +86,8 @@ class EngineClient(Protocol):
     def stats(self) -> SchedulerStats: ...
 
     def stats_by_engine(self) -> list[SchedulerStats]: ...
+
+    def states_by_engine(self) -> list[EngineState]: ...
 
 
 class OutputStream:
@@ -234,6 +239,10 @@ class AsyncEngine:
         """The figures of each engine: one."""
         return [self._stats]
 
+    def states_by_engine(self) -> list[EngineState]:
+        """The state of each engine: one."""
+        return [self.state]
+
     def begin_drain(self) -> None:
         """Take no new request; running ones go on."""
         if self.state is EngineState.READY or self.state is EngineState.STARTING:
@@ -321,6 +330,8 @@ class AsyncEngine:
         for stream in list(self._streams.values()):
             stream.put(RequestOutput(stream.request_id, [], finish_reason=FinishReason.ERROR, error=ENGINE_DEAD))
         self._streams.clear()
+        # What it counted stays true; what it held is gone.
+        self._stats = replace(self._stats, num_running=0, num_waiting=0, num_used_blocks=0, num_cached_blocks=0)
 
     async def _on_core_gone(self) -> None:
         if self.state is EngineState.STOPPED:

@@ -24,6 +24,7 @@ from engine.restarts import Restarts
 if TYPE_CHECKING:
     from engine.node_desk import NodeDesk
 
+EXIT_GAVE_UP = 70
 RESTART_PHASE = "restart"
 """What the status pipe is told while an engine that served is started again."""
 
@@ -52,8 +53,8 @@ class DataParallelEngine:
 
     Ready once all have started; an engine that cannot start the first time ends everything, since the next could not
     either. Later one that dies ends its own requests only, and is started again as `Restarts` has it, at most
-    `max_restarts` times in 10 minutes; `on_fatal` is called when none is left to serve. Raises: ConfigError when the
-    model is nowhere, or other nodes cannot be let in.
+    `max_restarts` times in 10 minutes; then it waits for these to pass, and `on_fatal` is called when all do. Raises:
+    ConfigError when the model is nowhere, or other nodes cannot be let in.
     """
 
     def __init__(self, config: EngineConfig, on_phase: PhaseCallback, on_fatal: FatalCallback) -> None:
@@ -68,7 +69,6 @@ class DataParallelEngine:
         self._on_fatal = on_fatal
         self._balancer = LoadBalancer(count, config.cache.block_size, float(config.scheduler.max_num_seqs))
         self._restarts = [Restarts(config.max_restarts) for _ in range(count)]
-        self._is_lost = [False] * count
         self._has_been_ready = False
         self._is_ending = False
         self._restarting: set[int] = set()
@@ -84,16 +84,16 @@ class DataParallelEngine:
 
     @property
     def state(self) -> EngineState:
-        """READY while one engine serves, once all have."""
-        states = [engine.state for engine in self.engines]
+        """READY while all engines serve, DEGRADED while some do, once all have."""
+        states = self.states_by_engine()
         for state in (EngineState.STOPPED, EngineState.DRAINING):
             if state in states:
                 return state
         if not self._has_been_ready:
             return EngineState.FAILED if EngineState.FAILED in states else EngineState.STARTING
         if EngineState.READY in states:
-            return EngineState.READY
-        return EngineState.STARTING if not all(self._is_lost) else EngineState.FAILED
+            return EngineState.READY if len(set(states)) == 1 else EngineState.DEGRADED
+        return EngineState.STARTING if not self._is_given_up else EngineState.FAILED
 
     @property
     def load_fraction(self) -> float:
@@ -159,6 +159,10 @@ class DataParallelEngine:
         """The figures of each engine, in the order of their data-parallel ranks."""
         return [engine.stats() for engine in self.engines]
 
+    def states_by_engine(self) -> list[EngineState]:
+        """The state of each engine, in the order of their data-parallel ranks."""
+        return [engine.state for engine in self.engines]
+
     def begin_drain(self) -> None:
         """Take no new request; running ones go on."""
         self._is_ending = True
@@ -184,6 +188,11 @@ class DataParallelEngine:
             if end is not None:
                 raise end
 
+    @property
+    def _is_given_up(self) -> bool:
+        """Whether no engine serves, nor will soon."""
+        return all(restarts.is_given_up for restarts in self._restarts)
+
     def _spawn(self, rank: int) -> AsyncEngine:
         return AsyncEngine(
             self._configs[rank],
@@ -207,16 +216,21 @@ class DataParallelEngine:
             self._on_fatal(named)
             return
         self._balancer.forget(rank)
-        wait = self._restarts[rank].next_wait(time.monotonic(), has_served=has_served)
-        if wait is None:
-            self._is_lost[rank] = True
-            if all(self._is_lost):
-                self._on_fatal(named)
+        restarts, limit = self._restarts[rank], self.config.max_restarts
+        often = f"{limit} restart{'s' * (limit != 1)} in 10 minutes"
+        wait = restarts.next_wait(time.monotonic(), has_served=has_served)
+        if self._is_given_up:
+            tried = f"it is given up after {often}" if limit else "it is not to be started again"
+            self._on_fatal(replace(named, message=f"{named.message}; {tried}", exit_code=EXIT_GAVE_UP))
             return
         # First what matters: whoever is told of it may be gone.
         self._restarting.add(rank)
-        self._watch(self._restart(rank, wait))
-        said = f"{named.message}; it is started again in {wait:g} s"
+        if wait is not None:
+            self._watch(self._restart(rank, wait))
+        said = f"{named.message}; it is not to be started again"
+        if wait is not None:
+            after = f", after {often}" if restarts.is_given_up else ""
+            said = f"{named.message}; it is started again in {wait:.0f} s{after}"
         self._on_phase(ipc.PhaseMessage(RESTART_PHASE, "begin", None, said))
         say(said)
 
@@ -224,6 +238,7 @@ class DataParallelEngine:
         await asyncio.gather(self.engines[rank].stop(), asyncio.sleep(backoff_seconds))
         if self._is_ending:
             return
+        self._restarts[rank].begin()
         try:
             self.engines[rank] = engine = self._spawn(rank)
             engine.start()

@@ -29,5 +29,5 @@ class ExitCode(IntEnum):
     TRANSPORT = 9
     PLAN_CHANGED = 10
     INTERNAL = 70
-    """A bug of ours: one line, the traceback with `--debug` only."""
+    """A bug of ours: one line, the traceback with `--debug` only. Also an engine that was restarted too often."""
     INTERRUPTED = 130

@@ -31,7 +31,10 @@ async def ready(app: App, exchange: Exchange) -> None:
     """200 when requests are taken; else 503 with the state, which is the engine's and not the web server's."""
     state = state_of(app)
     body: dict[str, Any] = {"status": state, "model": app.model_names[0]}
-    if state == "ready":
+    if state == "degraded":
+        # People look here first when a replica is gone.
+        body["engines"] = app.engine.states_by_engine()
+    if state in ("ready", "degraded"):
         await exchange.answer_json(200, body)
         return
     if state == "starting":
@@ -128,7 +131,11 @@ def _anthropic_capabilities(*, has_chat: bool) -> dict[str, Any]:
 def state_of(app: App) -> str:
     """Return the state of the service: the drain of this process first, then the engine's."""
     state = app.engine.state
-    if app.lifecycle.is_draining and state in (EngineState.READY, EngineState.STARTING):
+    if app.lifecycle.is_draining and state in (
+        EngineState.READY,
+        EngineState.DEGRADED,
+        EngineState.STARTING,
+    ):
         return "draining"
     return state.value
 

@@ -1,4 +1,4 @@
-"""The process that owns ranks: starts them, prints their ids, and keeps them busy until it is killed, in told rounds."""
+"""The process that owns ranks: starts them, prints their ids, and keeps them busy until killed, telling each round."""
 
 from __future__ import annotations
 

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
-from executor_support import is_running, wait_until
+from executor_support import HERE, children_of, is_running, wait_until
 from nodes_support import nodes_config, nodes_placement
 from test_async_ranks import CONFIG
 from test_parallel_tokens import BASE, requests, run
 
-from engine import ipc
+from engine import ipc, restarts
 from engine.async_engine import EngineState, EngineUnavailable
 from engine.core.request import EngineRequest, FinishReason, RequestOutput
 from engine.data_parallel import DataParallelEngine
@@ -78,8 +83,11 @@ def test_a_dead_engine_ends_its_own_requests_and_comes_back() -> None:
         os.kill(victim, signal.SIGKILL)
         struck = time.monotonic()
         await asyncio.sleep(0.3)
-        # The other goes on taking requests.
-        assert engine.state is EngineState.READY
+        # The other goes on taking requests; what the dead one held is gone with it.
+        assert engine.state is EngineState.DEGRADED
+        assert engine.states_by_engine()[0] is EngineState.READY
+        gone = engine.stats_by_engine()[1]
+        assert (gone.num_running, gone.num_waiting, gone.num_used_blocks) == (0, 0, 0)
         _, last = await answer(engine, replace(items[0], request_id="new", max_tokens=5))
         assert last.finish_reason is FinishReason.LENGTH
         ends = [(await task)[1] for task in running]
@@ -118,6 +126,133 @@ def test_an_engine_that_cannot_start_ends_everything() -> None:
     cause = asyncio.run(serve())
     assert cause.message.startswith("engine ")
     assert "positions" in cause.message
+
+
+class Mortal:
+    """An engine without a process: it serves as soon as it is started, until it is struck."""
+
+    folder = model = None
+    num_unfinished = 0
+    has_served = True
+
+    def __init__(self, on_fatal: Callable[[ipc.FatalMessage], None]) -> None:
+        self.state = EngineState.STARTING
+        self.ready = asyncio.Event()
+        self.on_fatal = on_fatal
+
+    def start(self) -> None:
+        self.state = EngineState.READY
+        self.ready.set()
+
+    def strike(self) -> None:
+        self.state = EngineState.FAILED
+        self.on_fatal(ipc.FatalMessage("serve", "EngineDied", "it was killed"))
+
+    async def stop(self) -> None:
+        pass
+
+
+class Mortals:
+    """Two of them behind one face. Times are much shorter than they are."""
+
+    def __init__(self, max_restarts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.causes: list[ipc.FatalMessage] = []
+        self.phases: list[ipc.PhaseMessage] = []
+
+        def spawn(face: DataParallelEngine, rank: int) -> Mortal:
+            def on_fatal(message: ipc.FatalMessage) -> None:
+                face._on_engine_fatal(rank, message, has_served=True)
+
+            return Mortal(on_fatal)
+
+        monkeypatch.setattr(DataParallelEngine, "_spawn", spawn)
+        monkeypatch.setattr(restarts, "FIRST_BACKOFF_SECONDS", 0.01)
+        monkeypatch.setattr(restarts, "WINDOW_SECONDS", 1.5)
+        self.face = DataParallelEngine(replace(TWO, max_restarts=max_restarts), self.phases.append, self.causes.append)
+
+    async def strike(self, rank: int) -> None:
+        part = self.face.engines[rank]
+        assert isinstance(part, Mortal)
+        part.strike()
+
+    async def comes(self, state: EngineState, rank: int | None = None) -> None:
+        async with asyncio.timeout(5):
+            while (self.face if rank is None else self.face.engines[rank]).state is not state:
+                await asyncio.sleep(0.005)
+
+
+def test_a_replica_that_is_given_up_is_known_and_tried_again_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def serve() -> None:
+        both = Mortals(2, monkeypatch)
+        both.face.start()
+        await both.comes(EngineState.READY)
+        for _ in range(2):
+            await both.strike(1)
+            assert both.face.state is EngineState.DEGRADED
+            await both.comes(EngineState.READY)
+        began = time.monotonic()
+        await both.strike(1)
+        assert both.phases[-1].state == "begin"
+        assert both.phases[-1].detail.startswith("engine 1: it was killed; it is started again in ")
+        assert both.phases[-1].detail.endswith(", after 2 restarts in 10 minutes")
+        await asyncio.sleep(0.2)
+        assert both.face.states_by_engine() == [EngineState.READY, EngineState.FAILED]
+        assert both.face.state is EngineState.DEGRADED
+        await both.comes(EngineState.READY)
+        assert 0.5 < time.monotonic() - began < 4.0
+        assert (both.phases[-1].state, both.causes) == ("end", [])
+        await both.face.stop()
+
+    asyncio.run(serve())
+
+
+def test_when_no_replica_is_left_all_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def serve() -> None:
+        both = Mortals(1, monkeypatch)
+        both.face.start()
+        await both.comes(EngineState.READY)
+        for rank in (0, 1):
+            await both.strike(rank)
+            await both.comes(EngineState.READY)
+        await both.strike(0)
+        assert not both.causes
+        await both.strike(1)
+        assert both.face.state is EngineState.FAILED
+        (cause,) = both.causes
+        assert cause.message == "engine 1: it was killed; it is given up after 1 restart in 10 minutes"
+        assert cause.exit_code == 70
+        await both.face.stop()
+
+    asyncio.run(serve())
+
+
+def test_a_server_that_gives_up_ends_with_its_own_code(tmp_path: Path) -> None:
+    config = replace(TWO, data_parallel_size=1, max_restarts=0, server=replace(TWO.server, port=0))
+    path = tmp_path / "engine.json"
+    path.write_text(config.to_json())
+    read_end, write_end = os.pipe()
+    command = [sys.executable, "-m", "engine.server", "--config", str(path), "--status-fd", str(write_end)]
+    with subprocess.Popen(command, cwd=HERE.parents[1], pass_fds=[write_end], stderr=subprocess.PIPE) as server:
+        os.close(write_end)
+        try:
+            with open(read_end) as status:
+                records = map(json.loads, status)
+                next(record for record in records if record["kind"] == "ready")
+                (core,) = (pid for pid in children_of(server.pid) if is_core(pid))
+                os.kill(core, signal.SIGKILL)
+                fatal = next(record for record in records if record["kind"] == "fatal")
+            assert server.wait(10) == fatal["exit_code"] == 70
+            assert server.stderr is not None
+            last = server.stderr.read().decode().splitlines()[-1]
+        finally:
+            server.kill()
+    assert last == f"error: {fatal['message']}"
+    assert "was killed by SIGKILL" in last
+    assert last.endswith("it is not to be started again")
+
+
+def is_core(pid: int) -> bool:
+    return b"engine.core_process" in Path(f"/proc/{pid}/cmdline").read_bytes()
 
 
 class Queue:

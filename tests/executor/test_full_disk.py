@@ -25,7 +25,6 @@ from engine.executor.roster import RankFailure
 from engine.node_desk import NodeDesk
 from engine.placement import ParallelSizes
 from engine.process import say, say_trace
-from engine.restarts import Restarts
 
 
 @contextlib.contextmanager
@@ -128,18 +127,3 @@ def test_the_desk_goes_on_letting_nodes_in(monkeypatch: pytest.MonkeyPatch) -> N
                 assert wait_until(lambda: desk.joined == (), 2)
         finally:
             desk.close()
-
-
-def test_the_wait_doubles_while_starts_come_to_nothing() -> None:
-    restarts = Restarts(9)
-    waits = [restarts.next_wait(0.0, has_served=False) for _ in range(9)]
-    assert waits == [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0, 60.0]
-    assert restarts.next_wait(599.0, has_served=True) is None
-    assert restarts.next_wait(600.0, has_served=False) == 60.0
-
-
-def test_an_engine_that_has_served_is_soon_back_and_still_counted() -> None:
-    restarts = Restarts(5)
-    served = [False, False, True, False, True]
-    assert [restarts.next_wait(0.0, has_served=it) for it in served] == [1.0, 2.0, 1.0, 2.0, 1.0]
-    assert restarts.next_wait(1.0, has_served=True) is None

@@ -67,6 +67,12 @@ class FakeEngine:
     def stats_by_engine(self) -> list[SchedulerStats]:
         return [self.stats()] * self.num_engines
 
+    def states_by_engine(self) -> list[EngineState]:
+        """A degraded one has lost its last engine."""
+        if self.state is not EngineState.DEGRADED:
+            return [self.state] * self.num_engines
+        return [EngineState.READY] * (self.num_engines - 1) + [EngineState.FAILED]
+
     def _abort(self, request_id: str) -> None:
         task = self.live.pop(request_id, None)
         if task is not None:

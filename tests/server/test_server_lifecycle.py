@@ -137,9 +137,11 @@ def test_one_failing_choice_ends_the_others() -> None:
 def test_states_are_the_engines() -> None:
     with running() as server, server.http() as client:
         engine = server.engine
+        engine.num_engines = 2
         cases = [
             (EngineState.STARTING, 503, 503, "loading"),
             (EngineState.READY, 200, 200, None),
+            (EngineState.DEGRADED, 200, 200, None),
             (EngineState.DRAINING, 503, 503, "draining"),
             (EngineState.STOPPED, 503, 503, "draining"),
             (EngineState.FAILED, 503, 500, "engine_dead"),
@@ -152,6 +154,8 @@ def test_states_are_the_engines() -> None:
                 assert found.json()["status"] == state.value
                 if state is EngineState.STARTING:
                     assert found.json()["progress_percent"] == 42
+                if state is EngineState.DEGRADED:
+                    assert found.json()["engines"] == ["ready", "failed"]
             assert client.get("/live").status_code == 200
             answer = client.post("/v1/completions", json=BODY | {"max_tokens": 2})
             assert answer.status_code == answer_status
