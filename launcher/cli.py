@@ -36,11 +36,12 @@ COMMANDS: Mapping[str, str] = {
     "up": "Start a model and serve it until Ctrl-C; -d detaches.",
     "plan": "Show what a start would do: placement, topology, memory, ports.",
     "down": "Stop what `up` started.",
+    "restart": "Stop a model and start it again as it was started.",
     "ps": "Show what runs.",
     "status": "Show the nodes of a launch, and what happened on them.",
     "logs": "Show the log of a running or past model.",
     "top": "Watch tokens/s, latency, KV cache, queue; vLLM and SGLang too.",
-    "connect": "Configure claude, codex, opencode, openwebui or env for a server.",
+    "connect": "Set up claude, codex, opencode, openwebui or env for a server.",
     "chat": "Talk to a model in the terminal.",
     "bench": "Measure latency and throughput of a model.",
     "synth": "Write a checkpoint of a model's true shape with random weights.",
@@ -49,6 +50,7 @@ COMMANDS: Mapping[str, str] = {
     "render": "Write the compose files of head and workers.",
     "topo": "Rank the ways to split a model over a cluster.",
     "inventory": "Show cores, memory, GPUs and NICs; --json saves it.",
+    "init": "Write a registry to start from, and its schema.",
     "list": "List the models of the registry.",
     "show": "Show one model, resolved; --explain says where values come from.",
     "validate": "Check a registry and report every problem.",
@@ -57,16 +59,30 @@ COMMANDS: Mapping[str, str] = {
     "schema": "Print the JSON schema of the registry, or its keys.",
     "import": "Turn a vLLM configuration or command line into a registry.",
     "registry": "Begin a registry, add an entry, set a value; the rest stays.",
+    "completion": "Let a shell complete commands, options and model names.",
 }
 
 SECTIONS: Mapping[str, tuple[str, ...]] = {
-    "Run a model": ("up", "down", "ps", "status", "logs", "top"),
+    "Run a model": ("up", "down", "restart", "ps", "status", "logs", "top"),
     "Use it": ("chat", "connect", "bench"),
     "Plan": ("plan", "fit", "topo", "render", "inventory"),
-    "Registry": ("list", "show", "validate", "registry", "import", "schema"),
-    "Examine": ("doctor", "env", "explain", "synth"),
+    "Registry": ("init", "list", "show", "validate", "registry", "import", "schema"),
+    "Examine": ("doctor", "env", "explain", "synth", "completion"),
 }
 """How `--help` groups the commands; each is in one section."""
+
+ALIASES: Mapping[str, str] = {"serve": "up", "run": "up", "stop": "down"}
+"""Words of other programs for ours; no help lists them."""
+ELSEWHERE: Mapping[str, str] = {
+    "bench-fabric": "hlaunch doctor --cluster NAME --active measures between the nodes",
+    "compose": "hlaunch render NAME writes the compose files",
+    "dry-run": "hlaunch plan NAME",
+    "probe": "hlaunch status NAME asks the nodes; inside a container: python -m launcher.probe ready",
+    "import vllm-recipe": "a recipe's command line: hlaunch import vllm-serve 'vllm serve …'",
+    "import sparkrun": "a recipe's command line: hlaunch import vllm-serve 'vllm serve …'",
+    "topo --format": "as SVG: hlaunch plan NAME --svg FILE; as text and JSON: hlaunch topo [--json]",
+}
+"""What people look for under another name, and which command does it."""
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FLAGS = ("--no-color", "--plain", "--debug")
@@ -79,13 +95,9 @@ class _LazyGroup(TyperGroup):
         return list(COMMANDS)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        cmd_name = ALIASES.get(cmd_name, cmd_name)
         if cmd_name not in COMMANDS:
-            from launcher.registry.suggest import did_you_mean
-
-            raise UsageError(
-                f"no such command: {cmd_name}",
-                hint=did_you_mean(cmd_name, COMMANDS) or f"commands: {', '.join(COMMANDS)}",
-            )
+            raise _unknown(cmd_name, cmd_name, COMMANDS)
         return _load(cmd_name)
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
@@ -100,6 +112,23 @@ class _LazyGroup(TyperGroup):
                 formatter.write_dl([(f"{name:<{width}}", COMMANDS[name]) for name in names])
 
 
+class _PartGroup(TyperGroup):
+    """A command with parts, such as `registry add`."""
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        found = super().get_command(ctx, cmd_name)
+        if found is None:
+            raise _unknown(f"{ctx.info_name} {cmd_name}", cmd_name, self.commands)
+        return found
+
+
+def _unknown(line: str, word: str, known: Mapping[str, Any]) -> UsageError:
+    from launcher.registry.suggest import did_you_mean
+
+    hint = ELSEWHERE.get(line) or did_you_mean(word, known) or f"commands: {', '.join(known)}"
+    return UsageError(f"no such command: {line}", hint=hint)
+
+
 def _load(name: str) -> Any:
     # `import` cannot name a module.
     module_name = f"launcher.commands.{name}_" if keyword.iskeyword(name) else f"launcher.commands.{name}"
@@ -112,7 +141,7 @@ def _load(name: str) -> Any:
             f"'{name}' needs the Python package '{error.name}'",
             hint="install the engine's packages: pip install 'hlaunch[engine]'",
         ) from error
-    app = _app()
+    app = _app(cls=_PartGroup)
     module.register(app)
     return typer.main.get_command(app)
 
@@ -256,6 +285,8 @@ def _unexpected(error: Exception, console: Console, is_debug: bool) -> int:
     if callable(describe):
         context = getattr(error, "ctx", None)
         hint = f"see: {context.command_path} --help" if context is not None else "see: hlaunch --help"
+        option = getattr(error, "option_name", None)
+        hint = ELSEWHERE.get(f"{getattr(context, 'info_name', '')} {option}", hint)
         console.error(str(describe()).rstrip("."), hint=hint)
         return ExitCode.USAGE
     if isinstance(error, typer.Abort):

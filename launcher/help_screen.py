@@ -27,6 +27,7 @@ EXAMPLES: Mapping[str, tuple[Example, ...]] = {
         ("plan NAME --diff --against deploy", "what would change"),
     ),
     "down": (("down tiny-oss", "let running requests end, then stop"), ("down --all", "all that runs")),
+    "restart": (("restart tiny-oss", "for example after a change in the registry"),),
     "ps": (("ps --json", "for scripts"),),
     "status": (("status NAME", "nodes, events, transports"), ("status NAME --env", "what each node really has")),
     "logs": (("logs NAME -n 50 -f", "go on reading"), ("logs NAME --transport", "what NCCL and Gloo said")),
@@ -52,6 +53,8 @@ EXAMPLES: Mapping[str, tuple[Example, ...]] = {
         ("inventory --measure", "with memory bandwidth"),
         ("inventory --json > spark-01.json", "to plan for it elsewhere"),
     ),
+    "init": (("init", "./model_registry.yml, every key commented"),),
+    "completion": (("completion bash >> ~/.bashrc", "for good"), ("completion fish | source", "for this shell")),
     "list": (("list --tag cpu", "some of them"),),
     "show": (("show NAME --explain", "where each value comes from"),),
     "validate": (("validate", "the registry that commands use"), ("validate a.yml --strict --sarif", "for CI")),
@@ -89,17 +92,20 @@ class Command(TyperCommand):
     """One command with its help."""
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
-        params = self.get_params(ctx)
+        params = self._shown(ctx)
         arguments = [param for param in params if param.param_type_name == "argument"]
         needed = [_label(param, ctx) for param in params if param.required and param not in arguments]
         return ["[OPTIONS]", *map(_in_usage, arguments), *needed]
+
+    def _shown(self, ctx: Any) -> list[Any]:
+        return [param for param in self.get_params(ctx) if not getattr(param, "hidden", False)]
 
     def get_help(self, ctx: Any) -> str:
         text: str = super().get_help(ctx)
         return text.replace(_GLUE, " ")
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        params = self.get_params(ctx)
+        params = self._shown(ctx)
         for kind in ("argument", "option"):
             rows = [(_label(param, ctx), _words(param)) for param in params if param.param_type_name == kind]
             if rows:

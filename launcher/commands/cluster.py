@@ -6,6 +6,7 @@ Knows: columns, phases as people see them. Refuses to know: nodes, ssh, Docker (
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -22,8 +23,23 @@ if TYPE_CHECKING:
     from launcher.supervise.instance import InstanceFolder
 
 
-def up(invocation: Invocation, plan: ClusterPlan, runtime: str, *, is_replacing: bool) -> int:
-    """Start a launch on its cluster and return when it is ready; the nodes go on by themselves."""
+def up(
+    invocation: Invocation,
+    plan: ClusterPlan,
+    runtime: str,
+    options: Sequence[str],
+    *,
+    is_replacing: bool,
+    is_agreed: bool,
+) -> int:
+    """Start a launch on its cluster and return when it is ready; the nodes go on by themselves.
+
+    `options` are the words of this start, for `restart`. At a terminal what runs is replaced only when the person
+    agrees, or has (`is_agreed`).
+    """
+    from launcher.commands.restart import remember
+    from launcher.exit_codes import ExitCode
+    from launcher.supervise.cluster_run import read_run
     from launcher.supervise.instance import InstanceFolder, state_root
     from launcher.supervise.runtimes import RUNTIMES
 
@@ -38,27 +54,48 @@ def up(invocation: Invocation, plan: ClusterPlan, runtime: str, *, is_replacing:
             f"another `hlaunch up` is starting {plan.name}", hint=f"wait for it: hlaunch status {plan.name}"
         )
     try:
-        return _start_on(invocation, plan, runtime, folder, is_replacing=is_replacing)
+        if (running := read_run(folder)) is not None:
+            if not is_replacing:
+                raise PreflightError(
+                    f"{plan.name} is running on cluster {running.cluster}",
+                    hint=f"run: hlaunch down {plan.name}, or add --replace",
+                )
+            if not _agree(invocation, plan, folder, is_agreed=is_agreed):
+                invocation.console.note("nothing was changed")
+                return ExitCode.INTERRUPTED
+            # What is left would be in the way of what starts.
+            down(invocation.console, folder, running, invocation.environ)
+        remember(invocation, folder, plan.name, options)
+        return _start_on(invocation, plan, runtime, folder)
     finally:
         os.close(lock)
 
 
-def _start_on(
-    invocation: Invocation, plan: ClusterPlan, runtime: str, folder: InstanceFolder, *, is_replacing: bool
-) -> int:
+def _agree(invocation: Invocation, plan: ClusterPlan, folder: InstanceFolder, *, is_agreed: bool) -> bool:
+    """Show in which files the new launch differs from the running one; ask where somebody can answer."""
+    from launcher.compose.render import render
+    from launcher.plan.diff import diff_files
+    from launcher.supervise.running_files import files_folder
+
+    changes = diff_files(render(plan), files_folder(folder))
+    rows = [(item.action, item.path, item.reason) for item in changes if item.action != "none"]
+    for action, path, reason in rows:
+        invocation.console.note(f"{action:<8}  {path}  ({reason})")
+    if not rows:
+        invocation.console.note("nothing differs from what runs")
+    invocation.console.note(f"line by line: hlaunch plan {plan.name} --diff")
+    if is_agreed or not sys.stdin.isatty():
+        return True
+    invocation.console.note(f"{plan.name} is stopped and started again; go on? [y/N]")
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
+def _start_on(invocation: Invocation, plan: ClusterPlan, runtime: str, folder: InstanceFolder) -> int:
     from launcher.exit_codes import ExitCode
     from launcher.fabric.transports import summary
-    from launcher.supervise.cluster_run import read_run, start
+    from launcher.supervise.cluster_run import start
     from launcher.supervise.runtimes import RUNTIMES
 
-    if (running := read_run(folder)) is not None:
-        if not is_replacing:
-            raise PreflightError(
-                f"{plan.name} is running on cluster {running.cluster}",
-                hint=f"run: hlaunch down {plan.name}, or add --replace",
-            )
-        # What is left would be in the way of what starts.
-        down(invocation.console, folder, running, invocation.environ)
     console, began = invocation.console, time.monotonic()
     for node in plan.nodes:
         ranks = f"{len(node.ranks)} rank{'s' * (len(node.ranks) != 1)}" if node.ranks else "no rank"

@@ -32,7 +32,7 @@ def register(app: typer.Typer) -> None:
         failures = []
         for launch in launches:
             try:
-                _stop(invocation, launch)
+                stop_launch(invocation, launch)
             except HlaunchError as error:
                 # What else runs can be ended all the same.
                 failures.append(error)
@@ -44,7 +44,8 @@ def register(app: typer.Typer) -> None:
             invocation.console.note("nothing runs")
 
 
-def _stop(invocation: Invocation, launch: Launch) -> None:
+def stop_launch(invocation: Invocation, launch: Launch) -> None:
+    """End one launch and say how. Raises: HlaunchError naming what is left."""
     from launcher.commands import cluster
     from launcher.supervise.stopping import stop_instance
 

@@ -38,19 +38,7 @@ def register(app: typer.Typer) -> None:
 
         Never replaces a registry that is there.
         """
-        from launcher.registry.editing import write_starter
-        from launcher.registry.locate import REGISTRY_FILE, display_path
-
-        invocation = invocation_of(ctx)
-        target = invocation.cwd / (path or invocation.registry_file or REGISTRY_FILE)
-        if target.is_dir():
-            target /= REGISTRY_FILE
-        written = [display_path(each, invocation.cwd) for each in write_starter(target)]
-        if as_json:
-            invocation.console.json({"file": written[0], "schema": written[1]})
-            return
-        invocation.console.data(f"{written[0]}: written, with its schema {written[1]}")
-        invocation.console.note("next: hlaunch list, hlaunch registry add NAME --model ..., hlaunch plan NAME")
+        write_registry(invocation_of(ctx), path, as_json=as_json)
 
     @app.command("add", short_help="Add an entry; begin a registry where there is none.")
     def add(
@@ -101,6 +89,22 @@ def _pair(text: str) -> tuple[str, str]:
     if not equals or not key.strip():
         raise UsageError("a setting is KEY=VALUE", hint="write max-num-seqs=8")
     return key.strip(), value
+
+
+def write_registry(invocation: Invocation, path: Path | None, *, as_json: bool) -> None:
+    """Write a starting registry and its schema, and say where."""
+    from launcher.registry.editing import write_starter
+    from launcher.registry.locate import REGISTRY_FILE, display_path
+
+    target = invocation.cwd / (path or invocation.registry_file or REGISTRY_FILE)
+    if target.is_dir():
+        target /= REGISTRY_FILE
+    written = [display_path(each, invocation.cwd) for each in write_starter(target)]
+    if as_json:
+        invocation.console.json({"file": written[0], "schema": written[1]})
+        return
+    invocation.console.data(f"{written[0]}: written, with its schema {written[1]}")
+    invocation.console.note("next: hlaunch list, hlaunch registry add NAME --model ..., hlaunch plan NAME")
 
 
 def own_file(invocation: Invocation) -> tuple[Path, str, str | None]:

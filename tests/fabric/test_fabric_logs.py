@@ -14,7 +14,8 @@ import pytest
 from hosts import Hosts
 from test_fabric_transports import StandIns
 
-from launcher.commands.up import LaunchView, _conclude
+from launcher.commands.launch_view import LaunchView
+from launcher.commands.up import _conclude
 from launcher.console import Console
 from launcher.errors import EngineFailed, HlaunchError, PreflightError
 from launcher.redaction import Redaction
