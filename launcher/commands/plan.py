@@ -119,15 +119,23 @@ def placement_table(console: Console, picture: Picture) -> None:
     from launcher.plan.picture import rank_span, span
 
     placement = picture.placement
+    nics = {rank: names for node in picture.nodes for rank, names in node.nics.items()}
+    # On one node nothing leaves it; where nobody knows an interface, there is nothing to say.
+    has_nics = len(placement.nodes) > 1 and any(nics.values())
     rows = []
     for rank in placement.ranks:
         place = f"{rank.dp_rank}/{rank.pp_rank}/{rank.tp_rank}"
         experts = rank_span(range(*rank.experts)) if placement.expert_parallel else f"units {span(rank.mlp_units)}"
         if rank.copied_experts:
             experts += f" + copies of {rank_span(rank.copied_experts)}"
-        rows.append((str(rank.rank), rank.node, rank.device, place, span(rank.layers), span(rank.kv_heads), experts))
+        row = [str(rank.rank), rank.node, rank.device, place, span(rank.layers), span(rank.kv_heads), experts]
+        rows.append([*row, ", ".join(nics.get(rank.rank, ()))] if has_nics else row)
     columns = (">RANK", "NODE", "DEVICE", "DP/PP/TP", "LAYERS", "KV HEADS", "EXPERTS")
-    console.table(columns, rows, title=f"placement: {placement.sizes}, {_ranks(placement.world_size)}")
+    console.table(
+        (*columns, "NIC") if has_nics else columns,
+        rows,
+        title=f"placement: {placement.sizes}, {_ranks(placement.world_size)}",
+    )
     if picture.placement.kv_links:
         _kv_table(console, picture)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from launcher.plan.cluster_plan import ClusterPlan
 from launcher.plan.drawing import entry_values, error_data, memory_data
+from launcher.plan.picture import nics_of
 from launcher.plan.settings import shown_config
 
 
@@ -28,11 +29,12 @@ def cluster_plan_data(plan: ClusterPlan) -> dict[str, Any]:
                 "role": node.node.role,
                 "ip": node.node.ip,
                 "ranks": [rank.rank for rank in node.ranks],
+                "nics": {str(rank.rank): list(nics_of(inventory, rank)) for rank in node.ranks},
                 "ports": [asdict(port) for port in node.ports],
                 "environment": {item.name: {"value": item.shown, "origin": item.origin} for item in node.environment},
                 "engine_config": json.loads(shown_config(node.config)),
             }
-            for node in plan.nodes
+            for node, inventory in zip(plan.nodes, plan.inventories, strict=True)
         ],
         "unused_nodes": list(plan.unused),
         "remarks": [asdict(remark) for remark in plan.remarks],

@@ -14,6 +14,7 @@ from launcher.addresses import host_and_port
 from launcher.errors import HlaunchError
 from launcher.plan.fit import FitReport
 from launcher.plan.launch_plan import LaunchPlan
+from launcher.plan.picture import nics_of
 from launcher.plan.rank_memory import RankMemory
 from launcher.plan.settings import shown_config
 from launcher.registry.types import ResolvedEntry
@@ -120,6 +121,7 @@ def plan_data(plan: LaunchPlan) -> dict[str, Any]:
                 "device": rank.device,
                 "layers": list(rank.layers),
                 "copied_experts": list(rank.copied_experts),
+                "nics": list(nics_of(plan.inventory, rank)),
             }
             for rank in (plan.placement.ranks if plan.placement is not None else ())
         ],

@@ -6,7 +6,7 @@ Pure; both the terminal's drawing and the SVG are made from this value, so they 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import TYPE_CHECKING
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class PictureNode:
-    """One node: `hardware` in words, `inside` joins its ranks, `idle` names devices that no rank uses."""
+    """One node: `hardware` in words, `inside` joins its ranks, `idle` devices have none, `nics` by rank."""
 
     name: str
     role: str
@@ -33,6 +33,7 @@ class PictureNode:
     ranks: tuple[RankSpec, ...]
     idle: tuple[str, ...]
     network: str = ""
+    nics: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +183,7 @@ def _node(name: str, inventory: Inventory, placement: Placement, role: str, addr
         ranks=ranks,
         idle=idle,
         network=network(inventory),
+        nics={rank.rank: nics_of(inventory, rank) for rank in ranks},
     )
 
 
@@ -201,6 +203,19 @@ def network(inventory: Inventory) -> str:
     if ports:
         return ", ".join(port.device + (f" {port.rate_gbps:g} Gb/s" if port.rate_gbps else "") for port in ports)
     return ", ".join(nic.name for nic in inventory.nics if nic.addresses)
+
+
+def nics_of(inventory: Inventory, rank: RankSpec) -> tuple[str, ...]:
+    """List what a rank reaches other nodes by: active RDMA ports, of its NUMA node where that is known.
+
+    Without RDMA the interfaces that are up with an address; empty where the inventory has neither.
+    """
+    ports = [port for port in inventory.rdma_ports if port.is_active]
+    if ports:
+        near = [port for port in ports if None not in (rank.numa_node, port.numa_node)]
+        near = [port for port in near if port.numa_node == rank.numa_node]
+        return tuple(dict.fromkeys(port.device for port in near or ports))
+    return tuple(nic.name for nic in inventory.nics if nic.addresses)
 
 
 def device_span(devices: Sequence[str]) -> str:

@@ -26,9 +26,9 @@ from engine.placement import (
 )
 from launcher.commands.plan import placement_table
 from launcher.console import Console
-from launcher.plan.inventory import declared_inventories
+from launcher.plan.inventory import Nic, RdmaPort, declared_inventories
 from launcher.plan.links import RDMA, TCP, between_link
-from launcher.plan.picture import Picture, alike, device_span, picture_of, rank_span
+from launcher.plan.picture import Picture, alike, device_span, nics_of, picture_of, rank_span
 from launcher.plan.rank_memory import RankMemory, Sizing, report_memory
 from launcher.plan.splits import CASES, REFERENCE
 from launcher.plan.svg import svg_text
@@ -158,6 +158,28 @@ def test_kv_of_engines_on_one_node_stays_inside_it() -> None:
     assert "[1]→[0]" in drawn
 
 
+def test_the_nic_of_every_rank_stands_in_the_table() -> None:
+    model = shape()
+    placement = place(model, ParallelSizes(tensor=2), gpu_hosts(1, 1))
+    placement = replace(placement, ranks=tuple(replace(rank, numa_node=1) for rank in placement.ranks))
+    first = replace(HARDWARE["node-0"], gpus=HARDWARE["node-0"].gpus[:1], rdma_ports=(), nics=())
+    ports = tuple(RdmaPort(f"mlx5_{numa}", 1, "ACTIVE", numa_node=numa) for numa in (0, 1))
+    down = RdmaPort("mlx5_9", 1, "DOWN", numa_node=1)
+    ends = (
+        (replace(first, rdma_ports=(*ports, down)), ("mlx5_1",)),
+        (replace(first, rdma_ports=tuple(replace(port, numa_node=None) for port in ports)), ("mlx5_0", "mlx5_1")),
+        (replace(first, nics=(Nic("eth1", "up", addresses=("10.0.0.1",)), Nic("eth2", "up"))), ("eth1",)),
+    )
+    for inventory, expected in ends:
+        assert nics_of(inventory, placement.ranks[0]) == expected
+    _, table = words_of(picture_of("x", placement, model, {"n0": ends[0][0], "n1": ends[2][0]}))
+    _, head, *rows = [line.split() for line in table.splitlines()]
+    assert head[-1] == "NIC"
+    assert [row[-1] for row in rows] == ["mlx5_1", "eth1"]
+    _, table = words_of(picture_of("x", placement, model, {"n0": first, "n1": first}))
+    assert "NIC" not in table
+
+
 # Bars.
 
 
@@ -248,7 +270,5 @@ def test_links_are_chosen_by_what_is_known() -> None:
     assert chosen.bytes_per_second == pytest.approx(11e9)
 
 
-def _port():
-    from launcher.plan.inventory import RdmaPort
-
+def _port() -> RdmaPort:
     return RdmaPort("mlx5_0", 1, "ACTIVE")
