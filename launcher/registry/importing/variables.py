@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 
 from launcher.registry.importing.changes import Change
 from launcher.registry.values import holds_secret, is_secret_name, redacted, show_text
@@ -18,6 +19,8 @@ _NODE_FIELDS = {
     "GLOO_SOCKET_IFNAME": "ifname",
     "NCCL_IB_GID_INDEX": "gid-index",
 }
+_REWRITTEN = frozenset({"level-int", "level-word", "octal"})
+"""Lint codes whose fix means what the source meant."""
 _ELSEWHERE = {
     "MODEL_NAME": "name the model: hlaunch up NAME",
     "RAY_ADDRESS": "the head of the cluster says it",
@@ -32,7 +35,8 @@ def apply_variables(variables: Mapping[str, str]) -> tuple[dict[str, str], list[
     from launcher.fabric.catalogue import find, find_dead, is_ours_to_judge
 
     env: dict[str, str] = {}
-    changes = []
+    changes: list[Change] = []
+    places: dict[str, int] = {}
     for name, text in variables.items():
         value = text.strip()
         source = name if is_secret_name(name) else f"{name}={_cut(redacted(name, value))}"
@@ -43,6 +47,7 @@ def apply_variables(variables: Mapping[str, str]) -> tuple[dict[str, str], list[
             reason = _ELSEWHERE[name]
         elif dead is not None and find(dead.instead) is not None:
             env[dead.instead] = value
+            places[dead.instead] = len(changes)
             changes.append(Change("renamed", source, f"env.{dead.instead}: {_cut(value)}", f"{name} {dead.truth}"))
             continue
         elif dead is not None:
@@ -60,10 +65,34 @@ def apply_variables(variables: Mapping[str, str]) -> tuple[dict[str, str], list[
             reason = "its value refers to another variable"
         else:
             env[name] = value
+            places[name] = len(changes)
             changes.append(Change("kept", source, f"env.{name}: {_cut(value)}"))
             continue
         changes.append(Change("dropped", source, "", reason))
+    _examine(env, changes, places)
     return env, changes
+
+
+def _examine(env: dict[str, str], changes: list[Change], places: Mapping[str, int]) -> None:
+    """Say what lint has against the variables: an error is left out, a digit becomes its word, a warning is told."""
+    from launcher.fabric.lint import lint
+    from launcher.fabric.sources import Source
+
+    for item in lint([Source("the source", "file", dict(env))]):
+        name = item.subject
+        if item.severity == "info" or name not in env or name not in places:
+            continue
+        change = changes[places[name]]
+        better = item.fix.removeprefix(f"{name}=")
+        reason = "; ".join(part for part in (change.reason, item.cause) if part)
+        if item.severity == "error":
+            del env[name]
+            changes[places[name]] = Change("dropped", change.source, "", item.cause)
+        elif item.code in _REWRITTEN and better != item.fix:
+            env[name] = better
+            changes[places[name]] = Change("renamed", change.source, f"env.{name}: {better}", reason)
+        else:
+            changes[places[name]] = replace(change, reason=reason)
 
 
 def without_comment(value: str) -> str:
