@@ -5,6 +5,7 @@ Knows: files, and how the report reads. Refuses to know: options (`launcher.regi
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -45,7 +46,7 @@ def register(app: typer.Typer) -> None:
         imported = from_config_file(_read(invocation, file), str(file), name)
         _finish(invocation, imported, output, force=force, as_json=as_json)
 
-    @app.command("vllm-serve")
+    @app.command("vllm-serve", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
     def vllm_serve(
         ctx: typer.Context,
         line: Annotated[str, typer.Argument(metavar="LINE", help="The whole command line, in quotes.")],
@@ -57,7 +58,11 @@ def register(app: typer.Typer) -> None:
         """Import a `vllm serve …` command line."""
         from launcher.registry.importing import from_serve_line
 
-        _finish(invocation_of(ctx), from_serve_line(line, name), output, force=force, as_json=as_json)
+        invocation = invocation_of(ctx)
+        # Without quotes the shell has split it: the words are put together again.
+        whole = shlex.join([line, *ctx.args]) if ctx.args else line
+        imported = from_serve_line(whole, name, lambda path: _config(invocation, Path(path)))
+        _finish(invocation, imported, output, force=force, as_json=as_json)
 
     @app.command("mixvllm")
     def mixvllm(
@@ -77,6 +82,11 @@ def register(app: typer.Typer) -> None:
         dotenv = None if env is None else _read(invocation, env)
         imported = from_model_registry(_read(invocation, file), str(file), dotenv)
         _finish(invocation, imported, output, force=force, as_json=as_json)
+
+
+def _config(invocation: Invocation, file: Path) -> str | None:
+    """Return the text of a file that a command line names; None when it is not there."""
+    return _read(invocation, file) if (invocation.cwd / file).is_file() else None
 
 
 def _read(invocation: Invocation, file: Path) -> str:

@@ -273,3 +273,107 @@ def test_the_commands(here: Here) -> None:
     here.write("model: [", "broken.yaml")
     assert here("import", "vllm-config", "broken.yaml").code == 3
     assert here("import", "--help").code == 0
+
+
+def changes_of(imported: Imported) -> dict[str, tuple[str, str]]:
+    return {change.source: (change.action, change.result or change.reason) for change in imported.changes}
+
+
+def test_a_key_in_the_environment_becomes_a_reference() -> None:
+    for before in (
+        "VLLM_API_KEY=sk-canary vllm",
+        "export VLLM_API_KEY=sk-canary; vllm",
+        "docker run -e VLLM_API_KEY v vllm",
+    ):
+        imported = from_serve_line(f"{before} serve org/m --host 0.0.0.0")
+        assert str(only(imported).secret("api-key")) == "${HLAUNCH_API_KEY}"
+        assert changes_of(imported)["VLLM_API_KEY"] == ("renamed", "api-key: ${HLAUNCH_API_KEY}")
+        assert "canary" not in imported.text + repr(imported.changes)
+
+
+def test_every_option_of_docker_is_reported() -> None:
+    line = (
+        "sudo docker run --rm --gpus all -p 9000:8000 -v ~/.cache:/root/.cache --ipc=host --network host"
+        " -e NCCL_DEBUG=INFO --env HF_TOKEN -e DEBUG vllm/vllm-openai:latest vllm serve org/m -tp 2"
+    )
+    imported = from_serve_line(line)
+    found = changes_of(imported)
+    entry = only(imported)
+    assert entry.integer("port") == 9000
+    assert entry.model == "org/m"
+    assert entry.env["NCCL_DEBUG"].value == "INFO"
+    assert found["-p 9000:8000"] == ("renamed", "port: 9000")
+    assert {
+        "--rm",
+        "--gpus all",
+        "-v ~/.cache:/root/.cache",
+        "--ipc host",
+        "--network host",
+        "-e DEBUG",
+    } <= found.keys()
+    assert all(action != "dropped" or reason for action, reason in found.values())
+    assert "container.ipc" in found["--ipc host"][1]
+
+
+@pytest.mark.parametrize(
+    ("publish", "options", "port"),
+    [
+        ("-p 9000:8000", "", 9000),
+        ("-p9000:8000/tcp", "", 9000),
+        ("--publish=127.0.0.1:9000:8000", "", 9000),
+        ("-p 9000:7777", "--port 7777", 9000),
+        ("-p 9000:7777", "", 8000),
+        ("-p 8000", "", 8000),
+        ("-p 9000-9001:8000-8001", "", 8000),
+    ],
+)
+def test_the_published_port_is_where_clients_come_to(publish: str, options: str, port: int) -> None:
+    assert only(from_serve_line(f"docker run {publish} vllm-openai org/m {options}")).integer("port") == port
+
+
+def test_the_options_of_a_named_config_stand_below_the_line() -> None:
+    text = "model: org/m\ntensor_parallel_size: 4\nport: 1234\n"
+    imported = from_serve_line("vllm serve --config c.yaml -tp 2", None, {"c.yaml": text}.get)
+    entry = only(imported)
+    assert (entry.model, entry.integer("tensor-parallel-size"), entry.integer("port")) == ("org/m", 2, 1234)
+    assert only(from_serve_line("vllm serve org/n --config c.yaml", None, {"c.yaml": text}.get)).model == "org/n"
+    with pytest.raises(ImportRefused) as caught:
+        from_serve_line("vllm serve --config gone.yaml", None, lambda path: None)
+    assert "hlaunch import vllm-config gone.yaml" in caught.value.details[0]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "vllm serve org/m # don't forget",
+        "# first\nvllm serve org/m  # a second model?\n# last",
+        "vllm serve \\\n  org/m # why not\n",
+    ],
+)
+def test_comments_are_no_models(line: str) -> None:
+    assert done(from_serve_line(line)) == {"model org/m": "kept"}
+
+
+def test_a_quotation_keeps_its_hash_and_its_lines() -> None:
+    imported = from_serve_line("vllm serve org/m --chat-template '{\n a #b}' --served-model-name 'a#b'")
+    assert any("a #b" in change.source for change in imported.changes)
+    assert any("a#b" in change.source for change in imported.changes)
+
+
+def test_a_line_without_quotes_is_taken_whole(here: Here) -> None:
+    result = here("import", "vllm-serve", "vllm", "serve", "org/m", "--tp", "2", "--max-model-len=1k", "--name", "mine")
+    assert result.code == 0, result.err
+    assert resolve(parse_registry(result.out), "mine").integer("tensor-parallel-size") == 2
+
+
+def test_what_lint_says_of_variables_is_reported() -> None:
+    dotenv = "NCCL_NET_GDR_LEVEL=5\nNCCL_IB_TIMEOUT=23\nNCCL_NET_PLUGIN=/opt/plugin.so\nNCCL_IB_DISABLE=true\n"
+    imported = from_model_registry("models: {m: {model: org/m}}", "r.yml", dotenv)
+    found = {change.source: change for change in imported.changes}
+    assert found["NCCL_NET_GDR_LEVEL=5"].result == "env.NCCL_NET_GDR_LEVEL: SYS"
+    assert found["NCCL_NET_GDR_LEVEL=5"].action == "renamed"
+    assert (found["NCCL_IB_TIMEOUT=23"].action, found["NCCL_NET_PLUGIN=/opt/plugin.so"].action) == ("kept", "kept")
+    assert "unreported" in found["NCCL_IB_TIMEOUT=23"].reason
+    assert "every node" in found["NCCL_NET_PLUGIN=/opt/plugin.so"].reason
+    assert found["NCCL_IB_DISABLE=true"].action == "dropped"
+    assert only(imported).env["NCCL_NET_GDR_LEVEL"].value == "SYS"

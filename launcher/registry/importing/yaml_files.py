@@ -20,7 +20,7 @@ _REGISTRY_HINT = "a model registry has models: {NAME: {model: org/name}}"
 
 def from_config_file(text: str, source: str, name: str | None = None) -> Imported:
     """Convert a file that `vllm serve --config` takes. Pure. Raises: ImportRefused, RegistryInvalid."""
-    options = _mapping(_tree(text, source), source, _CONFIG_HINT)
+    options = config_options(text, source)
     spelled = {key.replace("_", "-"): key for key in options}
     model_key = next((spelled[key] for key in ("model", "model-tag") if key in spelled), None)
     model = options.get(model_key or "")
@@ -30,8 +30,13 @@ def from_config_file(text: str, source: str, name: str | None = None) -> Importe
     changes = [apply_option(entry, "model", model, f"{model_key}: {model}")]
     if changes[0].action == "dropped":
         raise ImportRefused(f"{model!r} cannot be a model: {changes[0].reason}")
-    changes += [apply_option(entry, key, _flat(value)) for key, value in options.items() if key != model_key]
+    changes += [apply_option(entry, key, value) for key, value in options.items() if key != model_key]
     return finish([entry], {}, changes, source)
+
+
+def config_options(text: str, source: str) -> dict[str, str | list[str]]:
+    """Read the options of such a file, values as a command line would have them. Raises: as `from_config_file`."""
+    return {key: _flat(value) for key, value in _mapping(_tree(text, source), source, _CONFIG_HINT).items()}
 
 
 def from_model_registry(text: str, source: str, dotenv: str | None = None) -> Imported:
