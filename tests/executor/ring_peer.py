@@ -1,14 +1,19 @@
-"""A reader in a process of its own: checks every message, pauses at random, and says at the end how many it read."""
+"""One end of a ring in a process of its own: `ring_peer.py read|write END SEED …`.
+
+A reader checks every message, pauses at random, and says at the end how many it read. A writer writes until it is
+killed, and keeps in a page that it shares with its parent how many messages it has written.
+"""
 
 from __future__ import annotations
 
 import json
+import mmap
 import random
 import sys
 import time
 import zlib
 
-from engine.comm.ring import RingClosed, RingEnd, RingReader
+from engine.comm.ring import RingClosed, RingEnd, RingReader, RingWriter
 
 
 def message(sequence: int, source: random.Random) -> bytes:
@@ -34,10 +39,9 @@ def end_from_json(text: str) -> RingEnd:
     return RingEnd(index, segment, tuple(bells), tuple(sockets))
 
 
-def main() -> int:
-    reader = RingReader(end_from_json(sys.argv[1]))
-    pause_share = float(sys.argv[2])
-    source = random.Random(reader.__hash__())
+def read(end: RingEnd, source: random.Random, pause_share: float) -> int:
+    """Read until the writer is gone; how many messages came."""
+    reader = RingReader(end)
     count = 0
     try:
         while True:
@@ -49,8 +53,26 @@ def main() -> int:
             if source.random() < pause_share:
                 time.sleep(source.random() * 2e-3)
     except RingClosed:
-        print(count)
-        return 0
+        return count
+
+
+def write(end: RingEnd, source: random.Random, progress_fd: int) -> None:
+    """Write for ever; the parent kills this process."""
+    writer = RingWriter(end)
+    # One store of eight bytes: no kill leaves half of it.
+    progress = memoryview(mmap.mmap(progress_fd, mmap.PAGESIZE)).cast("Q")
+    while True:
+        writer.write(message(progress[0], source), timeout_seconds=60.0)
+        progress[0] += 1
+
+
+def main() -> int:
+    what, end, seed, *rest = sys.argv[1:]
+    source = random.Random(int(seed))
+    if what == "write":
+        write(end_from_json(end), source, int(rest[0]))
+    print(read(end_from_json(end), source, float(rest[0])))
+    return 0
 
 
 if __name__ == "__main__":

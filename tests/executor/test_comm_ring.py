@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import random
 import signal
@@ -9,10 +10,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
+from executor_support import wait_until
 from ring_peer import end_to_json, message
 
 from engine.comm.ring import RingClosed, RingEnd, RingError, RingReader, RingTimeout, RingWriter, create_ring
@@ -22,16 +24,29 @@ PEER = Path(__file__).parent / "ring_peer.py"
 ROOT = PEER.parents[2]
 
 
-def spawn(end: RingEnd, pause_share: float = 0.0) -> subprocess.Popen[str]:
+PAUSE_SHARE = 1 / 500
+"""Of its messages, behind which a reader sleeps for up to two milliseconds."""
+
+
+def spawn(what: str, end: RingEnd, seed: int, *rest: float, fds: tuple[int, ...] = ()) -> subprocess.Popen[str]:
     process = subprocess.Popen(
-        [sys.executable, str(PEER), end_to_json(end), str(pause_share)],
-        pass_fds=end.fds,
+        [sys.executable, str(PEER), what, end_to_json(end), str(seed), *map(str, rest)],
+        pass_fds=(*end.fds, *fds),
         stdout=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     end.close()
     return process
+
+
+def spawn_readers(ends: Sequence[RingEnd], seed: int) -> list[subprocess.Popen[str]]:
+    return [spawn("read", end, seed + 100 + i, PAUSE_SHARE) for i, end in enumerate(ends)]
+
+
+def stop_for_a_moment(victim: subprocess.Popen[str], source: random.Random) -> None:
+    victim.send_signal(signal.SIGSTOP)
+    threading.Timer(source.random() * 0.05, victim.send_signal, (signal.SIGCONT,)).start()
 
 
 @pytest.fixture
@@ -43,37 +58,32 @@ def pair() -> Iterator[tuple[RingWriter, RingReader]]:
     reader.close()
 
 
-def storm(num_messages: int, num_readers: int, num_kills: int, seed: int) -> None:
-    """Write to readers that pause, are stopped for a while, or are killed; survivors must have read all."""
+def reader_storm(num_messages: int, num_stops: int, seed: int, num_readers: int = 4) -> None:
+    """Write to readers that pause, are stopped for a while, or are killed; survivors must have read all.
+
+    Every reader but the first is killed, each at a message of its own.
+    """
+    print("seed", seed)
+    source, bodies = random.Random(seed), random.Random(seed + 1)
     ours, ends = create_ring(num_readers, slots=8, slot_bytes=4096)
     writer = RingWriter(ours)
-    peers = [spawn(end, pause_share=20 / num_messages * random.Random(i).random()) for i, end in enumerate(ends)]
-    source = random.Random(seed)
-    bodies = random.Random(seed + 1)
-    killed: set[int] = set()
-    events = {source.randrange(num_messages): "kill" for _ in range(num_kills)}
-    events |= {source.randrange(num_messages): "stop" for _ in range(10)}
+    peers = spawn_readers(ends, seed)
+    kills = {source.randrange(num_messages): peer for peer in peers[1:]}
+    stops = {source.randrange(num_messages) for _ in range(num_stops)}
+    living = list(peers)
     try:
         for sequence in range(num_messages):
-            event = events.get(sequence)
-            if event == "kill":
-                victim = source.choice([i for i in range(1, num_readers) if i not in killed] or [-1])
-                if victim > 0:
-                    peers[victim].send_signal(signal.SIGKILL)
-                    killed.add(victim)
-            elif event == "stop":
-                victim = source.choice([i for i in range(num_readers) if i not in killed])
-                peers[victim].send_signal(signal.SIGSTOP)
-                threading.Timer(source.random() * 0.05, peers[victim].send_signal, (signal.SIGCONT,)).start()
+            if sequence in kills:
+                kills[sequence].send_signal(signal.SIGKILL)
+                living.remove(kills[sequence])
+            if sequence in stops:
+                stop_for_a_moment(source.choice(living), source)
             writer.write(message(sequence, bodies), timeout_seconds=30.0)
         writer.close()
-        for index, peer in enumerate(peers):
+        for peer in peers:
             out, _ = peer.communicate(timeout=60)
-            if index in killed:
-                assert peer.returncode == -signal.SIGKILL
-            else:
-                assert (peer.returncode, out.strip()) == (0, str(num_messages))
-        assert 0 not in killed
+            expected = (0, str(num_messages)) if peer in living else (-signal.SIGKILL, "")
+            assert (peer.returncode, out.strip()) == expected
     finally:
         writer.close()
         for peer in peers:
@@ -81,15 +91,59 @@ def storm(num_messages: int, num_readers: int, num_kills: int, seed: int) -> Non
             peer.communicate()
 
 
+def writer_storm(seconds: float, num_stops: int, seed: int, num_readers: int = 3) -> int:
+    """Kill a writer wherever it is: all readers have read the same, all that it had written; returns how much."""
+    print("seed", seed)
+    source = random.Random(seed)
+    ours, ends = create_ring(num_readers, slots=8, slot_bytes=4096)
+    shared = os.memfd_create("progress")
+    os.ftruncate(shared, mmap.PAGESIZE)
+    with mmap.mmap(shared, mmap.PAGESIZE) as page, memoryview(page).cast("Q") as progress:
+        peers = spawn_readers(ends, seed)
+        writer = spawn("write", ours, seed + 1, shared, fds=(shared,))
+        os.close(shared)
+        try:
+            assert wait_until(lambda: progress[0] > 0, 30.0)
+            for _ in range(num_stops):
+                time.sleep(source.random() * 0.02)
+                stop_for_a_moment(source.choice([writer, *peers]), source)
+            time.sleep(source.random() * seconds)
+            writer.kill()
+            writer.wait()
+            found = []
+            for peer in peers:
+                out, _ = peer.communicate(timeout=60)
+                assert peer.returncode == 0
+                found.append(int(out))
+            # It may have died behind a message, before it could count it.
+            assert set(found) <= {progress[0], progress[0] + 1}
+            assert len(set(found)) == 1
+            return found[0]
+        finally:
+            for process in (writer, *peers):
+                process.kill()
+                process.wait()
+                assert process.stdout is not None
+                process.stdout.close()
+
+
 @pytest.mark.parametrize("seed", [1, 2])
 def test_nothing_is_lost_or_torn_while_readers_pause_and_die(seed: int) -> None:
-    storm(50_000, num_readers=3, num_kills=2, seed=seed)
+    reader_storm(20_000, num_stops=10, seed=seed)
+
+
+@pytest.mark.parametrize("seed", [3, 4])
+def test_all_read_the_same_of_a_writer_that_is_killed(seed: int) -> None:
+    assert writer_storm(0.1, num_stops=4, seed=seed) > 0
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_a_million_messages() -> None:
-    storm(1_000_000, num_readers=3, num_kills=2, seed=3)
+    """With 120 readers killed, about 2,000 pauses of each reader, 1,600 stops, and 60 writers killed."""
+    for seed in range(40):
+        reader_storm(25_000, num_stops=40, seed=1000 * seed)
+    assert sum(writer_storm(0.5, num_stops=20, seed=1000 * seed) for seed in range(60)) > 100_000
 
 
 def test_messages_come_in_order_with_their_kind(pair: tuple[RingWriter, RingReader]) -> None:
