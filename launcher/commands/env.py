@@ -28,6 +28,9 @@ def register(app: typer.Typer) -> None:
         model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="A model's name or alias.")] = None,
         cluster: Annotated[str | None, typer.Option("--cluster", metavar="NAME", help="A declared cluster.")] = None,
         node: Annotated[str | None, typer.Option("--node", metavar="NAME", help="One node of the cluster.")] = None,
+        rank: Annotated[
+            int | None, typer.Option("--rank", metavar="K", min=0, help="All variables of one rank's process.")
+        ] = None,
         explain: Annotated[
             str | None, typer.Option("--explain", metavar="VARIABLE", help="Say what one variable is and does.")
         ] = None,
@@ -48,12 +51,16 @@ def register(app: typer.Typer) -> None:
 
         if is_dry and not settings:
             raise UsageError("--dry-run goes with --set", hint="add --set NAME=VALUE")
+        if rank is not None and (model is None or node is not None or settings or explain or do_lint or env_files):
+            raise UsageError("--rank goes with a MODEL, and with nothing else", hint="hlaunch env MODEL --rank 0")
         invocation = invocation_of(ctx)
         target = find_target(invocation, model, cluster, node)
         if settings:
             from launcher.commands.env_set import set_variables
 
             set_variables(invocation, target, node, settings, is_dry=is_dry, as_json=as_json)
+        elif rank is not None:
+            _show_rank(invocation.console, target, invocation.environ, rank, as_json)
         elif explain is not None:
             _explain(invocation.console, target, invocation.environ, explain, as_json)
         elif do_lint or env_files:
@@ -66,6 +73,31 @@ def _variables(target: Target, environ: Mapping[str, str]) -> dict[str, tuple[Va
     from launcher.fabric.target import node_variables
 
     return {node.name: node_variables(target, node, environ) for node in target.nodes}
+
+
+def _show_rank(console: Console, target: Target, environ: Mapping[str, str], rank: int, as_json: bool) -> None:
+    from launcher.plan.launch_variables import plan_of, rank_variables
+
+    assert target.entry is not None
+    plan = plan_of(target.entry, target.cluster if target.declared is not None else None, environ)
+    node, said, variables = rank_variables(plan, rank)
+    if as_json:
+        facts = [_fact(item) for item in variables.values()]
+        console.json({"rank": rank, "node": node, "cluster": target.cluster.name, "variables": facts})
+        return
+    console.table(("NAME", "VALUE", "ORIGIN"), [(item.name, item.shown, item.origin) for item in variables.values()])
+    console.note(said)
+    for line in _unresolved_of(target, node):
+        console.note(line)
+
+
+def _unresolved_of(target: Target, node: str) -> list[str]:
+    """Say what only this node's start fills in."""
+    from dataclasses import replace
+
+    from launcher.fabric.target import unresolved
+
+    return unresolved(replace(target, nodes=tuple(item for item in target.nodes if item.name == node)))
 
 
 def _show(console: Console, target: Target, environ: Mapping[str, str], as_json: bool) -> None:
@@ -121,22 +153,49 @@ def _fact(item: Variable) -> dict[str, object]:
 
 
 def _explain(console: Console, target: Target, environ: Mapping[str, str], name: str, as_json: bool) -> None:
-    from launcher.fabric.target import explanation
+    from launcher.errors import UsageError
+    from launcher.fabric.target import explanation, filled_at_start
 
-    facts = explanation(name)
     values = {
         node: next((item for item in items if item.name == name), None)
         for node, items in _variables(target, environ).items()
     }
+    if None in values.values() and target.entry is not None:
+        whole = _launch_variables(target, environ)
+        values = {node: item or whole.get(node, {}).get(name) for node, item in values.items()}
+    try:
+        facts = explanation(name)
+    except UsageError:
+        if not any(values.values()):
+            raise
+        facts = {"effect": "nothing of the fabric: the program that reads it says it"}
+    at_start = {node.name for node in target.nodes if name in filled_at_start(target.cluster, node)}
+    at_start &= {node for node, item in values.items() if item is None} if target.declared is not None else set()
     if as_json:
         shown = {node: None if item is None else _fact(item) for node, item in values.items()}
-        console.json({"name": name, **facts, "nodes": shown})
+        console.json({"name": name, **facts, "nodes": shown, "filled_at_start": sorted(at_start)})
         return
     rows = [(key, value) for key, value in facts.items() if value]
     for node, item in values.items():
-        rows.append((node, f"{item.shown}, from {item.origin}" if item is not None else "unset"))
+        nothing = "filled in on the node at start" if node in at_start else "unset"
+        rows.append((node, f"{item.shown}, from {item.origin}" if item is not None else nothing))
         rows += [("", f"over {below.shown}, from {below.origin}") for below in (item.shadowed if item else ())]
     console.table((name, ""), rows)
+
+
+def _launch_variables(target: Target, environ: Mapping[str, str]) -> Mapping[str, Mapping[str, Variable]]:
+    """All variables of each node; none where no plan can be made, which `plan` says better."""
+    from launcher.errors import HlaunchError
+    from launcher.plan.cluster_plan import make_cluster_plan
+    from launcher.plan.launch_variables import host_variables, node_variables
+
+    assert target.entry is not None
+    if target.declared is None:
+        return {target.nodes[0].name: host_variables(target.entry, environ)}
+    try:
+        return node_variables(make_cluster_plan(target.entry, target.cluster, environ))
+    except HlaunchError:
+        return {}
 
 
 def _lint(console: Console, target: Target, environ: Mapping[str, str], files: list[Path], as_json: bool) -> None:

@@ -128,7 +128,7 @@ def _service(plan: ClusterPlan, node: NodePlan) -> dict[str, Value]:
         "command": ["python", "-m", "launcher.node", node.role, "--plan", CONTAINER.node_file],
         # Secrets are files of mode 0600: the container runs as whoever owns them on the host.
         "user": Interpolated("${HLAUNCH_UID:-1000}:${HLAUNCH_GID:-1000}"),
-        "environment": _environment(node, cluster),
+        "environment": service_environment(node, cluster),
         # `raw` keeps quotes, `#` and `$` as they stand, like `docker run --env-file`.
         "env_file": [{"path": f"./{ENV_FILE}", "required": False, "format": "raw"}],
     }
@@ -160,7 +160,11 @@ def _service(plan: ClusterPlan, node: NodePlan) -> dict[str, Value]:
     return service
 
 
-def _environment(node: NodePlan, cluster: Cluster) -> dict[str, Value]:
+def service_environment(node: NodePlan, cluster: Cluster) -> dict[str, Value]:
+    """Return all variables of a node's container, in name order; a secret is a reference to the host's.
+
+    Raises: as `node_environment`; UsageError for what cannot be a variable.
+    """
     chosen: dict[str, Value] = {}
     for name, value in node_environment(node).items():
         if not _VARIABLE_NAME.fullmatch(name):

@@ -13,7 +13,7 @@ from functools import cache
 from launcher.fabric.spec import SCOPE_WORDS, Dead, Scope, Spec
 from launcher.fabric.table_nccl import NCCL, NCCL_DEAD, NCCL_OTHERS, NEWEST_BEFORE
 from launcher.fabric.table_ray import RAY, RAY_DEAD, RAY_OTHERS
-from launcher.fabric.table_torch import CUDA, FOREIGN, GLOO, HUB, OURS, RANKS, TORCH, TORCH_ALIASES, UCX
+from launcher.fabric.table_torch import CUDA, FOREIGN, GLOO, HUB, OURS, RANKS, THREADS, TORCH, TORCH_ALIASES, UCX
 from launcher.registry.values import redacted
 
 __all__ = [
@@ -33,7 +33,7 @@ __all__ = [
 CATALOGUE_VERSION = "1: NCCL 2.30.7, Ray 2.60.0, UCX 1.22, torch 2.13"
 HOST_NCCL = NEWEST_BEFORE
 
-MAIN: tuple[Spec, ...] = (*NCCL, *GLOO, *TORCH, *UCX, *CUDA, *HUB, *RAY, *RANKS, *OURS)
+MAIN: tuple[Spec, ...] = (*NCCL, *GLOO, *TORCH, *UCX, *CUDA, *HUB, *RAY, *THREADS, *RANKS, *OURS)
 """The rows that documentation shows: set by hlaunch, or with a rule of their own."""
 
 _SPECS: dict[str, Spec] = {row.name: row for row in (*NCCL_OTHERS, *RAY_OTHERS, *MAIN)}
@@ -46,9 +46,9 @@ _PATH_LIKE = re.compile(r"(^|_)(PATH|HOME|PRELOAD|TMPDIR|VIRTUAL_ENV|PYTHONPATH)
 SECRETS = frozenset({"RAY_AUTH_TOKEN", "HF_TOKEN"})
 
 NEVER_CARRIED = frozenset({"HLAUNCH_NODE_IP", "VLLM_HOST_IP", "NVIDIA_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES"}).union(
-    SECRETS
+    SECRETS, (row.name for row in THREADS)
 )
-"""Facts of one node, one rank, or secrets: never copied from the machine that starts the others."""
+"""Facts of one node or its cores, one rank, or secrets: never copied from the machine that starts the others."""
 
 
 def find(name: str) -> Spec | None:

@@ -81,6 +81,12 @@ HUB: tuple[Spec, ...] = (
     _row("HF_TOKEN", "Hugging Face", Text("a secret"), "unset", F, "secret for gated models; by file, never in a registry", "huggingface_hub"),
 )  # fmt: skip
 
+_COUNT = Pattern("a whole number", r"[1-9]\d*", "4", "all")
+THREADS: tuple[Spec, ...] = (
+    _row("OMP_NUM_THREADS", "OpenMP", _COUNT, "all cores", F, "threads of PyTorch on a CPU; hlaunch gives each CPU rank its part of the cores", "OpenMP 5.2"),
+    _row("MKL_NUM_THREADS", "oneMKL", _COUNT, "all cores", F, "as OMP_NUM_THREADS, for matrix products", "oneMKL, documentation"),
+)  # fmt: skip
+
 RANKS: tuple[Spec, ...] = tuple(
     _row(name, "engine", Text(), "unset", R, "set per rank by the engine", "torch.distributed")
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")

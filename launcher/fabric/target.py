@@ -48,13 +48,15 @@ class Target:
 def find_target(invocation: Invocation, model: str | None, cluster: str | None, node: str | None) -> Target:
     """Resolve names of the command line. Raises: RegistryError; UnknownName for a model, cluster or node.
 
-    The cluster is the named one, else `HLAUNCH_CLUSTER`, else the model's own, else this host alone. Without a model
-    and a cluster no registry is needed.
+    The cluster is the named one, else `HLAUNCH_CLUSTER`, else the model's own, else the one with the named node, else
+    this host alone. Without a model, a cluster and a node no registry is needed.
     """
     name = cluster or invocation.environ.get("HLAUNCH_CLUSTER") or None
-    if model is None and name is None:
+    if model is None and name is None and node in (None, socket.gethostname()):
         return _chosen(this_host(), node)
     registry = invocation.load_registry()
+    if model is None and name is None and node is not None:
+        name = _cluster_with(registry, node)
     entry = None
     if model is not None:
         entry = resolve(registry, model, invocation.environ)
@@ -64,6 +66,21 @@ def find_target(invocation: Invocation, model: str | None, cluster: str | None, 
         return _chosen(this_host(), node, entry, registry)
     found = resolve_cluster(registry, name, invocation.environ, entry)
     return _chosen(found, node, entry, registry, find_cluster(registry, name))
+
+
+def _cluster_with(registry: Registry, node: str) -> str:
+    """Name the cluster that has a node; of several the defaults'. Raises: UnknownName; UsageError when it is open."""
+    names = {name: [item.name for item in declared.cluster.nodes] for name, declared in registry.clusters.items()}
+    found = [name for name, nodes in names.items() if node in nodes]
+    usual = registry.defaults.settings.get("cluster")
+    if usual is not None and usual.value in found:
+        return str(usual.value)
+    if not found:
+        known = [item for nodes in names.values() for item in nodes]
+        raise unknown_name("node", node, known, f"the clusters of {registry.source}")
+    if len(found) > 1:
+        raise UsageError(f"node {node} is in several clusters", hint=f"add --cluster {' or --cluster '.join(found)}")
+    return found[0]
 
 
 def this_host() -> Cluster:
@@ -161,6 +178,18 @@ def explanation(name: str) -> dict[str, str]:
     near = catalogue.suggestions(name)
     hint = f"did you mean {' or '.join(near)}?" if near else "hlaunch env lists what is set"
     raise UsageError(f"no release known here reads '{name}'", hint=hint)
+
+
+def filled_at_start(cluster: Cluster, node: Node) -> frozenset[str]:
+    """Name what only the node's own start can tell: variables that the plan leaves to it."""
+    found = set() if node.ifname is not None else {"GLOO_SOCKET_IFNAME"}
+    if platform_of(cluster, node) != "cpu":
+        found |= {"NCCL_SOCKET_IFNAME"} if node.ifname is None else set()
+        if cluster.fabric.rdma != "off":
+            found |= {"NCCL_IB_HCA"} if not (node.hcas or cluster.fabric.hcas) else set()
+            is_pinned = cluster.fabric.gid_index == "auto-pin" and node.gid_index is None
+            found |= {"NCCL_IB_GID_INDEX"} if is_pinned else set()
+    return frozenset(found)
 
 
 def unresolved(target: Target) -> list[str]:
