@@ -52,8 +52,9 @@ accepted logs and metrics are always there, on /metrics and in the log
 accepted the server has one process for HTTP beside the engine's
   disable-frontend-multiprocessing+ api-server-count:asc renderer-num-workers h11-max-incomplete-event-size
   h11-max-header-count disable-fastapi-docs+ enable-offline-docs+
-accepted usage, tool choice and request ids are always on
+accepted usage, tool choice, reasoning and request ids are always on
   enable-auto-tool-choice+ enable-prompt-tokens-details+ enable-force-include-usage+ enable-request-id-headers+
+  enable-reasoning+
   exclude-tools-when-tool-choice-none+ return-tokens-as-token-ids+ response-role chat-template-content-format
 accepted the engine plans its own memory and steps
   swap-space num-gpu-blocks-override max-num-partial-prefills max-long-partial-prefills num-lookahead-slots
@@ -66,10 +67,12 @@ accepted kernels and graphs are chosen by measurement, per platform
   all2all-backend cuda-graph-sizes* cudagraph-capture-sizes* max-cudagraph-capture-size max-seq-len-to-capture
   disable-custom-all-reduce+ ir-op-priority model-impl use-tqdm-on-load+ pt-load-map-location
   enable-flashinfer-autotune+ enable-layerwise-nvtx-tracing+ ray-workers-use-nsight+
-  profiler-config max-parallel-loading-workers safetensors-load-strategy ignore-patterns*
+  profiler-config
   disable-nccl-for-dp-synchronization+
   ubatch-size dbo-decode-token-threshold dbo-prefill-token-threshold enable-dbo+ mamba-cache-dtype
   mamba-ssm-cache-dtype mamba-block-size mamba-cache-mode
+accepted each rank reads its own part of the weights, and nothing else
+  max-parallel-loading-workers safetensors-load-strategy ignore-patterns*
 accepted the launcher finds the checkpoint and its configuration
   download-dir config-format hf-config-path code-revision tokenizer-mode tokenizer-revision convert runner task
   generation-config intial-incremental-detokenization-offset skip-tokenizer-init+ tokenizer-pool-size
@@ -77,7 +80,7 @@ accepted the launcher finds the checkpoint and its configuration
 accepted the cluster in the registry says where ranks run
   nnodes node-rank master-addr master-port data-parallel-address:dpa data-parallel-rpc-port:dpp
   data-parallel-backend:dpb data-parallel-size-local:dpl data-parallel-rank:dpn data-parallel-start-rank:dpr
-  numa-bind+ numa-bind-nodes* numa-bind-cpus* headless+ distributed-timeout-seconds
+  engine-use-ray+ worker-use-ray+ numa-bind+ numa-bind-nodes* numa-bind-cpus* headless+ distributed-timeout-seconds
 accepted limits of features that are off
   max-loras max-lora-rank max-cpu-loras lora-dtype lora-extra-vocab-size fully-sharded-loras+ long-lora-scaling-factors
   lora-target-modules* specialize-active-lora+ enable-lora-bias+ max-prompt-adapters max-prompt-adapter-token

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 
 from launcher.errors import Issue, Severity
 from launcher.registry.document import Mapping, Node, Scalar, Sequence
-from launcher.registry.flags import Flag, find_negated, flags
+from launcher.registry.flags import Flag, find_flag, find_negated, flags
 from launcher.registry.reserved import refusal
 from launcher.registry.shapes import DOCUMENT, MODEL, NAME_PATTERN, Items, Keys, Names, Shape, Variables
 from launcher.registry.suggest import Suggester
@@ -192,7 +192,7 @@ class _Walker:
             message = "cannot stand here" if belongs == "cluster" else "belongs to one model"
             self._report("model-only", node.mark, (*path, belongs), message, shape.elsewhere[belongs])
             return None
-        if shape.takes_flags and (flag := flags().get(text.replace("_", "-"))) is not None:
+        if shape.takes_flags and (flag := find_flag(text)) is not None and flag.status != "native":
             self._flag(flag, node, path, value)
             return None
         known = shape.proposals

@@ -99,3 +99,25 @@ def test_short_forms_and_negations_are_of_the_command_line_only() -> None:
     assert find_negated("no-enable-prefix-caching") is flags()["enable-prefix-caching"]
     assert find_negated("no-port") is None
     assert "q" not in SPELLINGS
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "path", "words"),
+    [
+        ("dcp: 2", "unsupported-flag", "decode-context-parallel-size", "tensor, pipeline and data"),
+        ("pcp: 2", "unsupported-flag", "prefill-context-parallel-size", "tensor, pipeline and data"),
+        ("asc: 2", "accepted-flag", "api-server-count", "one process for HTTP"),
+        ("max-parallel-loading-workers: 2", "accepted-flag", "max-parallel-loading-workers", "reads its own part"),
+        ("enable-reasoning: true", "accepted-flag", "enable-reasoning", "always on"),
+        ("engine-use-ray: true", "accepted-flag", "engine-use-ray", "cluster in the registry"),
+        ("worker_use_ray: true", "accepted-flag", "worker-use-ray", "cluster in the registry"),
+    ],
+)
+def test_short_and_old_names_are_known(line: str, code: str, path: str, words: str) -> None:
+    try:
+        issues = parse_registry(one(line)).issues
+    except RegistryInvalid as error:
+        issues = error.issues
+    assert [(issue.code, issue.path) for issue in issues] == [(code, f"models.m.{path}")]
+    assert words in issues[0].message
+    assert "did you mean" not in issues[0].hint
