@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -238,6 +239,85 @@ def test_svg_is_well_formed_deterministic_and_complete(sizes: ParallelSizes) -> 
             assert float(element.attrib.get("y", 0)) + float(element.attrib["height"]) <= height + 0.2
     assert "<script" not in text
     assert "href" not in text
+
+
+def joined(sizes: ParallelSizes) -> Picture:
+    """Two nodes with two GPUs each, KV going from the first engine to the second, copied experts."""
+    base = place(shape(), sizes, gpu_hosts(2, 2))
+    copies = ((20, 21), (1, 5, 9, 14), *[()] * (base.world_size - 2))
+    ranks = tuple(replace(rank, copied_experts=held) for rank, held in zip(base.ranks, copies, strict=True))
+    linked = replace(base, ranks=ranks, kv_links=(KVLink(0, 1),))
+    two = {name: replace(HARDWARE["node-0"], gpus=HARDWARE["node-0"].gpus[:2]) for name in ("n0", "n1")}
+    return picture_of("joined", linked, shape(), two, between=RDMA)
+
+
+def test_copied_experts_and_moving_kv_are_in_the_svg() -> None:
+    text = svg_text(joined(ParallelSizes(data=2, tensor=2)))
+    words = [element.text for element in ElementTree.fromstring(text).iter() if element.tag.endswith("text")]
+    assert "KV engine 0 → 1: 49.15 kB per token, RDMA" in words
+    assert 'class="kv" marker-end' in text
+    assert "+ experts 20-21" in words
+    assert "+ 4 experts" in words
+    assert "<title>rank 1 holds copies of experts 1, 5, 9, 14</title>" in text
+    assert "KV engine 0 → 1: 49.15 kB per token, NVLink" in svg_text(joined(ParallelSizes(data=4)))
+
+
+LINES = {"hop", "cross", "kv"}
+CROSSINGS = {
+    **{str(case.number): picture(case.sizes, has_memory=True) for case in CASES},
+    "across": picture(ParallelSizes(tensor=16), has_memory=True),
+    "spread": picture(ParallelSizes(pipeline=2, tensor=2, data=4), options=PlacementOptions("spread")),
+    "backwards": picture(ParallelSizes(pipeline=2, tensor=8), options=PlacementOptions(nodes=("node-1", "node-0"))),
+    "KV between nodes": joined(ParallelSizes(data=2, tensor=2)),
+    "KV inside a node": joined(ParallelSizes(data=4)),
+    "small": picture(ParallelSizes()),
+}
+
+
+@pytest.mark.parametrize("name", CROSSINGS)
+def test_no_line_crosses_a_word_and_every_word_is_inside(name: str) -> None:
+    root = ElementTree.fromstring(svg_text(CROSSINGS[name]))
+    drawn = [(element.tag.rpartition("}")[2], element) for element in root]
+    lines = [at for at, (tag, element) in enumerate(drawn) if tag == "path" and element.get("class") in LINES]
+    cards = [at for at, (tag, element) in enumerate(drawn) if tag == "rect" and element.get("style")]
+    assert not lines or max(lines) < min(cards), "cards cover the lines that pass behind them"
+    boxes = {}
+    for tag, element in drawn:
+        if tag == "text":
+            x, y = float(element.attrib["x"]), float(element.attrib["y"])
+            size = {"title": 10.4, "name": 8.0, "tiny": 5.6}.get(element.attrib["class"].split()[0], 6.2)
+            wide = size * len(element.text or "")
+            x -= {"end": wide, "middle": wide / 2}.get(element.get("text-anchor", ""), 0)
+            assert x >= 0
+            assert x + wide <= float(root.attrib["width"]), element.text
+            if element.attrib["class"].split()[0] in ("name", "soft", "warn", "title"):
+                boxes[element.text, x, y] = (x, y - 9, x + wide, y + 2)
+    for at in lines:
+        points = walked(drawn[at][1].attrib["d"])
+        for (x, y), (to_x, to_y) in zip(points, points[1:], strict=False):
+            left, right, top, low = min(x, to_x), max(x, to_x), min(y, to_y), max(y, to_y)
+            for key, (begin, upper, end, lower) in boxes.items():
+                assert right < begin or left > end or low < upper or top > lower, (name, key, (x, y), (to_x, to_y))
+
+
+def walked(path: str) -> list[tuple[float, float]]:
+    """The corners of a path of `M`, `H` and `V`."""
+    points: list[tuple[float, float]] = []
+    for step, numbers in re.findall(r"([MHV])([-\d. ]+)", path):
+        values = [float(number) for number in numbers.split()]
+        x, y = points[-1] if points else (0.0, 0.0)
+        points.append({"M": tuple(values), "H": (values[0], y), "V": (x, values[0])}[step])  # type: ignore[arg-type]
+    assert "".join(re.findall("[A-Z]", path)) in ("MH", "MVHV")
+    return points
+
+
+def test_a_drawing_is_as_wide_as_what_it_shows() -> None:
+    widths = [
+        float(ElementTree.fromstring(svg_text(CROSSINGS[name])).attrib["width"]) for name in ("small", "7", "across")
+    ]
+    assert widths == sorted(widths)
+    assert widths[0] < 700
+    assert widths[-1] > 1150
 
 
 def test_what_crosses_is_said_in_both_drawings() -> None:
