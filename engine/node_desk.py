@@ -167,7 +167,9 @@ class NodeDesk:
             check_facts(facts, hello.node, hello.facts)
         except LinkRefused as error:
             _say(f"{link.peer} cannot join: {error}")
-            return refuse(link, Refusal(str(error), "the same hlaunch, torch and model files on all nodes"))
+            return refuse(
+                link, Refusal(str(error), "the same hlaunch, torch, model files and NCCL settings on all nodes")
+            )
         with self._lock:
             there = self._nodes.get(hello.node)
         if there is not None:

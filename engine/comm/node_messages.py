@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import enum
 import importlib.metadata
+import os
 import platform
 import socket
 from typing import TypeVar
 
 import msgspec
 
+from engine.comm import fabric_variables
 from engine.comm.secure_link import LinkRefused, LinkState
 
 T = TypeVar("T")
@@ -54,6 +56,9 @@ class NodeFacts(msgspec.Struct, frozen=True, omit_defaults=True):
     """Empty where there is none: a node of CPU ranks."""
     model_digest: str = ""
     """SHA-256 of the model's configuration and weights, as `engine.model_digest` takes it; "" is unknown."""
+    fabric: dict[str, str] = {}
+    """What it has set of `engine.comm.fabric_variables`."""
+    has_gpus: bool = False
 
 
 class Hello(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -142,7 +147,7 @@ class Start(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 def own_facts(model_digest: str = "") -> NodeFacts:
-    """Tell this node's versions. Imports nothing heavy."""
+    """Tell this node's versions and settings. Imports nothing heavy."""
     return NodeFacts(
         hostname=socket.gethostname(),
         hlaunch=_version_of("hlaunch"),
@@ -150,11 +155,13 @@ def own_facts(model_digest: str = "") -> NodeFacts:
         torch=_version_of("torch"),
         nccl=_version_of("nvidia-nccl-cu13") or _version_of("nvidia-nccl-cu12"),
         model_digest=model_digest,
+        fabric=fabric_variables.own_values(os.environ),
+        has_gpus=fabric_variables.has_gpus(),
     )
 
 
 def check_facts(ours: NodeFacts, node: str, theirs: NodeFacts) -> None:
-    """Hold a node's versions and model against the head's. Raises: LinkRefused naming what differs, and where."""
+    """Hold a node's versions, model and fabric against the head's. Raises: LinkRefused naming what differs, where."""
     for what, one, other in (
         ("hlaunch", ours.hlaunch, theirs.hlaunch),
         # Patch releases of Python speak the same: nothing of Python's own travels.
@@ -169,6 +176,14 @@ def check_facts(ours: NodeFacts, node: str, theirs: NodeFacts) -> None:
         raise LinkRefused(
             f"{node} ({theirs.hostname}) has other weights: its model's digest is {theirs.model_digest[:12]}, "
             f"the head's {ours.model_digest[:12]}"
+        )
+    both_have_gpus = ours.has_gpus and theirs.has_gpus
+    if found := fabric_variables.first_difference(ours.fabric, theirs.fabric, both_have_gpus=both_have_gpus):
+        name, *values = found
+        head, there = ("unset" if value is None else f"= {value}" for value in values)
+        raise LinkRefused(
+            f"{node} ({theirs.hostname}) has {name} {there}, the head ({ours.hostname}) {head}; "
+            "ranks on several nodes must read it alike"
         )
 
 
@@ -195,7 +210,9 @@ def read_hello(frame: tuple[int, bytes] | None) -> Hello:
     hello = decode(body, Hello)
     if not hello.node or len(hello.node) > 255 or not hello.node.isprintable():
         raise LinkRefused(f"a node calls itself {hello.node[:40]!r}")
-    for said in (hello.order_id, *msgspec.structs.astuple(hello.facts)):
+    facts = hello.facts
+    versions = (facts.hostname, facts.hlaunch, facts.python, facts.torch, facts.nccl, facts.model_digest)
+    for said in (hello.order_id, *versions, *facts.fabric, *facts.fabric.values()):
         # These reach logs and terminals.
         if len(said) > 255 or not said.isprintable():
             raise LinkRefused(f"{hello.node} says {said[:40]!r} of itself")

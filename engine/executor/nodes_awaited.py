@@ -16,7 +16,7 @@ from engine.executor.node_starter import NodeOrder, NodeStarter
 from engine.executor.roster import RankFailure, Roster
 
 _SAY_SECONDS = 2.0
-_HINT = "the same hlaunch, Python, torch and model files on all nodes"
+_HINT = "the same hlaunch, Python, torch, model files and NCCL settings on all nodes"
 
 
 class NodesAwaited:

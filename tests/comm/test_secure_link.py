@@ -12,6 +12,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
@@ -384,8 +385,9 @@ def test_who_proves_the_secret_and_says_nothing_is_sent_away(door: NodeListener,
         Hello("two", "x" * 256),
         Hello("two", "1", NodeFacts(hostname="a\x1b[2J")),
         Hello("two", "1", NodeFacts(torch="2.0\nerror: another line")),
+        Hello("two", "1", NodeFacts(fabric={"NCCL_ALGO": "\x1b[2J"})),
     ],
-    ids=["long", "escape", "line"],
+    ids=["long", "escape", "line", "variable"],
 )
 def test_what_a_node_says_of_itself_is_fit_for_a_log(hello: Hello) -> None:
     with pytest.raises(LinkRefused, match="^two says '[^\x1b\n]{1,45}' of itself$"):
@@ -441,11 +443,16 @@ def test_a_frame_cannot_be_sent_back() -> None:
         ({"hlaunch": "0.0.9"}, r"two \(beta\) has hlaunch 0.0.9, the head 1"),
         ({"torch": ""}, r"two \(beta\) has torch none, the head 3"),
         ({"python": "3.12.1"}, r"two \(beta\) has Python 3.12, the head 3.11"),
+        (
+            {"fabric": {"NCCL_ALGO": "Tree", "NCCL_PROTO": "LL"}},
+            r"two \(beta\) has NCCL_ALGO = Tree, the head \(alpha\) = Ring; ranks on several nodes must read it alike",
+        ),
         ({"model_digest": "cd" * 32}, r"two \(beta\) has other weights: its model's digest is cdcdcdcdcdcd"),
     ],
 )
-def test_nodes_that_differ_are_told_apart(theirs: dict[str, str], expected: str) -> None:
-    ours = {"hlaunch": "1", "python": "3.11.2", "torch": "3", "model_digest": "ab" * 32}
+def test_nodes_that_differ_are_told_apart(theirs: dict[str, Any], expected: str) -> None:
+    ours: dict[str, Any] = {"hlaunch": "1", "python": "3.11.2", "torch": "3", "model_digest": "ab" * 32}
+    ours["fabric"] = {"NCCL_ALGO": "Ring", "NCCL_PROTO": "LL"}
     same = NodeFacts(hostname="beta", **{**ours, "python": "3.11.9"})
     check_facts(NodeFacts(hostname="alpha", **ours), "two", same)
     with pytest.raises(LinkRefused, match=expected):

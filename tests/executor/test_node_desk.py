@@ -43,7 +43,7 @@ from engine.node_secret import SecretError, read_secret
 from engine.placement import ParallelSizes
 
 SECRET = "a secret of the test, long enough"
-FACTS = NodeFacts("here", "1", "3.11.0", "2", model_digest="ab" * 32)
+FACTS = NodeFacts("here", "1", "3.11.0", "2", model_digest="ab" * 32, fabric={"NCCL_ALGO": "Ring"})
 
 
 @pytest.fixture
@@ -194,6 +194,10 @@ def test_no_order_comes_before_the_welcome(desk: NodeDesk, monkeypatch: pytest.M
         (
             Hello("node1", "", NodeFacts("there", "1", "3.11.0", "2", model_digest="cd" * 32)),
             "node1 (there) has other weights",
+        ),
+        (
+            Hello("node1", "", msgspec.structs.replace(FACTS, fabric={"NCCL_ALGO": "Tree"})),
+            "node1 (here) has NCCL_ALGO = Tree, the head (here) = Ring",
         ),
         (Hello("node1", "9", FACTS), "no host of node1 is wanted for this run"),
     ],
