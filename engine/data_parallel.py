@@ -232,7 +232,7 @@ class DataParallelEngine:
             after = f", after {often}" if restarts.is_given_up else ""
             said = f"{named.message}; it is started again in {wait:.0f} s{after}"
         self._on_phase(ipc.PhaseMessage(RESTART_PHASE, "begin", None, said))
-        say(said)
+        say(f"{time.strftime('%H:%M:%S')} {said}")
 
     async def _restart(self, rank: int, backoff_seconds: float) -> None:
         await asyncio.gather(self.engines[rank].stop(), asyncio.sleep(backoff_seconds))
@@ -253,6 +253,7 @@ class DataParallelEngine:
         self._restarting.discard(rank)
         if not self._restarting:
             self._on_phase(ipc.PhaseMessage(RESTART_PHASE, "end", None, "serves again"))
+            say(f"{time.strftime('%H:%M:%S')} serves again")
 
     def _watch(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.ensure_future(work)

@@ -56,14 +56,22 @@ def members_line(members: Sequence[int]) -> str:
 
 
 def edge_lines(placement: Placement, spec: RankSpec, links: RankLinks) -> list[str]:
-    """List this rank's connections; one whose kind does not say what it is made of is left out."""
+    """List this rank's connections; one whose kind does not say what it is made of is left out.
+
+    What two ranks share in memory is listed by the lower one.
+    """
     found: list[tuple[RankSpec, object]] = [(peer, links.group) for peer in links.stage if peer.rank != spec.rank]
     if links.receiver is not None:
         found.append((placement.stage(spec.dp_rank, spec.pp_rank - 1)[spec.tp_rank], links.receiver))
     if links.sender is not None:
         found.append((placement.stage(spec.dp_rank, spec.pp_rank + 1)[spec.tp_rank], links.sender))
     ways = [(peer, _way(link)) for peer, link in found]
-    return [f"{_name(spec)} -> {_name(peer)} via {way}" for peer, way in ways if way]
+    return [f"{_name(spec)} -> {_name(peer)} via {way}" for peer, way in ways if way and not _is_said(spec, peer, way)]
+
+
+def _is_said(spec: RankSpec, peer: RankSpec, way: str) -> bool:
+    """Whether the other end says it: shared memory is the same from both sides, a TCP connection has two addresses."""
+    return way.startswith("SHM/") and peer.rank < spec.rank
 
 
 def _name(spec: RankSpec) -> str:
