@@ -79,7 +79,7 @@ def _start(invocation: Invocation, name: str, overrides: Sequence[str]) -> None:
     if invocation.registry_file is not None:
         argv += ["--file", str(invocation.registry_file)]
     argv += [part for profile in invocation.profiles for part in ("--profile", profile)]
-    argv += ["up", "--detach", *(part for item in overrides for part in ("--set", item)), "--", name]
+    argv += ["up", "--detach", "--transient", *(part for item in overrides for part in ("--set", item)), "--", name]
     process = subprocess.Popen(argv, env=dict(invocation.environ), stdout=subprocess.DEVNULL)
     try:
         code = process.wait()

@@ -56,7 +56,7 @@ def register(app: typer.Typer) -> None:
         console = invocation.console
         target = find_target(invocation, model, cluster, node)
         if print_firewall:
-            _firewall(console, target, tool)
+            _firewall(console, target, tool, as_json=as_json)
             return
         if active and root is not None:
             raise UsageError("--active needs real hosts, --root reads files", hint="leave one of them out")
@@ -84,15 +84,18 @@ def register(app: typer.Typer) -> None:
             raise typer.Exit(ExitCode.PREFLIGHT)
 
 
-def _firewall(console: Console, target: Target, tool: str) -> None:
+def _firewall(console: Console, target: Target, tool: str, *, as_json: bool) -> None:
     from launcher.fabric.firewall import TOOLS, firewall_lines
 
     chosen = next((known for known in TOOLS if known == tool), None)
     if chosen is None:
         raise UsageError(f"no firewall tool '{tool}'", hint=f"one of: {', '.join(TOOLS)}")
-    for node in target.nodes:
-        for line in firewall_lines(target.cluster, node, chosen):
-            console.data(line)
+    lines = {node.name: firewall_lines(target.cluster, node, chosen) for node in target.nodes}
+    if as_json:
+        console.json({"cluster": target.cluster.name, "tool": chosen, "nodes": lines})
+        return
+    for line in (line for of_node in lines.values() for line in of_node):
+        console.data(line)
 
 
 def _read(

@@ -20,10 +20,11 @@ if TYPE_CHECKING:
 class LaunchView:
     """What the user sees of a launch; a `Listener` of the supervisor."""
 
-    def __init__(self, console: Console, plan: LaunchPlan, is_detached: bool) -> None:
+    def __init__(self, console: Console, plan: LaunchPlan, is_detached: bool, *, is_transient: bool = False) -> None:
         from launcher.supervise.status import LineSplitter
 
         self.is_detached = is_detached
+        self._is_transient = is_transient
         self._console = console
         self._plan = plan
         self._view: PhaseView | None = None
@@ -79,7 +80,9 @@ class LaunchView:
     def _await_end(self) -> None:
         from launcher.supervise.echo import Echo
 
-        if self.is_detached:
+        if self._is_transient:
+            self._console.note(f"it is stopped after this command   log: hlaunch logs {self._plan.name}")
+        elif self.is_detached:
             self._console.note(f"stop with: hlaunch down {self._plan.name}   log: hlaunch logs {self._plan.name}")
         else:
             from launcher.redaction import Redaction

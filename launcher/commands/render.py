@@ -42,9 +42,10 @@ def register(app: typer.Typer) -> None:
         for problem in plan.problems:
             raise problem
         files = render_files(plan)
-        for path, content in files.items():
-            if path.endswith(".yml"):
-                invocation.console.issues(lint(content.decode(), path))
+        found = [issue for path in files if path.endswith(".yml") for issue in lint(files[path].decode(), path)]
+        # What is no fault is said once, not for every node.
+        first = {(issue.code, issue.message): issue for issue in reversed(found) if issue.severity == "info"}
+        invocation.console.issues([issue for issue in found if issue.severity != "info" or issue in first.values()])
         if as_json:
             invocation.console.json({path: content.decode() for path, content in files.items()})
             return ExitCode.OK

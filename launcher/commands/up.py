@@ -38,6 +38,7 @@ def register(app: typer.Typer) -> None:
         is_agreed: Annotated[bool, typer.Option("--yes", "-y", help="With --replace: do not ask.")] = False,
         detach: Annotated[bool, typer.Option("--detach", "-d", help="Return when ready; stop with: down.")] = False,
         replace: Annotated[bool, typer.Option("--replace", help="Stop a running one of this name first.")] = False,
+        is_transient: Annotated[bool, typer.Option("--transient", hidden=True)] = False,
         dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan, start nothing.")] = False,
         as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: print JSON.")] = False,
         cluster: Annotated[str | None, typer.Option("--cluster", metavar="NAME", help="Run on this cluster.")] = None,
@@ -90,7 +91,14 @@ def register(app: typer.Typer) -> None:
         for option, value in (("--node-rank", node_rank), ("--head-addr", head_addr), ("--node-addr", node_addr)):
             words += [option, str(value)] if value is not None else []
         remember_it = partial(_remember, invocation, plan.name, [*words, "--nnodes", str(nnodes)])
-        return launch(invocation.console, plan, is_detached=detach, is_replacing=replace, on_lock=remember_it)
+        return launch(
+            invocation.console,
+            plan,
+            is_detached=detach,
+            is_replacing=replace,
+            on_lock=remember_it,
+            is_transient=is_transient,
+        )
 
 
 def _has_cluster(invocation: Invocation, name: str, overrides: list[str]) -> bool:
@@ -134,6 +142,7 @@ def launch(
     is_detached: bool,
     is_replacing: bool,
     on_lock: Callable[[InstanceFolder], None] = lambda _: None,
+    is_transient: bool = False,
 ) -> int:
     """Start what was planned and return the exit code: when it has ended, or when it is ready and detached.
 
@@ -169,7 +178,7 @@ def launch(
         drain_timeout_seconds=plan.config.server.drain_timeout_seconds,
         environment=plan.environment_mapping,
     )
-    view = LaunchView(console, plan, is_detached)
+    view = LaunchView(console, plan, is_detached, is_transient=is_transient)
     try:
         outcome = _run(spec, folder, lock_fd, view, began, is_detached)
     finally:

@@ -38,6 +38,14 @@ def lint(
     return list(_Lint(source, folder, environ).document(root))
 
 
+def _is_unpinned(image: str) -> bool:
+    """Whether an image has no version: no tag, or `latest`. A colon before a slash is a registry's port."""
+    if "@" in image:
+        return False
+    tag = image.rpartition("/")[2].partition(":")[2]
+    return tag in ("", "latest")
+
+
 class _Lint:
     def __init__(self, source: str, folder: Path | None, environ: Mapping[str, str] | None) -> None:
         self._source = source
@@ -58,6 +66,13 @@ class _Lint:
             yield self._issue(
                 "error", "restart-word", restart, f"{path}.restart",
                 f"{restart.text!r} is no restart policy", "write no, always, unless-stopped or on-failure:3",
+            )  # fmt: skip
+        image = _get(service, "image")
+        if isinstance(image, Scalar) and "$" not in image.text and _is_unpinned(image.text):
+            yield self._issue(
+                "info", "image-unpinned", image, f"{path}.image",
+                f"{image.text} may be another image on each host, and another tomorrow",
+                "name a version, or a digest: IMAGE@sha256:…",
             )  # fmt: skip
         yield from self._shared_memory(service, path)
         yield from self._gpus(service, path)

@@ -166,7 +166,7 @@ def _fit_data(report: FitReport) -> dict[str, Any]:
         "kv_bytes": memory.kv_bytes,
         "kv_blocks": memory.num_blocks,
         "full_request_bytes": report.full_request_bytes,
-        "max_full_requests": round(memory.max_full_requests, 3),
+        "max_full_requests": round(max(0.0, memory.max_full_requests), 3),
         "dtype": report.dtype,
         "kv_dtype": report.kv_dtype,
         "suggestions": [dict(suggestion.settings) for suggestion in report.suggestions],

@@ -15,6 +15,7 @@ from launcher.registry.keys import CLUSTER, DEFAULTS, ENTRY, MODEL_ONLY, NODE, O
 from launcher.registry.keys.spec import KeySpec, KeyTable, Kind
 
 NAME_PATTERN = r"^[A-Za-z0-9_][A-Za-z0-9._:/+-]{0,127}$"
+NAME_RULE = "use up to 128 letters, digits, '.', '_', '-', '/', ':', '+'; start with a letter, digit or '_'"
 VARIABLE_PATTERN = r"^[A-Za-z_][A-Za-z0-9_]*$"
 VERSION = 1
 MAX_NODES = 1024

@@ -14,7 +14,7 @@ from launcher.errors import Issue, Severity
 from launcher.registry.document import Mapping, Node, Scalar, Sequence
 from launcher.registry.flags import Flag, find_flag, find_negated, flags
 from launcher.registry.reserved import refusal
-from launcher.registry.shapes import DOCUMENT, MODEL, NAME_PATTERN, Items, Keys, Names, Shape, Variables
+from launcher.registry.shapes import DOCUMENT, MODEL, NAME_PATTERN, NAME_RULE, Items, Keys, Names, Shape, Variables
 from launcher.registry.suggest import Suggester
 from launcher.registry.types import Mark
 from launcher.registry.values import BadValue, show_text
@@ -179,7 +179,7 @@ class _Walker:
             node.mark,
             path,
             f"{show_text(text)} cannot name a {shape.noun}",
-            "use up to 128 letters, digits, '.', '_', '-', '/', ':'; start with a letter or digit",
+            NAME_RULE,
         )
         return None
 

@@ -39,6 +39,7 @@ RECORD = "cluster.json"
 _PERMANENT = (ExitCode.USAGE, ExitCode.REGISTRY_INVALID, ExitCode.PREFLIGHT, ExitCode.DOES_NOT_FIT, ExitCode.NOT_READY)
 """Exit codes of a node that starting it again cannot change."""
 _REATTACH_SECONDS = 0.5
+_NAMED = 3
 READY = "ready"
 
 
@@ -294,8 +295,9 @@ def stop(
         try:
             ended = runtime.stop(shell, handle)
             left += [f"{handle.name}: {item}" for item in (*ended.left, *runtime.leftovers(shell, handle))]
-            for item in ended.doubtful:
-                note(f"{handle.name}: {item} was made while it ran and nobody holds it; if it is not yours: rm {item}")
+            if count := len(ended.doubtful):
+                names = ", ".join(ended.doubtful[:_NAMED]) + (f" and {count - _NAMED} more" if count > _NAMED else "")
+                note(f"{handle.name}: made while it ran, held by nobody, and perhaps of another program: {names}")
         except HlaunchError as error:
             left.append(error.message)
     if not left:

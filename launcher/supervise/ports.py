@@ -23,7 +23,7 @@ def check_port(host: str, port: int) -> None:
         candidates = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except OSError as error:
         raise PreflightError(
-            f"host {host} is not known: {error.strerror}; set host to an address of this machine"
+            f"host {host} is not known: {error.strerror}", hint="set host to an address of this machine"
         ) from error
     for family, kind, protocol, _, address in candidates[:1]:
         with socket.socket(family, kind, protocol) as probe:
@@ -33,7 +33,8 @@ def check_port(host: str, port: int) -> None:
                 probe.bind(address)
                 probe.listen(1)
             except OSError as error:
-                raise PreflightError(_cause(host, port, error)) from error
+                message, hint = _cause(host, port, error)
+                raise PreflightError(message, hint=hint) from error
 
 
 def free_port(host: str) -> int:
@@ -45,7 +46,8 @@ def free_port(host: str) -> int:
         return port
 
 
-def _cause(host: str, port: int, error: OSError) -> str:
+def _cause(host: str, port: int, error: OSError) -> tuple[str, str]:
+    """Say why a port cannot be had, and what to do."""
     if error.errno == errno.EADDRINUSE:
         from launcher.redaction import Redaction
 
@@ -53,11 +55,11 @@ def _cause(host: str, port: int, error: OSError) -> str:
         owner = " by another process"
         if pid is not None:
             # Cut when its secrets are out: half of one is none that can be told.
-            command = Redaction().line(procfs.command_line(pid))[:_MAX_COMMAND]
-            owner = f" by pid {pid} ({command})"
-        return f"port {port} on {host} is in use{owner}; stop that or choose another with --port"
+            command = Redaction().line(procfs.command_line(pid))[:_MAX_COMMAND].strip()
+            owner = f" by pid {pid}" + (f" ({command})" if command else "")
+        return f"port {port} on {host} is in use{owner}", "stop that, or choose another with --port"
     if error.errno == errno.EACCES:
-        return f"port {port} on {host} needs privileges; choose one above 1023 with --port"
+        return f"port {port} on {host} needs privileges", "choose one above 1023 with --port"
     if error.errno == errno.EADDRNOTAVAIL:
-        return f"host {host} is not an address of this machine; set host to 127.0.0.1, 0.0.0.0 or one of its own"
-    return f"port {port} on {host} cannot be used: {error.strerror}"
+        return f"host {host} is not an address of this machine", "set host to 127.0.0.1, 0.0.0.0 or one of its own"
+    return f"port {port} on {host} cannot be used: {error.strerror}", "choose another with --port"

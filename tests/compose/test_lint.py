@@ -9,7 +9,7 @@ from compose_support import compose
 
 from launcher.compose.lint import lint
 
-BASE = "services:\n  node:\n    image: x\n"
+BASE = "services:\n  node:\n    image: x:1\n"
 TRAPS = {
     "restart-word": "    restart: sometimes\n",
     "shm-inert": "    ipc: host\n    shm_size: 1g\n",
@@ -53,6 +53,23 @@ def test_compose_accepts_it_and_we_name_it(code: str, tmp_path: Path) -> None:
 )
 def test_clean_files_are_clean(text: str, tmp_path: Path) -> None:
     assert lint(text, "docker-compose.yml", folder=tmp_path, environ={}) == []
+
+
+@pytest.mark.parametrize(
+    ("image", "is_named"),
+    [
+        ("x", True),
+        ("host:5000/x", True),
+        ("x:latest", True),
+        ("host:5000/x:1.2", False),
+        ("x@sha256:0", False),
+        ("x:latest@sha256:0", False),
+        ("${IMAGE:?run: export IMAGE=...}", False),
+    ],
+)
+def test_an_image_without_a_version_is_told(image: str, is_named: bool) -> None:
+    found = lint(BASE.replace("x:1", f'"{image}"'), "f")
+    assert [(issue.code, issue.severity) for issue in found] == [("image-unpinned", "info")] * is_named
 
 
 def test_a_list_of_variables_is_read_too() -> None:

@@ -119,6 +119,8 @@ def test_firewall_lines_name_the_other_node_only(hosts: Hosts) -> None:
     assert "-s 192.168.100.2 -p tcp --dport 32768:60999 -j ACCEPT" in result.out
     assert "ports of 32768-60999 that the kernel picks" in result.out
     assert "29540" not in result.out, "with Ray nobody comes to the head's desk"
+    data = hosts.cli("doctor", "--cluster", "spark-pair", "--node", "spark-01", "--print-firewall", "--json").json
+    assert (data["tool"], data["nodes"]) == ("iptables", {"spark-01": result.out.splitlines()})
     nft = hosts.cli("doctor", "--cluster", "spark-pair", "--print-firewall", "--firewall", "nft")
     assert "ip saddr { 192.168.100.1 } tcp dport" in nft.out
     ufw = hosts.cli("doctor", "--cluster", "spark-pair", "--print-firewall", "--firewall", "ufw")

@@ -25,7 +25,7 @@ Mask = Callable[[str], str]
 
 # Messages, and what is there to be pasted, are one line each: a terminal folds them by itself. So are lines of a file.
 _UNFOLDED = re.compile(
-    r"^(error|hint|warning|info|note|  fix|  looked in|[\w.]+yml:\d+:|curl |sudo |[-+ ]  |\S+ +\| )"
+    r"^(error|hint|warning|info|note| +run|  fix|  looked in|[\w./-]+yml:\d+:|curl |sudo |[-+ ]  |\S+ +\| )"
     r"|FOLDER|PYTHON|ROOT"
 )
 _OWN_VARIABLES = (

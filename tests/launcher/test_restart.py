@@ -14,9 +14,13 @@ from screens_support import ROOT, prepare
 from launcher.cli import COMMANDS, _build, run
 from launcher.commands import Invocation
 from launcher.commands.completion import SCRIPTS, candidates
+from launcher.commands.launch_view import LaunchView
 from launcher.commands.restart import _words
 from launcher.console import Console
+from launcher.plan import LaunchPlan
 from launcher.supervise.instance import InstanceFolder, state_root
+from launcher.supervise.status import Ready
+from launcher.supervise.timeline import Timeline
 
 REGISTRY = """\
 models:
@@ -54,6 +58,26 @@ def test_a_start_on_this_host_is_recorded_without_secrets(folder: Path, monkeypa
     assert run(["up", "tiny", "--set", "api-key=canary-canary"]) == 0
     assert _words(kept) is None
     assert "canary" not in "".join(path.read_text() for path in folder.rglob("*") if path.is_file())
+
+
+def test_what_is_started_for_one_command_is_not_told_how_to_stop(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`chat` and `bench` end what they have started by themselves."""
+    views = []
+
+    def launch(console: Console, plan: LaunchPlan, *, is_transient: bool, is_detached: bool, **_: object) -> int:
+        views.append(LaunchView(console, plan, is_detached, is_transient=is_transient))
+        views[-1].ready(Ready("http://127.0.0.1:1", "m", 0.0), Timeline(0.0))
+        return 0
+
+    monkeypatch.setattr("launcher.commands.up.launch", launch)
+    assert run(["up", "tiny", "-d", "--transient"]) == 0
+    said = capsys.readouterr().err
+    assert "stop with" not in said
+    assert "it is stopped after this command" in said
+    assert run(["up", "tiny", "-d"]) == 0
+    assert "stop with: hlaunch down tiny" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

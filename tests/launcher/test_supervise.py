@@ -143,8 +143,10 @@ def test_a_port_in_use_names_its_owner_and_exits_5(hlaunch: Launcher) -> None:
         port = taken.getsockname()[1]
         code, lines = hlaunch.fail_up("ok", "--port", str(port))
     assert code == 5
-    assert lines[-1].startswith(f"error: port {port} on 127.0.0.1 is in use by pid {os.getpid()} (")
-    assert lines[-1].endswith("choose another with --port")
+    assert lines[-2].startswith(f"error: port {port} on 127.0.0.1 is in use by pid {os.getpid()} (")
+    assert lines[-2].endswith(")")
+    assert not lines[-2].endswith(" )")
+    assert lines[-1] == "hint: stop that, or choose another with --port"
 
 
 def test_two_of_one_name_are_refused_and_replace_takes_over(hlaunch: Launcher) -> None:

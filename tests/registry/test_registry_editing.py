@@ -240,8 +240,9 @@ def test_a_new_registry_begins_with_its_first_entry() -> None:
     text = begin_registry("r.yml", "m", [("model", "tiny-oss"), ("port", "8001")]).text
     assert resolve(parse_registry(text), "m").integer("port") == 8001
     for name in ("--help", "a b", ""):
-        with pytest.raises(OverrideError):
+        with pytest.raises(OverrideError) as caught:
             begin_registry("r.yml", name, [("model", "x")])
+        assert caught.value.hint.startswith("use up to 128 letters, digits, '.', ")
         with pytest.raises(OverrideError):
             add_entry(text, "r.yml", name, [("model", "x")])
     for taken in ("m", "M"):

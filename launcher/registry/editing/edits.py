@@ -32,7 +32,7 @@ from launcher.registry.keys.spec import Kind
 from launcher.registry.loading import parse_registry
 from launcher.registry.overriding import unknown_key
 from launcher.registry.resolving import find_cluster, find_model, quoted, unknown_name
-from launcher.registry.shapes import NAME_PATTERN
+from launcher.registry.shapes import NAME_PATTERN, NAME_RULE
 from launcher.registry.values import BadValue
 
 _HEADER = "# hlaunch's model registry: `hlaunch schema --keys` lists what an entry may hold.\nversion: 1\n\nmodels:\n"
@@ -149,7 +149,7 @@ def begin_registry(source: str, name: str, settings: Sequence[tuple[str, str]]) 
 
 def _check_name(name: str) -> None:
     if re.fullmatch(NAME_PATTERN, name) is None:
-        raise OverrideError(f"{quoted(name)} cannot name a model", hint="start with a letter or digit")
+        raise OverrideError(f"{quoted(name)} cannot name a model", hint=NAME_RULE)
 
 
 def _typed(key: str, value: str) -> tuple[tuple[str, ...], str]:
