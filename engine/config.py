@@ -16,6 +16,8 @@ from typing import Any, Literal
 
 MAX_CONFIG_BYTES = 1 << 20
 MXFP4_BLOCK = 32
+MODEL_TYPES = ("gpt_oss",)
+"""Families that have a model here, as `model_type` of a config.json names them."""
 BUNDLED_MODELS = {"tiny-oss": Path(__file__).parent / "assets" / "tiny_oss"}
 
 DType = Literal["float32", "bfloat16"]
@@ -380,8 +382,8 @@ def parse_model_config(data: object, where: str = "config.json") -> ModelConfig:
     if not isinstance(data, Mapping):
         raise ConfigError(where, "expected an object")
     model_type = data.get("model_type")
-    if model_type != "gpt_oss":
-        raise ConfigError(where, f"model_type {model_type!r} is not supported", "supported: gpt_oss")
+    if model_type not in MODEL_TYPES:
+        raise ConfigError(where, f"model_type {model_type!r} is not supported", f"supported: {', '.join(MODEL_TYPES)}")
     read = _Reader(data, where)
     hidden_size = read.integer("hidden_size")
     intermediate_size = read.integer("intermediate_size")

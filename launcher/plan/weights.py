@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.config import BUNDLED_MODELS, resolve_model_folder
+from engine.config import BUNDLED_MODELS, MODEL_TYPES, resolve_model_folder
 from launcher.errors import PreflightError
 
 _MAX_INDEX_BYTES = 64 << 20
@@ -31,7 +31,7 @@ class ModelFiles:
     def missing(self, *, needs_weights: bool) -> PreflightError | None:
         """Return why the files cannot be served, with the line that gets them; None when they are complete."""
         if self.folder is None:
-            return self._error(f"the files of {self.model} are not on this machine", self.looked_in)
+            return self._error(f"the files of {self.model} are not on this machine{self._doubt()}", self.looked_in)
         if not needs_weights:
             return None
         absent = missing_shards(self.folder)
@@ -42,6 +42,14 @@ class ModelFiles:
             if damage := damage_of(file):
                 return self._error(f"{file} {damage}", (), again=f"remove {file.name}, then ")
         return None
+
+    def _doubt(self) -> str:
+        """Say what is served before anybody downloads gigabytes of something else."""
+        from launcher.plan.known_models import known_model
+
+        if not is_repository(self.model) or known_model(self.model) is not None:
+            return ""
+        return f"; only models of type {', '.join(MODEL_TYPES)} are served, as its config.json names it"
 
     def _error(self, message: str, looked_in: tuple[str, ...], again: str = "") -> PreflightError:
         details = [f"looked in {place}" for place in looked_in]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from launcher_support import REGISTRY
 
-from engine.config import BUNDLED_MODELS, EngineConfig
+from engine.config import BUNDLED_MODELS, MODEL_TYPES, EngineConfig
 from engine.memory import CPU_RUNTIME_BYTES, loaded_weight_bytes, model_bytes
 from launcher.errors import DoesNotFit, HlaunchError, PreflightError
 from launcher.plan import Inventory, LaunchPlan, make_plan, read_inventory
@@ -239,6 +239,17 @@ def test_missing_files_say_where_was_looked_and_how_to_get_them(tmp_path: Path) 
     assert "looked in /models" in blocker.details
     assert "looked in /hf/hub" in blocker.details
     assert blocker.hint.startswith("run: huggingface-cli download openai/gpt-oss-20b")
+
+
+def test_who_would_download_a_model_is_told_first_which_are_served(tmp_path: Path) -> None:
+    registry = tmp_path / "other.yml"
+    registry.write_text("models: {other: {model: org/another-model}}")
+    entry = resolve(load_registry(registry), "other", {}, ())
+    (blocker,) = make_plan(entry, BIG, {"HF_HOME": "/hf"}, tmp_path / "state").blockers
+    assert f"only models of type {MODEL_TYPES[0]} are served" in blocker.message
+    assert blocker.hint.startswith("run: huggingface-cli download org/another-model")
+    known = plan_of(tmp_path, "gpt-oss-20b", HF_HOME="/hf").blockers[0]
+    assert "only models" not in known.message
 
 
 def test_a_snapshot_of_the_cache_is_found_and_missing_shards_are_named(tmp_path: Path) -> None:
