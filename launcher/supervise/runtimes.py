@@ -36,6 +36,19 @@ _COMPOSE = (
 )
 
 
+# A container that Docker starts again cannot be asked; Docker itself still knows how it ended.
+_STATUS = (
+    'project=$1 between=$2; shift 2; label="label=com.docker.compose.project=$project"; '
+    '[ -n "$(docker ps -q --filter "$label" --filter status=running)" ] && exec "$@"; '
+    'id=$(docker ps -aq --filter "$label" | head -1); [ -n "$id" ] && exec docker inspect --format "$between" "$id"'
+)
+_BETWEEN_RUNS = (
+    '{"state": "{{if eq .State.Status "restarting"}}restarting{{else}}failed{{end}}", '
+    '"cause": "its container ended with status {{.State.ExitCode}}", '
+    '"previous": {"cause": "its container ended with status {{.State.ExitCode}}", "restarts": {{.RestartCount}}}}'
+)
+
+
 @dataclass(frozen=True, slots=True)
 class NodeHandle:
     """Where one node of a launch lies: enough to ask it and to end it, also from another process later."""
@@ -269,7 +282,8 @@ class ComposeRuntime:
         return self.container_argv(handle, ["python", "-m", "launcher.probe", "watch", "--wait", "30"])
 
     def status_argv(self, shell: Shell, handle: NodeHandle) -> list[str]:
-        return self.container_argv(handle, ["python", "-m", "launcher.probe", "status"])
+        argv = self.container_argv(handle, ["python", "-m", "launcher.probe", "status"])
+        return ["sh", "-c", _STATUS, "sh", handle.project, _BETWEEN_RUNS, *argv]
 
     def logs_argv(self, shell: Shell, handle: NodeHandle, num_lines: int, *, follow: bool) -> list[str]:
         script = (

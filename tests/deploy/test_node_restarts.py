@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,8 @@ from launcher.supervise.node_report import KEEPER_FILE, LAST_END_FILE, NodeRepor
 from launcher.supervise.node_spec import NodeSpec, Peer
 from launcher.supervise.node_supervisor import NodeSupervisor
 from launcher.supervise.procfs import ProcessIdentity
+from launcher.supervise.runtimes import ComposeRuntime, NodeHandle
+from launcher.supervise.shell import Shell
 
 SPEC = NodeSpec(
     launch="m", cluster="c", node="one", role="head", ip="10.0.0.1", plan="p", peers=(Peer("one", "10.0.0.1", "head"),),
@@ -65,6 +68,28 @@ def test_between_two_runs_a_node_says_why(tmp_path: Path) -> None:
     assert fresh.previous is not None
     assert fresh.to_data()["events"][0]["text"] == f"started again after: {report.cause}"
     assert not (tmp_path / LAST_END_FILE).exists()
+
+
+@pytest.mark.parametrize(
+    ("running", "known", "said"),
+    [
+        ("c1", "c1", '{"state": "ready"}'),
+        ("", "c1", '{"state": "restarting"}'),
+        ("", "", ""),
+    ],
+)
+def test_a_container_between_two_runs_is_told_by_docker(running: str, known: str, said: str, tmp_path: Path) -> None:
+    docker = tmp_path / "docker"
+    docker.write_text(
+        "#!/bin/sh\n"
+        f'case "$*" in *status=running*) echo "{running}";; "ps -aq"*) echo "{known}";; "ps -q"*) echo "{running}";;\n'
+        """exec*) echo '{"state": "ready"}';; *inspect*) echo '{"state": "restarting"}';; esac\n"""
+    )
+    docker.chmod(0o755)
+    node = NodeHandle("one", "head", "10.0.0.1", None, ".local/state/x", "/tmp/hl-x", "hl-m", "host", 1.0)
+    environ = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    shell = Shell("one", None, environ)
+    assert shell.run(ComposeRuntime().status_argv(shell, node), is_checked=False).strip() == said
 
 
 def test_a_story_without_figures_is_of_one_engine() -> None:
