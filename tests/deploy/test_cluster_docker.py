@@ -35,7 +35,7 @@ clusters:
       - {{name: two, role: worker, ip: {WORKER_IP}, cpus: 1, ifname: eth0}}
 models:
   tiny-oss: {{model: tiny-oss, cluster: pair, device: cpu, host: {HEAD_IP}, api-key: "${{HLAUNCH_API_KEY}}",
-    max-num-seqs: 2, drain-timeout: 3s, ready: {{timeout: 120s}}}}
+    tensor-parallel-size: 2, max-num-seqs: 2, drain-timeout: 3s, ready: {{timeout: 120s}}}}
 """
 STREAM = f"""\
 import http.client, json

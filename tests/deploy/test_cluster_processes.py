@@ -34,6 +34,7 @@ models:
     host: {head}
     api-key: ${{HLAUNCH_API_KEY}}
     max-num-seqs: 2
+    tensor-parallel-size: 2
     drain-timeout: 3s
     ready: {{timeout: 120s}}
 """

@@ -40,6 +40,7 @@ class RankDeployment(Deployment):
     def __init__(self, folder: Path, engine: DockerEngine) -> None:
         super().__init__(folder, engine)
         text = REGISTRY.replace("172.30.77.", "172.30.78.").replace("hl-proof", "hl-ranks").replace("pair", "ranks")
+        text = text.replace("tensor-parallel-size: 2, ", "")
         (folder / "model_registry.yml").write_text(text.replace("max-num-seqs: 2", "max-num-seqs: 4"))
 
     def client(self, what: str) -> subprocess.Popen[str]:
