@@ -38,7 +38,11 @@ def register(app: typer.Typer) -> None:
         registry, issues = check_registry(path, invocation.cwd)
         if registry is not None:
             # Variables make sense only in a file that is right otherwise.
-            issues = sorted([*issues, *_variables(registry)], key=lambda issue: (issue.line or 0, issue.column or 0))
+            from launcher.plan.entry_checks import entry_issues
+
+            more = [*_variables(registry), *entry_issues(registry, invocation.environ)]
+            # A model of the built-in table is judged by both.
+            issues = sorted({*issues, *more}, key=lambda issue: (issue.line or 0, issue.column or 0, issue.path))
         errors = sum(issue.severity == "error" for issue in issues)
         warnings = sum(issue.severity == "warning" for issue in issues)
         is_valid = errors == 0 and not (strict and warnings)

@@ -26,17 +26,27 @@ _DTYPES: dict[str, Literal["auto", "float32", "bfloat16"]] = {
     "bfloat16": "bfloat16",
 }
 
+_OF_MODEL = ("tokenizer", "tool-call-parser", "reasoning-parser")
+
 
 def refusals(entry: ResolvedEntry, device: str) -> tuple[HlaunchError, ...]:
     """List what the entry asks and this version cannot do on `device`, each with what is possible instead."""
     found: list[HlaunchError] = []
     found += _dtype_refusals(entry, is_gpu=device != "cpu")
-    for key in ("tokenizer", "tool-call-parser", "reasoning-parser"):
-        if entry.text_or_none(key) is not None:
-            found.append(
-                PreflightError(f"{key} {entry.text(key)}: this version takes it from the model", hint=f"remove {key}")
-            )
+    for key in _OF_MODEL:
+        value = entry.text_or_none(key)
+        if value is not None and (refused := refused_value(key, value)) is not None:
+            found.append(PreflightError(f"{key} {value}: {refused}", hint=f"remove {key}"))
     return tuple(found)
+
+
+def refused_value(key: str, value: str) -> str | None:
+    """Return why no device serves this value of a key of the registry; None when some does, or no rule is about it."""
+    if key in _OF_MODEL:
+        return "this version takes it from the model"
+    if key in ("dtype", "kv-cache-dtype") and value not in _DTYPES:
+        return "a GPU rank computes in bfloat16, a CPU rank in float32 or bfloat16"
+    return None
 
 
 def rank_refusals(entry: ResolvedEntry, sizes: ParallelSizes) -> tuple[HlaunchError, ...]:

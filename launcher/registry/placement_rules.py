@@ -27,7 +27,7 @@ def placement_findings(values: Values, declared: DeclaredCluster | None) -> Iter
     """Return every broken rule about ranks; `declared` None: this host, or a cluster that is itself in doubt."""
     yield from _backend(values, declared)
     shape = _known_shape(str(values["model"].value))
-    shape_problems = list(_shape(values, shape)) if shape is not None else []
+    shape_problems = list(shape_findings(values, shape)) if shape is not None else []
     yield from shape_problems
     if declared is None:
         return
@@ -69,7 +69,8 @@ def _known_shape(model: str) -> ModelConfig | None:
     return known_model(model)
 
 
-def _shape(values: Values, shape: ModelConfig) -> Iterator[Finding]:
+def shape_findings(values: Values, shape: ModelConfig) -> Iterator[Finding]:
+    """Return what a model's own numbers forbid: splits that do not come out even, a context beyond its limit."""
     tp, pp = whole(values, _SIZES[0]), whole(values, _SIZES[1])
     heads, kv_heads = shape.num_attention_heads, shape.num_kv_heads
     if heads % tp or (kv_heads % tp and tp % kv_heads):

@@ -92,7 +92,11 @@ def _annotation(spec: KeySpec) -> Any:
             both = {"anyOf": [text, {"type": "array", "items": text, "maxItems": 100}]}
             return Annotated[list[item], Field(max_length=100), BeforeValidator(_texts), WithJsonSchema(both)]
         case Kind.CHOICE:
-            return Annotated[str, _reader(spec), WithJsonSchema({"enum": list(spec.choices)})]
+            return Annotated[
+                str,
+                _reader(spec),
+                WithJsonSchema({"enum": [choice for choice in spec.choices if choice not in spec.refused]}),
+            ]
         case Kind.BOOLEAN:
             return Annotated[bool, _reader(spec)]
         case Kind.INTEGER if spec.values:

@@ -140,7 +140,7 @@ def test_validate_reports_all_and_exits_3(tmp_path: Path) -> None:
 
 def test_validate_takes_a_file_and_can_be_strict(tmp_path: Path) -> None:
     path = tmp_path / "r.yml"
-    path.write_text("models: {m: {model: x, host: 0.0.0.0}}\n")
+    path.write_text("models: {m: {model: org/x, host: 0.0.0.0}}\n")
     done = hlaunch("validate", "r.yml", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, "r.yml: valid, 1 model, 1 warning\n")
     assert "warning[open-server]" in done.stderr
@@ -154,8 +154,7 @@ def test_secrets_stay_out_of_every_screen(tmp_path: Path) -> None:
     path.write_text(f"models:\n  m:\n    model: x\n    api-key: {canary}\n    env: {{HF_TOKEN: {canary}, A: b}}\n")
     for args in (["list"], ["show", "m"], ["show", "m", "--explain"], ["show", "m", "--json"], ["validate", "--json"]):
         done = hlaunch(*args, cwd=tmp_path)
-        # A token that every process can read is an error of the fabric's lint.
-        assert done.returncode == (3 if "validate" in args else 0)
+        assert done.returncode == 0
         assert canary not in done.stdout + done.stderr
 
 

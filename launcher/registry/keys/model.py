@@ -49,6 +49,7 @@ IDENTITY: tuple[KeySpec, ...] = (
         "Type of activations and of unquantized weights; auto follows the checkpoint and the device",
         default="auto",
         choices=("auto", "half", "float16", "bfloat16", "float", "float32"),
+        refused=("half", "float16"),
     ),
     KeySpec(
         "quantization",
@@ -184,5 +185,6 @@ MEMORY: tuple[KeySpec, ...] = (
         "Type of the KV cache",
         default=_CACHE.dtype,
         choices=("auto", "float32", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2"),
+        refused=("float16", "fp8", "fp8_e4m3", "fp8_e5m2"),
     ),
 )

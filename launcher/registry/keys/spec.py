@@ -55,7 +55,8 @@ class KeySpec:
     """One key. `default` None means that the engine or the model decides; `automatic` then says how.
 
     `low` is inclusive unless `is_low_open`; `high` is inclusive. `is_fixed`: no override from outside the file.
-    A dot nests: `ready.timeout` is `timeout` inside `ready:`.
+    A dot nests: `ready.timeout` is `timeout` inside `ready:`. `refused` are choices that load, since other programs
+    have them, and that every plan refuses: no schema offers them.
     """
 
     key: str
@@ -65,6 +66,7 @@ class KeySpec:
     automatic: str = ""
     unit: str = ""
     choices: tuple[str, ...] = ()
+    refused: tuple[str, ...] = ()
     values: tuple[int, ...] = ()
     low: float | None = None
     high: float | None = None
@@ -92,7 +94,7 @@ class KeySpec:
     def describe_range(self) -> str:
         """The accepted values in a few words, empty when any value of the kind goes."""
         if self.choices:
-            return " | ".join(self.choices)
+            return " | ".join(choice for choice in self.choices if choice not in self.refused)
         if self.values:
             return " | ".join(str(value) for value in self.values)
         if self.kind is Kind.BOOLEAN:
