@@ -176,7 +176,9 @@ def test_a_port_in_use_is_one_line_and_5(tmp_path: Path) -> None:
             check=False,
         )
     assert result.returncode == 5
-    assert result.stderr.splitlines()[-1].startswith(f"error: port {port} on 127.0.0.1 is in use by pid {os.getpid()}")
+    error, hint = result.stderr.splitlines()[-2:]
+    assert error.startswith(f"error: port {port} on 127.0.0.1 is in use by pid {os.getpid()}")
+    assert hint.startswith("hint: ")
 
 
 def test_the_fit_preview_agrees_with_what_was_allocated(up: Up) -> None:
