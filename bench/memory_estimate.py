@@ -75,6 +75,17 @@ CASES = (
         4,
         512,
     ),
+    Case("tiny-oss-many-rows", None, 512, 64, 512),
+    Case("tiny-oss-chunked", None, 2048, 8, 256),
+    Case("tiny-oss-alone", None, 2048, 1, 2048),
+    Case(
+        "quarter-widths-many-rows",
+        _shape(2, 8, 32768, hidden_size=736, intermediate_size=736, num_attention_heads=16),
+        1024,
+        24,
+        2048,
+    ),
+    Case("true-widths-long-steps", _shape(2, 2, 8192), 2048, 4, 2048),
     Case("true-widths-vocab", _shape(2, 4, 32768), 512, 2, 512),
     Case("true-widths-bfloat16", _shape(2, 4, 32768), 256, 2, 256, dtype="bfloat16"),
 )

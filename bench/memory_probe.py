@@ -21,6 +21,7 @@ from engine.core.request import EngineRequest
 from engine.core.sampling_params import SamplingParams
 from engine.engine_core import EngineCore
 from engine.worker import cpu
+from kernels.cpu.attention import MAX_GATHERED_BYTES
 
 
 def status_bytes(key: str) -> int:
@@ -59,7 +60,8 @@ def restart_peak() -> None:
 def drive(core: EngineCore, config: EngineConfig, steps: int) -> None:
     """Ask for all that the limits allow: one request of full length, then as many as run at once, then two.
 
-    The many give more tokens than there are rows, so that the last prompt is computed beside all others' decoding.
+    The many give so many tokens that the last prompt is computed beside all others' decoding. They come at the length
+    that the pool holds of all, and at the one where they just gather their keys together.
     """
     chance = random.Random(0)
     limit = core.max_model_len
@@ -80,10 +82,14 @@ def drive(core: EngineCore, config: EngineConfig, steps: int) -> None:
 
     add("long", limit - steps, steps)
     finish()
-    outputs = rows + steps
-    for row in range(rows if rows > 1 else 0):
-        add(f"many {row}", max(1, min(limit, room) - outputs), outputs)
-    finish()
+    token_bytes = 2 * core.model.num_kv_heads * core.model.head_dim * 4
+    together = MAX_GATHERED_BYTES // (rows * token_bytes)
+    for length in (min(limit, room), min(limit, room, together)):
+        # The first still decodes when the last prompt has been computed.
+        outputs = min(length // 2, steps + rows + rows * length // config.scheduler.max_num_batched_tokens)
+        for row in range(rows if rows > 1 else 0):
+            add(f"many {row} of {length}", max(1, length - outputs), outputs)
+        finish()
     for row in range(2):
         add(f"two {row}", min(64, limit - steps), steps)
     finish()

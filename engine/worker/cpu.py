@@ -9,10 +9,9 @@ from pathlib import Path
 import psutil
 import torch
 
+from engine.cpu_memory import mapped_bytes
 from engine.process import threads_per_rank
 
-# Buffers of this size and above are mapped one by one in a narrow model; see `settle_allocator`.
-_MAX_MAPPED_BYTES = 4 << 20
 # Options of glibc's `mallopt`. What was freed at the top of the heap stays: the next step takes it again.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8
 _MAX_INT = (1 << 31) - 1
@@ -31,20 +30,17 @@ def use_threads(wanted: int) -> int:
     return count
 
 
-def settle_allocator(width: int) -> None:
+def settle_allocator(hidden_size: int) -> None:
     """Have this process's C library keep one heap, map what is large by itself, and hold on to what was freed.
 
     Left alone, glibc gives each thread that allocates heaps of 64 MiB, and learns to cut buffers of up to 32 MiB out of
-    them: a step's buffers then left holes of a tenth of a small engine, which no plan can foresee. Mapping costs a page
-    fault per 4 KiB, which is little beside the product that fills the page if the model's `width` is large: a value
-    takes twice the width in operations. Measured at a width of 224: prefills take twice as long where all above 256 KiB
-    is mapped, no longer where all above 4 MiB is; at 2880 the faults are one in a hundred at any size.
+    them: a step's buffers then left holes of a tenth of a small engine, which no plan can foresee.
     To be called before threads allocate; does nothing where the C library cannot.
     """
-    mapped_bytes = min(_MAX_MAPPED_BYTES, (1 << 30) // max(1, width))
+    options = ((_ARENA_MAX, 1), (_MMAP_THRESHOLD, mapped_bytes(hidden_size)), (_TRIM_THRESHOLD, _MAX_INT))
     with contextlib.suppress(AttributeError, OSError):
         mallopt = ctypes.CDLL(None).mallopt
-        for option, value in ((_ARENA_MAX, 1), (_MMAP_THRESHOLD, mapped_bytes), (_TRIM_THRESHOLD, _MAX_INT)):
+        for option, value in options:
             mallopt(option, value)
 
 

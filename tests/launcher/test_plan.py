@@ -82,7 +82,7 @@ def test_a_machine_that_is_barely_large_enough_gets_all_settings_together(tmp_pa
     model = known_model("openai/gpt-oss-20b")
     assert model is not None
     weights = loaded_weight_bytes(model, "float32", expand_experts=False)
-    tight = replace(BIG, memory_available_bytes=weights + CPU_RUNTIME_BYTES + (2950 << 20))
+    tight = replace(BIG, memory_available_bytes=weights + CPU_RUNTIME_BYTES + (2800 << 20))
     plan = plan_of(tmp_path, "gpt-oss-20b", inventory=tight)
     assert plan.fit is not None
     (suggestion,) = plan.fit.suggestions
