@@ -102,18 +102,22 @@ def find_sizes(
 def _nearest(
     model: ModelConfig, asked: ParallelSizes, hosts: Sequence[HostSpec], options: PlacementOptions
 ) -> tuple[ParallelSizes, ...]:
-    """Up to three sizes that work: most ranks first, then fewest changes, as many engines, least different."""
+    """Up to three sizes that work: those with about the most ranks first, then fewest and least changes."""
     plain = PlacementOptions(strategy=options.strategy, nodes=options.nodes)
     try:
         found = find_sizes(model, hosts, plain, expert_parallel=asked.expert_parallel, uses_all=False)
     except PlacementError:
         return ()
 
-    def distance(sizes: ParallelSizes) -> tuple[int, int, bool, int]:
+    most = max((min(sizes.world, asked.world) for sizes in found), default=0)
+
+    def distance(sizes: ParallelSizes) -> tuple[bool, int, int, int, bool]:
         pairs = ((sizes.data, asked.data), (sizes.pipeline, asked.pipeline), (sizes.tensor, asked.tensor))
         changed = sum(one != other for one, other in pairs)
         apart = sum(abs(one - other) for one, other in pairs)
-        return -min(sizes.world, asked.world), changed, sizes.data != asked.data, apart
+        ranks = min(sizes.world, asked.world)
+        # Who asked for many ranks is not helped by one that leaves most devices idle.
+        return 4 * ranks < 3 * most, changed, -ranks, apart, sizes.data != asked.data
 
     return tuple(sorted((sizes for sizes in found if sizes != asked), key=distance)[:3])
 

@@ -281,7 +281,7 @@ def test_errors_from_flags_on_a_cluster_blame_the_flag() -> None:
 @pytest.mark.parametrize(
     ("flags", "code", "hint"),
     [
-        (["tp=8"], ExitCode.DOES_NOT_FIT, "use tp 4, or tp 2 pp 2, or tp 1 pp 4"),
+        (["tp=8"], ExitCode.DOES_NOT_FIT, "use tp 4, or tp 2 pp 2, or tp 2 dp 2"),
         (["tp=3"], ExitCode.DOES_NOT_FIT, "use one of 1, 2, 4, 8, 16, 32, 64"),
         (["pp=25"], ExitCode.DOES_NOT_FIT, "use at most 24"),
         (["placement.nodes=[c]"], ExitCode.UNKNOWN_MODEL, "nodes: a, b"),
