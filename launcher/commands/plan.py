@@ -37,6 +37,9 @@ def register(app: typer.Typer) -> None:
         ] = None,
         svg: Annotated[Path | None, typer.Option("--svg", metavar="FILE", help="Write the drawing as SVG.")] = None,
         as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+        full: Annotated[
+            bool, typer.Option("--full", help="Also variables of every node, firewall lines, engine.json.")
+        ] = False,
         diff: Annotated[bool, typer.Option("--diff", help="Show what would change, against what runs.")] = False,
         against: Annotated[
             Path | None, typer.Option("--against", metavar="DIR", help="With --diff: against rendered files.")
@@ -58,15 +61,15 @@ def register(app: typer.Typer) -> None:
             write_svg(console, picture_of_any(made), svg)
         if diff:
             return _diff(invocation, made, against, as_json=as_json, detailed=detailed)
-        return show_plan(console, made, as_json=as_json)
+        return show_plan(console, made, as_json=as_json, is_full=full)
 
 
-def show_plan(console: Console, plan: LaunchPlan | ClusterPlan, *, as_json: bool) -> int:
-    """Print either kind of plan; return the exit code of its first problem, or 0."""
+def show_plan(console: Console, plan: LaunchPlan | ClusterPlan, *, as_json: bool, is_full: bool = False) -> int:
+    """Print either kind of plan, all of it or in brief; return the exit code of its first problem, or 0."""
     if as_json:
         console.json(data_of(plan))
     else:
-        _print(console, plan, picture_of_any(plan))
+        _print(console, plan, picture_of_any(plan), is_full=is_full)
     return conclude(console, plan)
 
 
@@ -210,7 +213,8 @@ def write_svg(console: Console, picture: Picture | None, path: Path) -> None:
     console.note(f"drawing written to {path}")
 
 
-def _print(console: Console, plan: LaunchPlan | ClusterPlan, picture: Picture | None) -> None:
+def _print(console: Console, plan: LaunchPlan | ClusterPlan, picture: Picture | None, *, is_full: bool) -> None:
+    from launcher.commands import plan_full
     from launcher.plan.cluster_plan import ClusterPlan
 
     entry = plan.entry
@@ -222,10 +226,23 @@ def _print(console: Console, plan: LaunchPlan | ClusterPlan, picture: Picture | 
     else:
         show_picture(console, picture)
     console.data()
+    variables = plan_full.variables_of(plan)
+    if is_full or isinstance(plan, ClusterPlan):
+        console.heading(f"environment: {plan_full.environment_line(plan, variables)}")
+        if is_full:
+            plan_full.show_environment(console, variables)
+        console.data()
     if isinstance(plan, ClusterPlan):
-        _print_cluster(console, plan)
+        _print_cluster(console, plan, is_full=is_full)
     else:
         _print_launch(console, plan)
+    if is_full:
+        console.data()
+        console.heading("engine.json")
+        plan_full.show_config(console, plan)
+    else:
+        more = ", firewall lines" if isinstance(plan, ClusterPlan) else ""
+        console.note(f"variables, engine.json{more}: hlaunch plan {plan.name} --full")
 
 
 def entry_rows(entry: ResolvedEntry, *, with_defaults: bool = False) -> list[tuple[str, str, str]]:
@@ -253,15 +270,20 @@ def _print_launch(console: Console, plan: LaunchPlan) -> None:
     console.data()
     console.heading(f"what would run (in {plan.working_folder})")
     console.data(shlex.join(plan.argv))
-    console.note(f"the whole engine.json and environment: hlaunch up {plan.name} --dry-run")
 
 
-def _print_cluster(console: Console, plan: ClusterPlan) -> None:
+def _print_cluster(console: Console, plan: ClusterPlan, *, is_full: bool) -> None:
+    from launcher.commands.plan_full import show_firewall
+
     rows = [
         (node.name, port.name, str(port), port.address, port.reached_from) for node in plan.nodes for port in node.ports
     ]
     console.table(("NODE", "PORT", "TCP", "LISTENS ON", "REACHED FROM"), rows, title="ports")
     console.data()
+    if is_full:
+        console.heading("firewall")
+        show_firewall(console, plan)
+        console.data()
     console.heading(f"what would run ({plan.executor} executor, plan {plan.digest[:12]})")
     for node in plan.nodes:
         ranks = f"{len(node.ranks)} rank{'s' * (len(node.ranks) != 1)}" if node.ranks else "no ranks, serves"
@@ -269,7 +291,6 @@ def _print_cluster(console: Console, plan: ClusterPlan) -> None:
         console.data(f"{node.name}: python -m launcher.node {node.role}, {ranks}{where}")
     for name in plan.unused:
         console.data(f"{name}: not used")
-    console.note(f"variables of a node: hlaunch env {plan.name} --node {plan.nodes[0].name}")
 
 
 def _diff(

@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import pty
+import re
 import resource
 import struct
 import subprocess
@@ -227,6 +228,43 @@ def test_ranking_a_cluster(hlaunch: Hlaunch) -> None:
 def test_without_a_cluster_the_reference_stands_in(hlaunch: Hlaunch) -> None:
     result = hlaunch("topo", "big")
     assert "two nodes of 8 H100 stand in" in result.stderr
+
+
+def test_a_full_plan_has_what_can_be_pasted_in_the_handbooks_order(hlaunch: Hlaunch) -> None:
+    secrets = ("--set", "env.HF_TOKEN=canary-of-mine", "--set", "env.NCCL_DEBUG=WARN")
+    brief = hlaunch("plan", "split")
+    assert brief.returncode == 0, brief.stderr
+    assert "hlaunch plan split --full" in brief.stderr
+    count = re.search(r"^environment: (\d+) variables a node, no finding$", brief.stdout, re.MULTILINE)
+    assert count is not None
+    assert "iptables" not in brief.stdout
+    full = hlaunch("plan", "split", "--full")
+    assert full.returncode == 0, full.stderr
+    assert "--full" not in full.stderr
+    marks = [
+        "memory\n",
+        "environment: ",
+        "NCCL_SOCKET_IFNAME",
+        "ports\n",
+        "firewall\n",
+        "what would run",
+        "engine.json\n",
+    ]
+    places = [full.stdout.index(mark) for mark in marks]
+    assert places == sorted(places)
+    assert re.search(r"NCCL_SOCKET_IFNAME +node-a +=eth1 .*\n.*NCCL_SOCKET_IFNAME +node-b +=eth2", full.stdout)
+    assert "# on node-b (10.0.0.2): from 10.0.0.1" in full.stdout
+    config = json.loads(full.stdout.partition("\nengine.json\n")[2])
+    assert (config["tensor_parallel_size"], config["data_parallel_size"]) == (8, 2)
+    named = {
+        line.split()[0]
+        for line in full.stdout.partition("environment: ")[2].partition("ports\n")[0].splitlines()[2:]
+        if line
+    }
+    assert len(named) == int(count[1])
+    hidden = hlaunch("plan", "tiny", "--full", *secrets)
+    assert "canary" not in hidden.stdout + hidden.stderr
+    assert re.search(r"NCCL_DEBUG +WARN", hidden.stdout), hidden.stdout
 
 
 def test_on_a_terminal_of_80_columns_every_line_fits(hlaunch: Hlaunch) -> None:
