@@ -62,12 +62,12 @@ def remember(invocation: Invocation, folder: InstanceFolder, name: str, options:
 
 
 def _holds_secret(options: Sequence[str]) -> bool:
-    from launcher.registry.values import is_secret_name
+    from launcher.registry.values import holds_secret
 
     pairs = [option.partition("=") for option in options]
     # A reference such as ${NAME} says where the secret is, and no more.
     return any(
-        is_secret_name(key.rpartition(".")[2].replace("-", "_")) and not value.startswith("${")
+        holds_secret(key.rpartition(".")[2].replace("-", "_"), value) and not value.startswith("${")
         for key, _, value in pairs
     )
 
