@@ -188,7 +188,7 @@ def test_lint_reads_files_registry_and_process_with_lines(hosts: Hosts, tmp_path
     )
     assert result.code == 5
     assert result.finding("bool-word")["where"] == ".env:2"
-    assert result.finding("bool-word")["fix"] == "NCCL_IB_DISABLE=1"
+    assert result.finding("bool-word")["fix"] == "remove NCCL_IB_DISABLE: the fabric says it"
     assert result.finding("token-in-env")["where"] == ".env:3"
     assert result.finding("timeout-silence")["where"] == "process environment"
     text = hosts.cli("env", "--cluster", "spark-pair", "--lint", "--env-file", ".env", HF_TOKEN=CANARY)
