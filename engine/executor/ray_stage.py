@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-import traceback
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -21,6 +20,7 @@ from engine.config import EngineConfig, load_model_config, resolve_model_folder
 from engine.executor.messages import LoadedReport, PlanDecoder, encode_report, encode_result
 from engine.executor.ray_actor import MODEL_FOLDER_VARIABLE, become_node_host, own_actor_facts
 from engine.placement import Placement
+from engine.process import say_trace
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -154,7 +154,7 @@ class StageActor:
         try:
             yield
         except Exception as error:  # noqa: BLE001 - the process border: the cause travels in one line
-            traceback.print_exc()
+            say_trace(error)
             text = str(error).splitlines()
             fault = StageFault(f"rank {self._rank}: {type(error).__name__}: {text[0] if text else ''}")
             fault.is_echo = type(error).__name__ in ("GroupError", "LinkError")
