@@ -80,6 +80,7 @@ class _Inbox:
     def __init__(self, link: _Link) -> None:
         self.messages: SimpleQueue[tuple[ipc.Kind, Any] | Exception | None] = SimpleQueue()
         self._link = link
+        self.has_ended_start = False
         self._is_starting = True
         self._is_heard = threading.Event()
         # Not SIGINT or SIGTERM, which reach this process from others.
@@ -111,6 +112,7 @@ class _Inbox:
         self._is_heard.set()
         if self._is_starting:
             self._is_starting = False
+            self.has_ended_start = True
             raise _StartEnded
 
 
@@ -141,6 +143,7 @@ def _run(link: _Link, desk_fd: int | None) -> int:
         phase = name
         link.send(ipc.Kind.PHASE, ipc.PhaseMessage(name, state, fraction, detail))
 
+    inbox: _Inbox | None = None
     try:
         first = link.receive()
         if first is None:
@@ -154,6 +157,9 @@ def _run(link: _Link, desk_fd: int | None) -> int:
         core = _import_and_start(config, report, desk_fd)
         inbox.finish_start()
     except Exception as error:  # noqa: BLE001 - the process border: a bad checkpoint, a missing package, no memory
+        if inbox is not None and inbox.has_ended_start:
+            # A library made an error of its own of it, as Ray's compiled code does.
+            raise _StartEnded from error
         _fail(link, phase, error)
     try:
         _serve(link, core, inbox.messages)

@@ -131,16 +131,32 @@ class NodeDesk:
     # Who comes in at the door.
 
     def _receive(self) -> None:
-        # Samples of the weights are read here: cores start meanwhile, and only a node that has come already waits.
-        facts = self._facts or own_facts(digest_of(self._config.model, self._config.load_format))
+        # Samples of the weights are read beside this: a node that comes before they are is kept, not taken in.
+        threading.Thread(target=self._read_facts, name="model digest", daemon=True).start()
+        early: list[NodeArrival] = []
         while not self._is_closed:
-            arrival = self._listener.accept(1.0)
+            arrival = self._listener.accept(0.1 if self._facts is None else 1.0)
+            facts = self._facts
+            if facts is not None:
+                for one in early:
+                    self._take_in(one, facts)
+                early.clear()
             if arrival is None:
                 continue
             if arrival.hello.order_id:
                 self._hand_over(arrival)
-            else:
+            elif facts is not None:
                 self._take_in(arrival, facts)
+            else:
+                # The node is not to take our reading for silence.
+                arrival.link.start_heartbeat()
+                early.append(arrival)
+        for arrival in early:
+            arrival.link.dispose()
+
+    def _read_facts(self) -> None:
+        if self._facts is None:
+            self._facts = own_facts(digest_of(self._config.model, self._config.load_format))
 
     def _hand_over(self, arrival: NodeArrival) -> None:
         """Give a host's connection to the engine that ordered it."""

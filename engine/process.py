@@ -128,13 +128,22 @@ def ask_for_stacks(pid: int) -> str:
 
     Returns "" once it does, else why it cannot: what the kernel says of it. Takes at most a second.
     """
+    return why_no_stacks(pid, time.monotonic() + _STACKS_SECONDS) if wake_for_stacks(pid) else "it has ended"
+
+
+def wake_for_stacks(pid: int) -> bool:
+    """Send what makes a process write its stacks; whether it is still there."""
     try:
         os.kill(pid, signal.SIGUSR1)
         # To a stopped process nothing is delivered before it goes on, and this comes first then.
         os.kill(pid, signal.SIGCONT)
     except ProcessLookupError:
-        return "it has ended"
-    deadline = time.monotonic() + _STACKS_SECONDS
+        return False
+    return True
+
+
+def why_no_stacks(pid: int, deadline: float) -> str:
+    """Wait until a process that was woken takes the signal; what the kernel says of it if it does not by `deadline`."""
     while _is_pending(pid, signal.SIGUSR1):
         if time.monotonic() > deadline:
             return f"it takes no signal; {_kernel_view(pid)}"

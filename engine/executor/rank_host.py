@@ -30,13 +30,14 @@ from engine.executor.multiproc_rank import FRAME
 from engine.executor.multiproc_watch import RankHandle, RankWatch
 from engine.executor.multiproc_wiring import RankSetup, Wiring
 from engine.placement import Placement, RankSpec
-from engine.process import LastingThread, ask_for_stacks, say, threads_per_rank
+from engine.process import LastingThread, say, threads_per_rank, wake_for_stacks, why_no_stacks
 
 RANK_COMMAND = (sys.executable, "-m", "engine.executor.multiproc_rank")
 STOP_SECONDS = 5.0
 STOPPED = ", stopped by a signal"
 TRACED = ", stopped by a debugger"
 _STACKS_SECONDS = 0.3
+_HELD_SECONDS = 1.0
 _SECRETS = ("HLAUNCH_NODE_SECRET", "HLAUNCH_API_KEY", "RAY_AUTH_")
 """What proves a node, a client or a driver, or says where that lies: how the names of such variables begin."""
 
@@ -138,17 +139,23 @@ class RankHost:
     def dump_stacks(self) -> None:
         """Put the stacks of all ranks into the log, or what keeps a rank from writing them.
 
-        Takes about a third of a second, and a second more for each rank that the kernel holds. Ranks that were stopped
-        go on for that: whoever calls this is about to end them.
+        Takes about a third of a second, and one more if the kernel holds ranks, however many: the engine's own watchdog
+        gives a core that names a hang seconds. Ranks that were stopped go on for that: whoever calls this is about to
+        end them.
         """
+        asked = []
         for handle in self._handles:
             # Before its first report a process has no handler yet, and the signal would end it.
             if not handle.has_spoken or handle.has_ended:
                 continue
             say(f"stacks of rank {handle.spec.rank} (pid {handle.process.pid}):")
-            if why_not := ask_for_stacks(handle.process.pid):
-                say(f"rank {handle.spec.rank} has none to show: {why_not}")
+            if wake_for_stacks(handle.process.pid):
+                asked.append(handle)
             time.sleep(_STACKS_SECONDS / len(self._handles))
+        deadline = time.monotonic() + _HELD_SECONDS
+        for handle in asked:
+            if why_not := why_no_stacks(handle.process.pid, deadline):
+                say(f"rank {handle.spec.rank} has none to show: {why_not}")
 
     def begin_stop(self) -> None:
         """Ask all ranks to end."""

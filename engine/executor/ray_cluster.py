@@ -32,6 +32,7 @@ from engine.process import say
 
 NAMESPACE = "hlaunch"
 _POLL_SECONDS = 0.2
+_PIECE_SECONDS = 1.0
 _CONNECT_SECONDS = 3.0
 _LOOK_SECONDS = 60.0
 """An actor's first answer includes the start of its process, perhaps on a cold disk."""
@@ -120,7 +121,9 @@ class RayCluster:
         self._group = placement_group(
             [bundle.resources for bundle in layout.bundles], strategy=layout.strategy, name=name
         )
-        if not self._group.wait(max(1.0, deadline - time.monotonic())):
+        while not self._group.wait(_PIECE_SECONDS):  # in pieces, as in `answers`
+            if time.monotonic() < deadline:
+                continue
             nodes = self.nodes()
             say(needed_and_there(layout, nodes))
             missing = describe_shortages(find_shortages(layout, nodes))
@@ -157,10 +160,13 @@ class RayCluster:
         """Wait for one answer of each node. Raises: ExecutorError naming the node that did not come, with why."""
         came = {}
         for node, reference in references.items():
+            deadline = time.monotonic() + seconds
             try:
-                came[node] = self._ray.get(reference, timeout=seconds)
-            except self._ray.exceptions.GetTimeoutError:
-                raise ExecutorError(f"node {node}: its Ray actor did not start within {seconds:g} s") from None
+                # In pieces: what a signal's handler raises is heard only when Ray's own code returns.
+                while not self._ray.wait([reference], timeout=_PIECE_SECONDS)[0]:
+                    if time.monotonic() >= deadline:
+                        raise ExecutorError(f"node {node}: its Ray actor did not start within {seconds:g} s")
+                came[node] = self._ray.get(reference)
             except self._ray.exceptions.RayError as error:
                 raise ExecutorError(f"node {node}: {describe_actor_end(error)}") from None
         return came

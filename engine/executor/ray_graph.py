@@ -34,7 +34,9 @@ TIMEOUT_SECONDS = 300
 MAX_IN_FLIGHT = 16
 _LOAD_SECONDS = 900.0
 _KV_SECONDS = 120.0
-_TEARDOWN_SECONDS = 5.0
+_TEARDOWN_SECONDS = 2.5
+_ENDED_SECONDS = 1.0
+"""A graph's end, and after its actors were killed: within what a core gets to end (`core_process.STOP_SECONDS`)."""
 _PLAN_BYTES = 1 << 20
 Tell = Callable[[str], None]
 
@@ -168,7 +170,7 @@ class RankGraph:
             teardown.join(_TEARDOWN_SECONDS)
             if teardown.is_alive():
                 self._cluster.end_actors()
-                teardown.join(_TEARDOWN_SECONDS)
+                teardown.join(_ENDED_SECONDS)
             self._graph = None
         # Results that nobody took are dropped after the graph: before, Ray would read on for them.
         self._in_flight.clear()
