@@ -9,9 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from launcher.registry.values import is_secret_name
+from launcher.registry.values import HIDDEN, hide_in_urls, is_secret_name
 
-HIDDEN = "<hidden>"
 _LEAST_KNOWN = 6
 """Shorter values are words that occur by themselves."""
 _PLAIN_NAMES = frozenset({"RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"})
@@ -32,7 +31,6 @@ _CLOSING = ",;)}]\"'"
 _FLAG = re.compile(r"(?P<flag>--(?P<name>[A-Za-z][A-Za-z0-9-]{0,63})\s{1,8})(?P<value>[^\s-]\S{7,})", re.ASCII)
 _SCHEME = re.compile(r"\b(?P<scheme>Bearer|Basic)\s+[A-Za-z0-9._~+/=-]{6,}", re.ASCII | re.IGNORECASE)
 _SHAPES = re.compile(r"\b(?:hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{20,})", re.ASCII)
-_IN_URL = re.compile(r"(?<![a-z0-9+.-])(?P<scheme>[a-z][a-z0-9+.-]{0,15}://)[^\s/@:]*:[^\s/@]+@", re.ASCII)
 
 
 class Redaction:
@@ -54,7 +52,7 @@ class Redaction:
             text = self._known.sub(HIDDEN, text)
         text = _SCHEME.sub(lambda match: f"{match['scheme']} {HIDDEN}", text)
         text = _SHAPES.sub(HIDDEN, text)
-        text = _IN_URL.sub(lambda match: f"{match['scheme']}{HIDDEN}@", text)
+        text = hide_in_urls(text)
         text = _FLAG.sub(lambda match: match["flag"] + HIDDEN if _is_secret_flag(match) else match[0], text)
         return _assignments(text)
 

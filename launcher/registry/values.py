@@ -16,6 +16,9 @@ from typing import Literal
 
 AUTO: Literal["auto"] = "auto"
 
+HIDDEN = "<hidden>"
+"""What stands for a secret wherever one would be shown."""
+
 MAX_QUANTITY = 1 << 62
 """Above this no quantity makes sense, and 64-bit consumers would overflow."""
 
@@ -36,6 +39,21 @@ _SECRET_NAME = re.compile(
 _LOGIN = re.compile(
     r"(?P<scheme>(?:https?|[A-Za-z][A-Za-z0-9+.-]{0,30}(?=://[^\s/?#@:]{0,200}:))://)[^\s/?#]{1,4096}@",
     re.ASCII | re.IGNORECASE,
+)
+# A comma ends a value only where the next field begins: passwords may hold one.
+_COMMA = r",(?![A-Za-z][\w.-]{0,63}=)"
+_VALUE = rf"'[^']*'|\"[^\"]*\"|(?:[^\s&;,]|{_COMMA})+"
+_IN_QUERY = re.compile(
+    rf"(?P<lead>[?&](?P<name>[A-Za-z][\w.-]{{0,63}})=)(?P<value>(?:[^\s&;,\"'<>#]|{_COMMA})+)", re.ASCII
+)
+_FIELD = re.compile(
+    rf"(?P<lead>(?:^|[?&#;,\s])-{{0,2}}(?P<name>[A-Za-z][\w.-]{{0,63}})=(?:(?:Bearer|Basic)\s+)?)(?P<value>{_VALUE})",
+    re.ASCII | re.IGNORECASE,
+)
+_INNER_CAPITAL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|[.-]")
+# Switches, counts, paths, references and what is hidden already: no secrets, whatever they are assigned to.
+_NO_SECRET = re.compile(
+    rf"true|false|none|null|yes|no|on|off|[0-9]+|(?:/|\./|~/|{HIDDEN}).*|\$\{{\w[^}}]*\}}", re.IGNORECASE
 )
 _MAX_SECRET_BYTES = 64 << 10
 
@@ -62,20 +80,34 @@ def is_secret_name(name: str) -> bool:
 
 
 def holds_secret(name: str, value: str) -> bool:
-    """Say whether a variable holds a secret: by its name, or because its value is a URL with a password in it."""
-    return is_secret_name(name) or _without_login(value) != value
+    """Say whether a variable holds a secret: by its name, or by a login, a parameter or a header inside its value."""
+    return is_secret_name(name) or _without_secrets(value) != value
 
 
 def redacted(name: str, value: str) -> str:
     """Return a variable's value as it may be shown: hidden whole when the name says that it is a secret.
 
-    Of a URL the login is hidden: `postgres://<hidden>@host/db`; the user of `ssh://git@host` is none.
+    Of a URL the login is hidden: `postgres://<hidden>@host/db`; the user of `ssh://git@host` is none. Of fields, as in
+    `authorization=<hidden>,tenant=a`, those are whose names say so.
     """
-    return "<hidden>" if value and is_secret_name(name) else _without_login(value)
+    return HIDDEN if value and is_secret_name(name) else _without_secrets(value)
 
 
-def _without_login(value: str) -> str:
-    return _LOGIN.sub(lambda found: f"{found['scheme']}<hidden>@", value) if "@" in value else value
+def hide_in_urls(text: str) -> str:
+    """Return a text with the logins and the secret parameters of its URLs hidden: `https://<hidden>@h/x?token=<hidden>`."""
+    if "@" in text:
+        text = _LOGIN.sub(lambda found: f"{found['scheme']}{HIDDEN}@", text)
+    return _IN_QUERY.sub(_hide_field, text) if "=" in text else text
+
+
+def _without_secrets(value: str) -> str:
+    value = hide_in_urls(value)
+    return _FIELD.sub(_hide_field, value) if "=" in value else value
+
+
+def _hide_field(found: re.Match[str]) -> str:
+    is_secret = is_secret_name(_INNER_CAPITAL.sub("_", found["name"]))
+    return found["lead"] + HIDDEN if is_secret and _NO_SECRET.fullmatch(found["value"]) is None else found[0]
 
 
 def parse_size(text: str) -> int:

@@ -161,10 +161,18 @@ def test_the_examples_have_no_finding() -> None:
         assert registry_issues(parse_registry(path.read_text(), str(path))) == [], path
 
 
-def test_a_login_in_a_url_is_warned_of_and_shown_nowhere(here: Here) -> None:
-    text = pair("DB_URL: postgres://u:canary@h/db").replace(
+@pytest.mark.parametrize(
+    ("url", "proxy"),
+    [
+        ("postgres://u:canary@h/db", "http://u:canary@proxy"),
+        ("https://h/x?api_key=canary&token=canary", "authorization=canary"),
+        ("postgres://u@h?password=canary", "x-tenant=a,x-api-key=canary"),
+    ],
+)
+def test_a_secret_inside_a_value_is_warned_of_and_shown_nowhere(here: Here, url: str, proxy: str) -> None:
+    text = pair(f"DB_URL: '{url}'").replace(
         "alone: {model: tiny-oss}",
-        "alone: {model: tiny-oss, cluster: pair, device: cpu, env: {HTTPS_PROXY: 'http://u:canary@proxy'}}",
+        f"alone: {{model: tiny-oss, cluster: pair, device: cpu, env: {{HTTPS_PROXY: '{proxy}'}}}}",
     )
     here.write(text)
     result = here("validate", "--json")
@@ -183,4 +191,5 @@ def test_a_login_in_a_url_is_warned_of_and_shown_nowhere(here: Here) -> None:
         said += result.out + result.err
     rendered = (here.folder / "out" / "head" / "docker-compose.yml").read_text()
     assert "${DB_URL:?" in rendered
+    assert "${HTTPS_PROXY:?" in rendered
     assert "canary" not in said + rendered
