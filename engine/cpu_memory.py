@@ -123,7 +123,7 @@ def mapped_bytes(hidden_size: int) -> int:
 
     A mapped page is a page fault, which is little beside the product that fills it if the model is wide: each value
     takes twice the width in operations. Measured at a width of 224: prefills take twice as long where all above 256 KiB
-    is mapped, no longer where all above 4 MiB is; at 2880 faults are one part in a hundred at any size.
+    is mapped, no longer where all above 4 MiB is. At 2880, by the same reckoning, one part in a hundred: not measured.
     """
     return min(_MAX_MAPPED_BYTES, (1 << 30) // max(1, hidden_size))
 
