@@ -5,6 +5,8 @@ Knows: folders, drift, lint. Refuses to know: what stands in the files (`launche
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,6 +16,7 @@ from launcher.commands import Invocation, invocation_of
 
 if TYPE_CHECKING:
     from launcher.plan.cluster_plan import ClusterPlan
+    from launcher.plan.diff import Change
 
 
 def register(app: typer.Typer) -> None:
@@ -50,10 +53,10 @@ def register(app: typer.Typer) -> None:
             invocation.console.json({path: content.decode() for path, content in files.items()})
             return ExitCode.OK
         if check:
-            return _check(invocation, files, output, name)
+            return _check(invocation, plan, files, output)
         if for_host:
             files |= _overrides(invocation, files)
-        _write(invocation, files, output)
+        _write(invocation, plan, files, output)
         invocation.console.note(f"next: hlaunch up {name}")
         invocation.console.note("or copy each folder to its node, and there: docker compose up -d --wait")
         return ExitCode.OK
@@ -74,21 +77,48 @@ def cluster_plan_for(invocation: Invocation, name: str, overrides: list[str], cl
     return plan
 
 
-_DRIFT = {"create": "is missing", "recreate": "differs", "remove": "is of a node that is not in the plan"}
+_DRIFT = {"create": "is missing", "recreate": "differs"}
+# As `launcher.compose` writes it, near the top.
+_OLD_NODE = re.compile(r'^x-hlaunch:\n(?:  .*\n){0,20}?  node: "([^"\n]+)"$', re.MULTILINE)
 
 
-def _check(invocation: Invocation, files: dict[str, bytes], folder: Path, name: str) -> int:
+def _check(invocation: Invocation, plan: ClusterPlan, files: dict[str, bytes], folder: Path) -> int:
     from launcher.exit_codes import ExitCode
     from launcher.plan.diff import diff_files
 
     changed = [item for item in diff_files(files, folder) if item.action != "none"]
     for item in changed:
-        invocation.console.data(f"{folder / item.path}: {_DRIFT[item.action]}")
+        if item.action != "remove":
+            invocation.console.data(f"{folder / item.path}: {_DRIFT[item.action]}")
+    for left, (said, _) in _left_over(plan, changed, folder).items():
+        invocation.console.data(f"{left}: {said}")
     if not changed:
         invocation.console.note(f"{folder} is what the registry says")
         return ExitCode.OK
-    invocation.console.note(f"line by line: hlaunch plan {name} --diff --against {folder}")
+    invocation.console.note(f"line by line: hlaunch plan {plan.name} --diff --against {folder}")
     return ExitCode.PLAN_CHANGED
+
+
+def _left_over(plan: ClusterPlan, changes: Sequence[Change], folder: Path) -> dict[Path, tuple[str, str]]:
+    """Say of each folder that the plan no longer makes what it is, and what to do with it.
+
+    A node may still be in the plan, under another folder: what runs there is stopped and started as ever.
+    """
+    from launcher.compose.render import COMPOSE_FILE
+    from launcher.plan.diff import MAX_FILE_BYTES
+
+    found = {}
+    for left in dict.fromkeys((folder / item.path).parent for item in changes if item.action == "remove"):
+        try:
+            with (left / COMPOSE_FILE).open(encoding="utf-8", errors="replace") as file:
+                node = _OLD_NODE.search(file.read(MAX_FILE_BYTES))
+        except OSError:
+            node = None
+        if node is not None and node[1] not in {item.name for item in plan.nodes}:
+            found[left] = (f"is of node '{node[1]}', which is not in the plan", "stop it there, remove it")
+        else:
+            found[left] = ("is of an earlier plan", "remove it")
+    return found
 
 
 def _overrides(invocation: Invocation, files: dict[str, bytes]) -> dict[str, bytes]:
@@ -105,13 +135,12 @@ def _overrides(invocation: Invocation, files: dict[str, bytes]) -> dict[str, byt
     return {f"{folder}/{OVERRIDE_FILE}": override.text.encode() for folder in sorted(folders)}
 
 
-def _write(invocation: Invocation, files: dict[str, bytes], folder: Path) -> None:
+def _write(invocation: Invocation, plan: ClusterPlan, files: dict[str, bytes], folder: Path) -> None:
     from launcher.errors import PreflightError
     from launcher.plan.diff import diff_files
 
-    for item in diff_files(files, folder):
-        if item.action == "remove":
-            invocation.console.note(f"{folder / item.path} is of a node that is not in the plan: stop it, remove it")
+    for left, (said, fix) in _left_over(plan, diff_files(files, folder), folder).items():
+        invocation.console.note(f"{left} {said}: {fix}")
     for path, content in files.items():
         target = folder / path
         try:

@@ -20,8 +20,10 @@ Action = Literal["create", "recreate", "remove", "none"]
 MAX_FILE_BYTES = 8 << 20
 _KEY = re.compile(r"\s*(?:- )?\"?([A-Za-z_][\w.-]*)\"?\s*(?::(?:\s|$)|=)")
 _ASSIGNMENT = re.compile(r"\"?(?P<name>[A-Za-z_]\w*)\"?(?P<sign>\s*(?::(?:\s+|$)|=|:(?=[\"'])))")
-_NO_SECRET = re.compile(r"(?:|true|false|null|~|\"\"|''|\[\]|\{.*|\$\{\w.*|\"\$\{\w.*)[,\]}]*")
-"""Values that hide nothing whatever their name: switches, empty ones, references, what opens a mapping."""
+_NO_SECRET = re.compile(
+    r"(?:export it, do not write it here\)?||true|false|null|~|\"\"|''|\[\]|\{.*|\$\{\w.*|\"\$\{\w.*)[,\]}]*"
+)
+"""Values that hide nothing whatever their name: our own advice, switches, references, what opens a mapping."""
 _BLOCK = re.compile(r"(?P<list>\[|)|[|>][-+]?")
 """A value that stands on the lines below: a list's items, or a text's lines."""
 _ITEM = re.compile(r"(?P<lead>\s*(?:- )?)(?P<value>[^\s,\]}#][^,]*?)(?P<end>,?\s*)")

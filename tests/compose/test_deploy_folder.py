@@ -75,6 +75,45 @@ def test_render_writes_checks_and_keeps_secrets(tmp_path: Path) -> None:
     assert "canary" not in everything + file.read_text()
 
 
+CLUSTER = """\
+clusters:
+  c:
+    platform: cpu
+    nodes:
+      - {name: a, role: head, ip: 192.168.100.1}
+%s
+models:
+  m: {model: tiny-oss, cluster: c, device: cpu, pp: %d}
+"""
+
+
+def test_a_folder_of_an_earlier_plan_is_told_from_one_of_a_node_that_left(tmp_path: Path) -> None:
+    nodes = [f"      - {{name: {name}, role: worker, ip: 192.168.100.{ip}}}" for name, ip in (("b", 2), ("c", 3))]
+
+    def render(count: int, *options: str) -> subprocess.CompletedProcess[str]:
+        (tmp_path / "r.yml").write_text(CLUSTER % ("\n".join(nodes[:count]), count + 1))
+        return hlaunch("--file", "r.yml", "render", "m", "-o", "out", *options, cwd=tmp_path)
+
+    first = render(2)
+    assert first.returncode == 0, first.stderr
+    drifted = render(1, "--check").stdout.splitlines()
+    assert "out/worker-b: is of an earlier plan" in drifted
+    assert "out/worker-c: is of node 'c', which is not in the plan" in drifted
+    assert len([line for line in drifted if "worker-" in line]) == 2
+    said = [line for line in render(1).stderr.splitlines() if "worker-" in line]
+    assert said == [
+        "out/worker-b is of an earlier plan: remove it",
+        "out/worker-c is of node 'c', which is not in the plan: stop it there, remove it",
+    ]
+
+
+def test_a_difference_shows_what_is_no_secret_of_the_example_files(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    done = hlaunch("--file", str(EXAMPLE), "plan", "gpt-oss-20b", "--diff", "--against", "empty", cwd=tmp_path)
+    assert "secret: export it, do not write it here" in done.stdout
+    assert "canary" not in done.stdout
+
+
 def test_the_token_is_made_once_and_copied(tmp_path: Path) -> None:
     """Do what the two pages say, with a stand-in for scp that copies from the other folder."""
     bin_folder = tmp_path / "bin"

@@ -116,6 +116,11 @@ def test_a_value_far_below_its_name_is_hidden() -> None:
         ("HF_TOKEN: ${HF_TOKEN:?export it}", "HF_TOKEN: ${HF_TOKEN:?export it}"),
         ("secrets: [hf_token]", "secrets: [hf_token]"),
         ("PASSWORD: 'true'", "PASSWORD: <hidden>"),
+        ("# secret: export it, do not write it here", "# secret: export it, do not write it here"),
+        ("#HF_TOKEN=canary", "#HF_TOKEN=<hidden>"),
+        ("# password: four canary words here", "# password: <hidden>"),
+        ("# HF_TOKEN=canary", "# HF_TOKEN=<hidden>"),
+        ("DB_URL: https://h/x?token=canary", "DB_URL: https://h/x?token=<hidden>"),
         ("model: openai/gpt-oss-20b", "model: openai/gpt-oss-20b"),
     ],
 )
