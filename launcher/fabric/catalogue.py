@@ -114,5 +114,6 @@ def suggestions(name: str) -> tuple[str, ...]:
     from launcher.registry.suggest import close_names
 
     prefix = next((family for family in _FAMILIES if name.upper().startswith(family)), "")
-    pool = [known for known in _SPECS if known.upper().startswith(prefix)] if prefix else list(_SPECS)
-    return tuple(close_names(name, pool))
+    # What all names of a family share makes no two of them alike.
+    pool = {known[len(prefix) :]: known for known in _SPECS if known.upper().startswith(prefix)}
+    return tuple(pool[rest] for rest in close_names(name[len(prefix) :], pool))

@@ -106,10 +106,19 @@ def test_legal_lists_pass() -> None:
         ("GLOO_SOCKET_IFNAMES", "GLOO_SOCKET_IFNAME"),
         ("UCX_NET_DEVICE", "UCX_NET_DEVICES"),
         ("nccl_debug", "NCCL_DEBUG"),
+        ("NCCL_HCA", "NCCL_IB_HCA"),
+        ("NCCL_GID_INDEX", "NCCL_IB_GID_INDEX"),
+        ("NCCL_PORTO", "NCCL_PROTO"),
+        ("CUDA_VISIBEL_DEVICES", "CUDA_VISIBLE_DEVICES"),
     ],
 )
 def test_misspelt_name_gets_a_suggestion(wrong: str, right: str) -> None:
     assert catalogue.suggestions(wrong)[0] == right
+
+
+@pytest.mark.parametrize("name", ["NCCL_FOO_BAR", "NCCL_MY_SETTING", "NCCL_XYZ", "RAY_FOO_BAR", "NCCL_"])
+def test_what_a_family_shares_makes_no_two_names_alike(name: str) -> None:
+    assert catalogue.suggestions(name) == ()
 
 
 def test_releases_decide_what_is_too_new_or_gone() -> None:
