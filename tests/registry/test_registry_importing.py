@@ -331,6 +331,16 @@ def test_the_published_port_is_where_clients_come_to(publish: str, options: str,
     assert only(from_serve_line(f"docker run {publish} vllm-openai org/m {options}")).integer("port") == port
 
 
+def test_a_port_behind_a_published_one_is_not_reported_as_kept() -> None:
+    line = "docker run -p {}:8000 vllm/vllm-openai --model org/m --port 8000"
+    found = {change.source: change for change in from_serve_line(line.format(9000)).changes}
+    assert (found["-p 9000:8000"].action, found["-p 9000:8000"].result) == ("renamed", "port: 9000")
+    assert (found["--port 8000"].action, found["--port 8000"].result) == ("dropped", "")
+    assert "-p 9000:8000" in found["--port 8000"].reason
+    same = {change.source: change for change in from_serve_line(line.format(8000)).changes}
+    assert (same["--port 8000"].action, same["--port 8000"].result) == ("kept", "port: 8000")
+
+
 def test_the_options_of_a_named_config_stand_below_the_line() -> None:
     text = "model: org/m\ntensor_parallel_size: 4\nport: 1234\n"
     imported = from_serve_line("vllm serve --config c.yaml -tp 2", None, {"c.yaml": text}.get)

@@ -60,8 +60,18 @@ def from_serve_line(
             found.append(apply_option(entry, written, value, quoted_option(written, value)))
     if has_key and "api-key" not in entry.settings:
         found.append(replace(apply_option(entry, "api-key", ""), source=_KEY))
-    found += container_changes(before, entry)
-    return finish([entry], env, [*found, *changes], "a vllm command line")
+    published = container_changes(before, entry)
+    found = [_behind(change, published) for change in found]
+    return finish([entry], env, [*found, *published, *changes], "a vllm command line")
+
+
+def _behind(change: Change, published: Sequence[Change]) -> Change:
+    """A port inside the container is none of the entry's where another is published for it."""
+    over = [item for item in published if item.result.startswith("port: ") and item.result != change.result]
+    if not over or not change.result.startswith("port: "):
+        return change
+    reason = f"the port inside the container: clients come to that of {over[-1].source}"
+    return replace(change, action="dropped", result="", reason=reason)
 
 
 def _model_of(options: Sequence[tuple[str, str | list[str] | None]]) -> str | None:
