@@ -113,7 +113,10 @@ class Command(TyperCommand):
                     formatter.write_dl(rows)
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        from launcher.cli import ALIASES
+
         program, _, name = ctx.command_path.partition(" ")
+        name = ALIASES.get(name, name)
         if name in EXAMPLES:
             rows = [
                 (line if f"{program} " in line else f"{program} {line}", f"# {use}") for line, use in EXAMPLES[name]

@@ -6,6 +6,8 @@ are started, asked and ended.
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,9 @@ from launcher.errors import EngineFailed, HlaunchError, UnknownModel
 from launcher.registry.suggest import did_you_mean
 from launcher.supervise.cluster_run import ClusterRun, read_run
 from launcher.supervise.instance import InstanceFolder, InstanceState, instance_folders, state_root
+
+_MAX_FILE_NAME_BYTES = 255
+"""Linux's own limit, on every file system that counts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +32,8 @@ class Launch:
 
     @classmethod
     def of(cls, folder: InstanceFolder) -> Launch:
+        if not _can_exist(folder):
+            return cls(folder)
         run = read_run(folder)
         return cls(folder, run, None if run is not None else folder.read())
 
@@ -65,17 +72,42 @@ def find_launch(invocation: Invocation, name: str) -> Launch:
     own = Launch.of(InstanceFolder(root, name))
     if own.is_recorded:
         return own
-    try:
-        from launcher.registry.resolving import find_model
+    from launcher.registry.resolving import find_model, quoted
 
+    try:
         return Launch.of(InstanceFolder(root, find_model(invocation.load_registry(), name).name))
     except HlaunchError as error:
         # A registry that is gone or broken is no reason not to find what was once started.
-        if own.folder.path.is_dir():
+        if _can_exist(own.folder) and own.folder.path.is_dir():
             return own
         names = running_names(root)
         hint = did_you_mean(name, names) or "hlaunch ps shows what runs"
-        raise UnknownModel(f"nothing runs under the name '{name}'", available=names, hint=hint) from error
+        unknown = UnknownModel(f"nothing runs under the name {quoted(name)}", available=names, hint=hint)
+        if not isinstance(error, UnknownModel):
+            # An alias would have been found in it.
+            causes = [issue.headline() for issue in error.issues if issue.severity == "error"] or [error.message]
+            unknown.details += (f"the registry cannot be read: {causes[0]}",)
+        raise unknown from error
+
+
+def _can_exist(folder: InstanceFolder) -> bool:
+    """Whether a file system has room for the name, which may be anything that was typed."""
+    try:
+        return folder.name != "" and len(os.fsencode(folder.path.name)) <= _MAX_FILE_NAME_BYTES
+    except UnicodeEncodeError:
+        return False
+
+
+def _start_line(invocation: Invocation, name: str) -> str:
+    """Write the command that starts a model; on a cluster it goes on by itself."""
+    with contextlib.suppress(HlaunchError):
+        from launcher.registry import resolve
+
+        registry = invocation.load_registry()
+        entry = resolve(registry, name, invocation.environ, (), profiles=invocation.profiles)
+        if entry.cluster_name is not None:
+            return f"hlaunch up {name}"
+    return f"hlaunch up {name} -d"
 
 
 def running_launch(invocation: Invocation, name: str) -> Launch:
@@ -86,6 +118,6 @@ def running_launch(invocation: Invocation, name: str) -> Launch:
         raise EngineFailed(
             f"{launch.name} is not running",
             details=(f"what runs: {', '.join(names)}",) if names else (),
-            hint=f"start it: hlaunch up {launch.name} -d",
+            hint=f"start it: {_start_line(invocation, launch.name)}",
         )
     return launch

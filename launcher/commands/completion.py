@@ -44,7 +44,6 @@ _INSTALL = {
     "fish": "hlaunch completion fish | source         in ~/.config/fish/config.fish",
 }
 _OF_WHAT_RUNS = ("down", "restart", "status", "top", "connect")
-_WITH_VALUE = ("-f", "--file", "--profile")
 
 
 def register(app: typer.Typer) -> None:
@@ -76,34 +75,70 @@ def register(app: typer.Typer) -> None:
 
 def candidates(invocation: Invocation, root: Any, typed: Sequence[str]) -> list[str]:
     """List what the last of the typed words may become, in the order of `--help`; nothing where a file is meant."""
-    current, before = (typed[-1], list(typed[:-1])) if typed else ("", [])
+    words = _joined(typed)
+    current, before = (words[-1], words[:-1]) if words else ("", [])
     file: Path | None = None
     path: list[str] = []
     waiting = iter(before)
     for word in waiting:
-        if not path and word in _WITH_VALUE:
-            value = next(waiting, None)
-            if value is None:
-                return []
-            file = Path(value) if word != "--profile" else file
+        if word == "--":
+            path += waiting
         elif not word.startswith("-"):
             path.append(word)
-    found = _words(invocation, root, file, path, current)
-    return [word for word in dict.fromkeys(found) if word.startswith(current)]
+        else:
+            option, equals, value = word.partition("=")
+            if not _takes_value(root, path, option):
+                continue
+            if not equals and (found := next(waiting, None)) is None:
+                return []
+            if option == "--file" or (option == "-f" and not path):
+                file = Path(value if equals else str(found))
+    offered = _words(invocation, root, file, path, current)
+    # Of a word that bash has parted, it replaces the last part.
+    begin = len(current) - len(typed[-1]) if typed else 0
+    return [word[begin:] for word in dict.fromkeys(offered) if word.startswith(current)]
+
+
+def _joined(typed: Sequence[str]) -> list[str]:
+    """Put together what bash has parted at '=' and ':'; other shells part nothing."""
+    words: list[str] = []
+    is_open = False
+    for word in typed:
+        is_sign = word != "" and not word.strip("=:")
+        if words and (is_sign or is_open):
+            words[-1] += word
+        else:
+            words.append(word)
+        is_open = is_sign
+    return words
+
+
+def _takes_value(root: Any, path: Sequence[str], option: str) -> bool:
+    """Whether a value follows an option: a global one, which may stand behind the command too, or the command's."""
+    params = [param for param in root.params if not path or option in ("--file", "--profile")]
+    if path:
+        params += _command(root, path).params
+    return any(option in param.opts and not param.is_flag for param in params if param.param_type_name == "option")
+
+
+def _command(root: Any, path: Sequence[str]) -> Any:
+    """Find the command that was typed, or its part."""
+    command = root.get_command(None, path[0])
+    parts = getattr(command, "commands", {})
+    return parts.get(path[1], command) if len(path) > 1 else command
 
 
 def _words(invocation: Invocation, root: Any, file: Path | None, path: Sequence[str], current: str) -> Iterator[str]:
     from dataclasses import replace
 
-    from launcher.cli import COMMANDS
+    from launcher.cli import ALIASES, COMMANDS
 
     if not path:
         yield from _options(root) if current.startswith("-") else COMMANDS
         return
-    command = root.get_command(None, path[0])
+    path = [ALIASES.get(path[0], path[0]), *path[1:]]
+    command = _command(root, path)
     parts = getattr(command, "commands", None)
-    if parts and len(path) > 1 and path[1] in parts:
-        command, parts = parts[path[1]], None
     if current.startswith("-"):
         yield from _options(command)
         return
