@@ -65,7 +65,7 @@ def up(
                 return ExitCode.INTERRUPTED
             # What is left would be in the way of what starts.
             down(invocation.console, folder, running, invocation.environ)
-        remember(invocation, folder, plan.name, options)
+        remember(invocation, folder, plan.entry, options)
         return _start_on(invocation, plan, runtime, folder)
     finally:
         os.close(lock)

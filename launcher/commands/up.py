@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from engine.config import NodesConfig
     from launcher.console import Console
     from launcher.plan import LaunchPlan
+    from launcher.registry import ResolvedEntry
     from launcher.supervise.instance import InstanceFolder
     from launcher.supervise.spec import LaunchSpec
     from launcher.supervise.supervisor import Outcome
@@ -72,6 +73,12 @@ def register(app: typer.Typer) -> None:
                     f"{name} runs on a cluster, which says its nodes itself",
                     hint="leave --nnodes away, or --set cluster=none",
                 )
+            if port == 0:
+                raise UsageError(
+                    f"{name} runs on a cluster, where nobody looks for a free port", hint="say which one: --port 8000"
+                )
+            if port is not None:
+                chosen.append(f"port={port}")
             from launcher.commands import cluster as on_cluster
             from launcher.commands.render import cluster_plan_for
 
@@ -82,7 +89,9 @@ def register(app: typer.Typer) -> None:
                 return show_plan(invocation.console, on_nodes, as_json=as_json)
             words = [*_settings(chosen), "--runtime", runtime, "--yes"]
             return on_cluster.up(invocation, on_nodes, runtime, words, is_replacing=replace, is_agreed=is_agreed)
-        plan = _plan(invocation, name, list(overrides or []), port, nodes)
+        if (source := ctx.get_parameter_source("runtime")) is not None and source.name != "DEFAULT":
+            raise UsageError(f"--runtime is for a cluster, and {name} has none", hint="add --cluster NAME")
+        plan = _plan(invocation, name, list(overrides or []), port, nodes, is_replacing=replace)
         if dry_run:
             from launcher.commands.dry_run import dry_run as show
 
@@ -90,7 +99,7 @@ def register(app: typer.Typer) -> None:
         words = [*_settings(chosen), "--port", str(plan.config.server.port), "--detach"]
         for option, value in (("--node-rank", node_rank), ("--head-addr", head_addr), ("--node-addr", node_addr)):
             words += [option, str(value)] if value is not None else []
-        remember_it = partial(_remember, invocation, plan.name, [*words, "--nnodes", str(nnodes)])
+        remember_it = partial(_remember, invocation, plan.entry, [*words, "--nnodes", str(nnodes)])
         return launch(
             invocation.console,
             plan,
@@ -112,14 +121,20 @@ def _settings(chosen: Sequence[str]) -> list[str]:
     return [part for item in chosen for part in ("--set", item)]
 
 
-def _remember(invocation: Invocation, name: str, words: Sequence[str], folder: InstanceFolder) -> None:
+def _remember(invocation: Invocation, entry: ResolvedEntry, words: Sequence[str], folder: InstanceFolder) -> None:
     from launcher.commands.restart import remember
 
-    remember(invocation, folder, name, words)
+    remember(invocation, folder, entry, words)
 
 
 def _plan(
-    invocation: Invocation, name: str, overrides: list[str], port: int | None, nodes: NodesConfig | None = None
+    invocation: Invocation,
+    name: str,
+    overrides: list[str],
+    port: int | None,
+    nodes: NodesConfig | None = None,
+    *,
+    is_replacing: bool = False,
 ) -> LaunchPlan:
     from launcher.plan import make_plan, read_inventory
     from launcher.supervise.instance import InstanceFolder, state_root
@@ -130,7 +145,13 @@ def _plan(
 
         entry = invocation.resolve(name, [*overrides, f"port={free_port(entry.text('host'))}"])
     folder = InstanceFolder(state_root(invocation.environ), entry.name)
-    plan = make_plan(entry, read_inventory(), invocation.environ, folder.path, nodes=nodes)
+    inventory = read_inventory()
+    if is_replacing:
+        from launcher.commands.replacing import inventory_without
+
+        # What runs holds the memory that its successor gets.
+        inventory = inventory_without(inventory, folder)
+    plan = make_plan(entry, inventory, invocation.environ, folder.path, nodes=nodes)
     invocation.console.issues(plan.warnings)
     return plan
 
@@ -159,7 +180,9 @@ def launch(
     plan.check()
     folder = InstanceFolder(plan.instance_folder.parent.parent, plan.name)
     folder.create()
-    lock_fd = _take_lock(folder, is_replacing)
+    if is_replacing and plan.is_head and not _is_served_at(folder, plan.config.server.port):
+        check_port(plan.config.server.host, plan.config.server.port)
+    lock_fd = _take_lock(console, folder, is_replacing)
     on_lock(folder)
     ready_timeout_seconds = plan.ready_timeout_seconds
     if plan.is_head:
@@ -201,7 +224,15 @@ def _run(
     return Supervisor(spec, folder, view, launched_at=began).run()
 
 
-def _take_lock(folder: InstanceFolder, is_replacing: bool) -> int:
+def _is_served_at(folder: InstanceFolder, port: int) -> bool:
+    """Whether the port is that of the launch that is replaced."""
+    from urllib.parse import urlsplit
+
+    state = folder.read()
+    return state is not None and state.is_alive and urlsplit(state.url).port == port
+
+
+def _take_lock(console: Console, folder: InstanceFolder, is_replacing: bool) -> int:
     """Become the one launcher of this name, and clear what a dead one left.
 
     Raises: PreflightError when a live one has it.
@@ -211,7 +242,7 @@ def _take_lock(folder: InstanceFolder, is_replacing: bool) -> int:
 
     lock_fd = folder.try_lock()
     if lock_fd is None and is_replacing:
-        stop_instance(folder)
+        console.data(f"{folder.name}: {stop_instance(folder).value}")
         deadline = time.monotonic() + 5
         while (lock_fd := folder.try_lock()) is None and time.monotonic() < deadline:
             time.sleep(0.05)
