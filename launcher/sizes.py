@@ -1,4 +1,4 @@
-"""Bytes as people read them. Pure; knows no field of anything."""
+"""Bytes and counts as people read them. Pure; knows no field of anything."""
 
 from __future__ import annotations
 
@@ -12,3 +12,8 @@ def size(num_bytes: float) -> str:
         if num_bytes >= scale:
             return f"{num_bytes / scale:.1f} {unit}"
     return f"{num_bytes:.0f} bytes"
+
+
+def counted(number: int, noun: str) -> str:
+    """Write a number of things: `1 rank`, `2 ranks`, `0 ranks`."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -12,6 +12,7 @@ import typer
 from launcher.commands import invocation_of
 from launcher.errors import UsageError
 from launcher.exit_codes import ExitCode
+from launcher.sizes import counted
 
 if TYPE_CHECKING:
     from launcher.console import Console
@@ -158,5 +159,4 @@ def _report(
     if found:
         console.data()
     print_findings(console, found)
-    nodes = f"{len(target.nodes)} node{'' if len(target.nodes) == 1 else 's'}"
-    console.note(f"{summary(found)} on {nodes}, {seconds:.1f} s")
+    console.note(f"{summary(found)} on {counted(len(target.nodes), 'node')}, {seconds:.1f} s")

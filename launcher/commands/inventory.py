@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from launcher.commands import Invocation, invocation_of
-from launcher.sizes import GIB
+from launcher.sizes import GIB, counted
 
 if TYPE_CHECKING:
     from launcher.console import Console
@@ -82,7 +82,7 @@ def _print(console: Console, found: Inventory) -> None:
     from launcher.plan.inventory.values import THIS_HOST
 
     free, total = found.memory_available_bytes / GIB, found.memory_total_bytes / GIB
-    nodes = f"{found.numa_nodes} NUMA node{'s' * (found.numa_nodes != 1)}"
+    nodes = counted(found.numa_nodes, "NUMA node")
     rows = [("processor", f"{found.cpu_name}, {found.cpu_cores} cores, {nodes}")]
     if found.cpu_features:
         rows.append(("features", ", ".join(found.cpu_features)))

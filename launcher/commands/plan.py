@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from launcher.commands import Invocation, invocation_of
+from launcher.sizes import counted
 
 if TYPE_CHECKING:
     from engine.placement import Remark
@@ -137,7 +138,7 @@ def placement_table(console: Console, picture: Picture) -> None:
     console.table(
         (*columns, "NIC") if has_nics else columns,
         rows,
-        title=f"placement: {placement.sizes}, {_ranks(placement.world_size)}",
+        title=f"placement: {placement.sizes}, {counted(placement.world_size, 'rank')}",
     )
     if picture.placement.kv_links:
         _kv_table(console, picture)
@@ -161,10 +162,6 @@ def _kv_table(console: Console, picture: Picture) -> None:
     ]
     columns = ("ENGINE", "RANK", "LAYERS", "KV HEADS", "OVER", ">PER TOKEN")
     console.table(columns, rows, title="KV blocks move between engines")
-
-
-def _ranks(count: int) -> str:
-    return "1 rank" if count == 1 else f"{count} ranks"
 
 
 def show_topology(console: Console, picture: Picture) -> None:
@@ -286,7 +283,7 @@ def _print_cluster(console: Console, plan: ClusterPlan, *, is_full: bool) -> Non
         console.data()
     console.heading(f"what would run ({plan.executor} executor, plan {plan.digest[:12]})")
     for node in plan.nodes:
-        ranks = f"{len(node.ranks)} rank{'s' * (len(node.ranks) != 1)}" if node.ranks else "no ranks, serves"
+        ranks = counted(len(node.ranks), "rank") if node.ranks else "no ranks, serves"
         where = f" over ssh {node.node.ssh}" if node.node.ssh else ""
         console.data(f"{node.name}: python -m launcher.node {node.role}, {ranks}{where}")
     for name in plan.unused:

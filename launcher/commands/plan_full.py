@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from launcher.sizes import counted
+
 if TYPE_CHECKING:
     from launcher.console import Console
     from launcher.plan import LaunchPlan
@@ -16,7 +18,7 @@ def environment_line(plan: ClusterPlan | LaunchPlan, variables: dict[str, tuple[
     counts = sorted({len(items) for items in variables.values()})
     many = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     found = len(plan.warnings)
-    lint = "no finding" if not found else f"{found} finding{'s' * (found != 1)}"
+    lint = "no finding" if not found else counted(found, "finding")
     return f"{many} variables{' a node' * (len(variables) > 1)}, {lint}"
 
 

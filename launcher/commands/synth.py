@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from launcher.commands import invocation_of
+from launcher.sizes import counted
 
 
 def register(app: typer.Typer) -> None:
@@ -37,7 +38,7 @@ def register(app: typer.Typer) -> None:
         console = invocation.console
         target = (invocation.cwd / folder).resolve()
         shape = shape_of(invocation, name, layers)
-        num_layers = _count(shape.num_layers, "layer")
+        num_layers = counted(shape.num_layers, "layer")
         console.note(f"{shape.name}: {_amount(shape.weight_bytes)} of random weights, {num_layers}, seed {seed}")
         console.note(f"to {target}")
         with console.phases() as view:
@@ -69,13 +70,11 @@ def register(app: typer.Typer) -> None:
 
 def _rows(facts: dict[str, object]) -> list[tuple[str, str]]:
     size = int(str(facts["weight_bytes"]))
+    files = counted(int(str(facts["num_shards"])), "file")
     return [
         ("folder", str(facts["folder"])),
         ("model", str(facts["model"])),
-        (
-            "weights",
-            f"{_amount(size)} in {_count(facts['num_shards'], 'file')}, {facts['num_tensors']} tensors, random",
-        ),
+        ("weights", f"{_amount(size)} in {files}, {facts['num_tensors']} tensors, random"),
         ("seed", str(facts["seed"])),
         ("fingerprint", f"{facts['fingerprint']}  (equal: same bytes)"),
         ("tokenizer", str(facts["tokenizer"])),
@@ -85,7 +84,3 @@ def _rows(facts: dict[str, object]) -> list[tuple[str, str]]:
 def _amount(num_bytes: float) -> str:
     """Write bytes as disks and benchmarks count them: `13.76 GB`, `4.1 MB`."""
     return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"
-
-
-def _count(number: object, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -10,6 +10,7 @@ import typer
 
 from launcher.commands import invocation_of
 from launcher.exit_codes import ExitCode
+from launcher.sizes import counted
 
 if TYPE_CHECKING:
     from launcher.errors import Issue
@@ -64,10 +65,10 @@ def register(app: typer.Typer) -> None:
         else:
             invocation.console.issues(issues)
             notes = sum(issue.severity == "info" for issue in issues)
-            found = (_count(errors, "error"), _count(warnings, "warning"), _count(notes, "note"))
-            counts = ", ".join(part for part in found if part)
+            found = ((errors, "error"), (warnings, "warning"), (notes, "note"))
+            counts = ", ".join(counted(number, noun) for number, noun in found if number)
             if is_valid and registry is not None:
-                models = _count(len(registry.models), "model")
+                models = counted(len(registry.models), "model") if registry.models else ""
                 invocation.console.data(f"{source}: valid, {', '.join(part for part in (models, counts) if part)}")
             else:
                 invocation.console.error(f"{source} is not valid: {counts}")
@@ -87,7 +88,3 @@ def _has_env(registry: Registry) -> Iterator[bool]:
     for entry in registry.models.values():
         parts = (entry.options, *entry.profiles.values(), *entry.overrides.values())
         yield any(options.env for options in parts)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}" if number else ""

@@ -12,6 +12,7 @@ from launcher.fabric.finding import Finding
 from launcher.fabric.remote import Unreachable
 from launcher.fabric.selection import interface_of
 from launcher.registry.cluster import Node
+from launcher.sizes import counted
 
 WIDTH = 80
 
@@ -37,7 +38,7 @@ def summary(findings: Sequence[Finding]) -> str:
     """Count by severity: `2 errors, 1 warning, 3 notes`; `nothing found` for none."""
     words = (("error", "error"), ("warning", "warning"), ("info", "note"))
     counts = [(sum(found.severity == severity for found in findings), noun) for severity, noun in words]
-    parts = [f"{count} {noun}{'' if count == 1 else 's'}" for count, noun in counts if count]
+    parts = [counted(count, noun) for count, noun in counts if count]
     return ", ".join(parts) or "nothing found"
 
 

@@ -18,6 +18,7 @@ from launcher.errors import DoesNotFit, HlaunchError, PreflightError, UsageError
 from launcher.plan.environment import Variable
 from launcher.plan.inventory import Gpu, Inventory
 from launcher.plan.placing import this_host
+from launcher.sizes import counted
 
 DEFAULT_HEAD_PORT = 29540
 MAX_NODES = 64
@@ -84,7 +85,7 @@ def node_problems(nodes: NodesConfig, sizes: ParallelSizes, placement: Placement
     if sizes.world < count:
         return [
             DoesNotFit(
-                f"{sizes}: {sizes.world} rank{'s' * (sizes.world != 1)} for {count} nodes",
+                f"{sizes}: {counted(sizes.world, 'rank')} for {count} nodes",
                 hint=f"add --set pp={count}, or --set dp={count}: one engine on each node",
             )
         ]

@@ -43,7 +43,7 @@ from launcher.plan.placing import (
 from launcher.plan.rank_memory import RankMemory, Sizing, memory_of, ranks_do_not_fit, report_memory
 from launcher.plan.weights import ModelFiles, find_model_files
 from launcher.registry.types import ResolvedEntry
-from launcher.sizes import GIB
+from launcher.sizes import GIB, counted
 
 CONFIG_FILE = "engine.json"
 STATUS_FD_PLACEHOLDER = "N"
@@ -272,8 +272,8 @@ def _core_notes(config: EngineConfig, placement: Placement, inventory: Inventory
     if config.device != "cpu":
         return []
     ranks, cores, threads = len(fullest_node(placement)), inventory.cpu_cores, config.cpu_threads
-    said = f"{ranks} rank{'s share' if ranks > 1 else ' has'} {cores} core{'s' * (cores != 1)}"
-    said += f", {threads} thread{'s' * (threads != 1)} each"
+    said = f"{ranks} rank{'s share' if ranks > 1 else ' has'} {counted(cores, 'core')}"
+    said += f", {counted(threads, 'thread')} each"
     said = f"on each node {said}" if len(placement.nodes) > 1 else said
     if ranks * threads > cores:
         said += ": more threads than cores, and in every step all wait for the last of them"

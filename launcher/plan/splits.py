@@ -17,7 +17,7 @@ from launcher.plan.links import Link
 from launcher.plan.picture import Picture, picture_of
 from launcher.plan.rank_memory import MemoryReport, Sizing, report_memory
 from launcher.registry.cluster import Cluster, Fabric, Node
-from launcher.sizes import GIB
+from launcher.sizes import GIB, counted
 
 Order = Literal["throughput", "latency"]
 
@@ -105,7 +105,7 @@ def crossing_text(placement: Placement, model: ModelConfig, between: Link) -> st
     )
     if borders:
         each = f"{2 * model.hidden_size / 1000:.2f} kB per token"
-        return f"{borders} stage border{'s' * (borders > 1)}, {each} over {between.name}"
+        return f"{counted(borders, 'stage border')}, {each} over {between.name}"
     return "nothing but requests and answers" if len(placement.nodes) > 1 else "one node only"
 
 

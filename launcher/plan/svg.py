@@ -27,7 +27,7 @@ from launcher.plan.svg_layout import (
     lay_out,
 )
 from launcher.plan.topology import tokens
-from launcher.sizes import GIB
+from launcher.sizes import GIB, counted
 
 HUES = (212, 150, 28, 280, 340, 90, 190, 50)
 BAR = (("stored_bytes", "w"), ("activation_bytes", "a"), ("runtime_bytes", "r"), ("kv_bytes", "k"))
@@ -57,7 +57,7 @@ def svg_text(picture: Picture) -> str:
     ]
     height = bottom + 64 + 20 * len(notes)
     placement = picture.placement
-    subtitle = f"{placement.sizes} · {placement.world_size} rank{'s' * (placement.world_size != 1)}"
+    subtitle = f"{placement.sizes} · {counted(placement.world_size, 'rank')}"
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_n(width)} {_n(height)}" width="{_n(width)}" '
         f'height="{_n(height)}" role="img" aria-label="{_attribute(picture.title)}">',

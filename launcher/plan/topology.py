@@ -11,7 +11,7 @@ from textwrap import wrap
 from engine.placement import KVRoute, RankSpec
 from launcher.plan.picture import Hop, KVFlow, Picture, PictureNode, alike, device_span, rank_span, span
 from launcher.plan.rank_memory import RankMemory
-from launcher.sizes import GIB
+from launcher.sizes import GIB, counted
 
 WIDTH = 80
 _ASCII = str.maketrans("─│╭╮╰╯═║▼┊█▓▒░↓→⇒·…", "-|++++=|v:#%+.v>>._")
@@ -172,7 +172,7 @@ def memory_lines(picture: Picture, width: int = WIDTH) -> Iterator[str]:
             continue
         total = sum(picture.memory[rank].required_bytes for rank in ranks if rank in picture.memory)
         budget = sum(picture.memory[rank].budget_bytes for rank in ranks if rank in picture.memory)
-        yield f"{node.name}: {total / GIB:.1f} of {budget / GIB:.1f} GiB in {len(ranks)} rank{'s' * (len(ranks) != 1)}"
+        yield f"{node.name}: {total / GIB:.1f} of {budget / GIB:.1f} GiB in {counted(len(ranks), 'rank')}"
         labels = [f"{'rank' if len(members) == 1 else 'ranks'} {rank_span(members)}" for members, _ in groups]
         for label, (_, memory) in zip(labels, groups, strict=True):
             yield from _rank_bar(f"  {label:<{max(map(len, labels))}} ", memory, width)

@@ -30,6 +30,7 @@ from launcher.registry.types import Registry
 from launcher.registry.values import holds_secret, show_text
 from launcher.registry.walking import MAX_ISSUES, Tree, dotted, walk
 from launcher.registry.walking import Path as KeyPath
+from launcher.sizes import counted
 
 _GLUED = re.compile(r"([A-Za-z][A-Za-z_-]{0,60}):\S.*", re.ASCII)
 _NAMED = frozenset({"models", "clusters", "profiles"})
@@ -81,8 +82,7 @@ def check_registry(path: Path, cwd: Path | None = None) -> tuple[Registry | None
 def _unless_errors(registry: Registry | None, issues: list[Issue], source: str) -> Registry:
     if registry is None:
         count = sum(issue.severity == "error" for issue in issues)
-        noun = "error" if count == 1 else "errors"
-        raise RegistryInvalid(f"{source} has {count} {noun}", issues=issues)
+        raise RegistryInvalid(f"{source} has {counted(count, 'error')}", issues=issues)
     return registry
 
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from launcher.addresses import host_and_port, is_loopback
 from launcher.errors import PreflightError
+from launcher.sizes import counted
 from launcher.supervise import ports, procfs
 from launcher.supervise.instance import InstanceFolder, InstanceState, instance_folders, parse_state, state_root
 from launcher.supervise.logfile import BoundedLog, tail
@@ -185,3 +186,8 @@ def test_only_this_machine_reaches_loopback(host: str) -> None:
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.1", "fd00::1", "127.example.org", ""])
 def test_the_rest_is_public(host: str) -> None:
     assert not is_loopback(host)
+
+
+@pytest.mark.parametrize(("number", "said"), [(0, "0 ranks"), (1, "1 rank"), (2, "2 ranks")])
+def test_things_are_counted_in_words(number: int, said: str) -> None:
+    assert counted(number, "rank") == said
