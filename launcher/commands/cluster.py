@@ -48,11 +48,7 @@ def up(
     plan.check()
     folder = InstanceFolder(state_root(invocation.environ), plan.name)
     folder.create()
-    # Two starts of one name would lay their files into the same folders.
-    if (lock := folder.try_lock()) is None:
-        raise PreflightError(
-            f"another `hlaunch up` is starting {plan.name}", hint=f"wait for it: hlaunch status {plan.name}"
-        )
+    lock = _take_lock(invocation.console, folder, is_replacing)
     try:
         if (running := read_run(folder)) is not None:
             if not is_replacing:
@@ -69,6 +65,31 @@ def up(
         return _start_on(invocation, plan, runtime, folder)
     finally:
         os.close(lock)
+
+
+def _take_lock(console: Console, folder: InstanceFolder, is_replacing: bool) -> int:
+    """Become the one that starts this name: two would lay their files into the same folders.
+
+    What runs of it on this host, whose launcher has the lock, is stopped when it may be replaced.
+    Raises: PreflightError.
+    """
+    from launcher.supervise.stopping import stop_instance
+
+    if (lock := folder.try_lock()) is not None:
+        return lock
+    state = folder.read()
+    is_here = state is not None and state.is_alive
+    if is_here and is_replacing:
+        console.data(f"{folder.name}: {stop_instance(folder).value}")
+        if (lock := folder.try_lock()) is not None:
+            return lock
+    if is_here:
+        raise PreflightError(
+            f"{folder.name} is running on this host", hint=f"run: hlaunch down {folder.name}, or add --replace"
+        )
+    raise PreflightError(
+        f"another `hlaunch up` is starting {folder.name}", hint=f"wait for it: hlaunch status {folder.name}"
+    )
 
 
 def _agree(invocation: Invocation, plan: ClusterPlan, folder: InstanceFolder, *, is_agreed: bool) -> bool:

@@ -254,7 +254,33 @@ def _take_lock(console: Console, folder: InstanceFolder, is_replacing: bool) -> 
         )
     if state is not None:
         clean_stale(folder, state)
+    try:
+        _leave_cluster(console, folder, is_replacing)
+    except BaseException:
+        os.close(lock_fd)
+        raise
     return lock_fd
+
+
+def _leave_cluster(console: Console, folder: InstanceFolder, is_replacing: bool) -> None:
+    """End a launch of this name that is on a cluster: the entry may have named one when it was started.
+
+    Raises: PreflightError when it may not be replaced; HlaunchError naming what is left of it.
+    """
+    if not folder.cluster_file.exists():
+        return
+    from launcher.commands import cluster
+    from launcher.errors import PreflightError
+    from launcher.supervise.cluster_run import read_run
+
+    if (run := read_run(folder)) is None:
+        return
+    if not is_replacing:
+        raise PreflightError(
+            f"{folder.name} is running on cluster {run.cluster}",
+            hint=f"run: hlaunch down {folder.name}, or add --replace",
+        )
+    cluster.down(console, folder, run, os.environ)
 
 
 def _conclude(console: Console, view: LaunchView, outcome: Outcome) -> int:

@@ -35,7 +35,6 @@ from launcher.supervise.runtimes import RUNTIMES, NodeHandle, Runtime, Secrets, 
 from launcher.supervise.shell import Shell
 from launcher.supervise.status import one_line
 
-RECORD = "cluster.json"
 _PERMANENT = (ExitCode.USAGE, ExitCode.REGISTRY_INVALID, ExitCode.PREFLIGHT, ExitCode.DOES_NOT_FIT, ExitCode.NOT_READY)
 """Exit codes of a node that starting it again cannot change."""
 _REATTACH_SECONDS = 0.5
@@ -78,7 +77,7 @@ class NodeSaid:
 def read_run(folder: InstanceFolder) -> ClusterRun | None:
     """Read the record of a launch on a cluster; None when there is none."""
     try:
-        data = json.loads((folder.path / RECORD).read_text(encoding="utf-8"))
+        data = json.loads(folder.cluster_file.read_text(encoding="utf-8"))
         nodes = tuple(NodeHandle(**node) for node in data["nodes"])
         return ClusterRun(**{**data, "nodes": nodes, "transports": read_pairs(data.get("transports", []))})
     except (OSError, ValueError, TypeError, KeyError):
@@ -118,7 +117,7 @@ def start(
     for shell in shells.values():
         # Before the record, which `down` can only take away by the same means.
         runtime.check(shell)
-    write_private(folder.path / RECORD, run.to_json())
+    write_private(folder.cluster_file, run.to_json())
     forget(folder)
     # Plain processes take values that no compose file may hold; then there is nothing to compare with.
     with contextlib.suppress(UsageError):
@@ -140,7 +139,7 @@ def start(
             stop(run, folder, environ, note)
         raise
     ready = replace(run, url=url, transports=pairs)
-    write_private(folder.path / RECORD, ready.to_json())
+    write_private(folder.cluster_file, ready.to_json())
     return ready
 
 
@@ -302,6 +301,6 @@ def stop(
             left.append(error.message)
     if not left:
         with contextlib.suppress(OSError):
-            (folder.path / RECORD).unlink()
+            folder.cluster_file.unlink()
         forget_files(folder)
     return left

@@ -100,6 +100,11 @@ class InstanceFolder:
         return self.path / "engine.json"
 
     @property
+    def cluster_file(self) -> Path:
+        """The record of a launch on a cluster; where it is missing, nothing of this name runs on one."""
+        return self.path / "cluster.json"
+
+    @property
     def log_file(self) -> Path:
         return self.path / "engine.log"
 

@@ -18,7 +18,7 @@ from launcher.errors import PreflightError
 from launcher.node import stop
 from launcher.probe import judge
 from launcher.registry.cluster import RaySettings
-from launcher.supervise.cluster_run import RECORD, ClusterRun
+from launcher.supervise.cluster_run import ClusterRun
 from launcher.supervise.cluster_view import parse_view
 from launcher.supervise.docker import parse_host_facts
 from launcher.supervise.instance import InstanceFolder
@@ -131,11 +131,11 @@ def test_replacing_begins_when_nothing_of_the_old_is_left(tmp_path: Path) -> Non
     folder = tmp_path / ".local/state/hlaunch/instances/m"
     folder.mkdir(parents=True)
     record = ClusterRun("m", "tiny-oss", "old", "compose", "p", (node,), 1.0).to_json()
-    (folder / RECORD).write_text(record)
+    (folder / "cluster.json").write_text(record)
     up = _hlaunch(tmp_path, DOCKER_DOWN, "up", "m", "--replace")
     assert up.returncode == 1, up.stderr
     assert "error: m: not everything is gone\n  gone: " in up.stderr
-    assert (folder / RECORD).read_text() == record
+    assert (folder / "cluster.json").read_text() == record
 
 
 def test_two_starts_of_one_name_do_not_meet(tmp_path: Path) -> None:

@@ -93,6 +93,11 @@ def test_a_restart_means_the_file_of_the_start(stand_ins: StandIns, tmp_path: Pa
     text = registry.read_text()
     registry.write_text("models: [")
     assert stand_ins.cli("restart", "tiny-oss").code == 3
+    # Nor is it started here as well, once the file names no cluster.
+    registry.write_text("models: {tiny-oss: {model: tiny-oss}}\n")
+    twice = stand_ins.cli("up", "tiny-oss", "--file", str(registry), "--port", "0")
+    assert twice.code == 5, twice.err
+    assert "tiny-oss is running on cluster pair" in twice.err
     registry.write_text(text)
     assert (tmp_path / "stopped").read_text() == stopped
     assert stand_ins.cli("status", "tiny-oss", "--json").json["state"] == "ready"

@@ -16,7 +16,7 @@ from stub_server import Stub, serving
 from launcher import cli
 from launcher.connect import TOOLS, Endpoint
 from launcher.registry import SecretRef
-from launcher.supervise.cluster_run import RECORD, ClusterRun
+from launcher.supervise.cluster_run import ClusterRun
 from launcher.supervise.instance import InstanceFolder
 
 CANARY = "canary-5f1c"
@@ -172,7 +172,7 @@ def launch(home: Path, name: str, url: str) -> None:
     folder = InstanceFolder(home / "state", name)
     folder.create()
     run = ClusterRun(name, "tiny-oss", "pair", "process", "0", (), 0.0, url)
-    (folder.path / RECORD).write_text(run.to_json())
+    folder.cluster_file.write_text(run.to_json())
 
 
 def test_launches_on_clusters_count_and_several_need_a_name(home: Path, capsys: pytest.CaptureFixture[str]) -> None:

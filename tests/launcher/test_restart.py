@@ -261,3 +261,23 @@ def test_hints_say_what_a_person_would_type(folder: Path, capsys: pytest.Capture
     for word in ("serve", "run"):
         assert run([word, "--help"]) == 0
         assert "hlaunch up tiny-oss --dry-run" in capsys.readouterr().out
+
+
+def test_an_entry_that_has_moved_does_not_run_twice(hlaunch: Launcher) -> None:
+    """On this host while the registry now names a cluster, and the other way round; no node of it can be reached."""
+    process = hlaunch.up("ok", "--detach")
+    assert process.wait(timeout=20) == 0
+    pid = hlaunch.ready()["launcher"]["pid"]
+    hlaunch.environ["HLAUNCH_SSH"] = shutil.which("false") or "false"
+    text = hlaunch.registry.read_text()
+    far = "tiny-oss: {model: tiny-oss, cluster: pair, device: cpu, host: 10.9.0.1, insecure-no-auth: true,"
+    hlaunch.registry.write_text(text.replace("tiny-oss: {model: tiny-oss,", far) + CLUSTER)
+    refused = hlaunch.cli("up", "tiny-oss")
+    assert (refused.returncode, refused.stdout) == (5, "")
+    assert "error: tiny-oss is running on this host\n" in refused.stderr
+    assert alive(pid)
+    moved = hlaunch.cli("up", "tiny-oss", "--replace", "--yes")
+    assert moved.returncode != 0
+    assert moved.stdout == "tiny-oss: stopped\n"
+    assert not alive(pid)
+    hlaunch.registry.write_text(text)
