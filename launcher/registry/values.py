@@ -102,7 +102,8 @@ def hide_in_urls(text: str) -> str:
 
 def _without_secrets(value: str) -> str:
     value = hide_in_urls(value)
-    return _FIELD.sub(_hide_field, value) if "=" in value else value
+    # Outside a URL `key=value` is how people write of any pair.
+    return _FIELD.sub(lambda found: found[0] if found["name"].lower() == "key" else _hide_field(found), value)
 
 
 def _hide_field(found: re.Match[str]) -> str:

@@ -86,7 +86,7 @@ PIECES = (
     "\u202e",
     "--privileged",
     "-v/:/host",
-    "KEY=value",
+    "KIND=value",
     "/run/secrets/ray_token",
     "\n    privileged: true",
     "A" * 300,
