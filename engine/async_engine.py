@@ -295,7 +295,7 @@ class AsyncEngine:
     def _handle(self, kind: ipc.Kind, body: Any) -> None:
         self._last_heard = time.monotonic()
         if kind is ipc.Kind.OUTPUTS or kind is ipc.Kind.PONG:
-            if body.stats is not None:
+            if body.stats is not None and self.state is not EngineState.FAILED:
                 self._stats = body.stats
                 self._on_stats(body.stats)
             for output in body.outputs:
@@ -369,6 +369,8 @@ class AsyncEngine:
                     f"the engine core (pid {self._process.pid}) gave no sign of life for {silent:.0f} s; "
                     "its stacks are in the log",
                 )
+                # Before it is woken for its stacks: what it says then comes too late.
+                self._end_streams()
                 if why_not := await asyncio.to_thread(ask_for_stacks, self._process.pid):
                     say(f"the engine core shows no stacks: {why_not}")
                 await asyncio.sleep(0.5)
