@@ -19,17 +19,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from engine.config import ConfigError, EngineConfig
 from launcher.errors import HlaunchError, PreflightError
 from launcher.exit_codes import ExitCode
 from launcher.supervise.control import make_private_folder
 from launcher.supervise.instance import write_private
-from launcher.supervise.node_report import KEEPER_FILE
+from launcher.supervise.node_records import KEEPER_FILE, keeper_of, read_record
 from launcher.supervise.node_spec import MAX_SPEC_BYTES, NodeSpec
 from launcher.supervise.node_supervisor import NodeSupervisor
 from launcher.supervise.procfs import ProcessIdentity, age_seconds
@@ -148,7 +146,7 @@ def _start(spec: NodeSpec, plan: Path, log: Path) -> int:
     """Start the keeper in a session of its own and return; its record is how `stop` finds it."""
     folder = Path(spec.run_folder)
     make_private_folder(folder)
-    if (running := _keeper(_record(folder))) is not None and running.is_alive:
+    if (running := keeper_of(read_record(folder / KEEPER_FILE))) is not None and running.is_alive:
         raise PreflightError(f"{spec.node} runs already (pid {running.pid})", hint="hlaunch down NAME")
     process = subprocess.Popen(
         [sys.executable, "-m", "launcher.node", "keep", "--plan", str(plan), "--log", str(log)],
@@ -174,26 +172,10 @@ def _keep(spec: NodeSpec, plan: Path, log: Path) -> int:
     return keep([sys.executable, "-u", "-m", "launcher.node", spec.role, "--plan", str(plan)], log)
 
 
-def _record(folder: Path) -> dict[str, Any]:
-    """What a node's keeper left: who it is, how long draining may take, where Ray's session lies. Empty without one."""
-    try:
-        loaded = json.loads((folder / KEEPER_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return loaded if isinstance(loaded, dict) else {}
-
-
-def _keeper(record: Mapping[str, Any]) -> ProcessIdentity | None:
-    try:
-        return ProcessIdentity.from_data(record)
-    except (ValueError, KeyError, TypeError):
-        return None
-
-
 def stop(folder: Path) -> int:
     """End a node that was started here, wait until nothing of it is left, remove its folders. Idempotent."""
-    record = _record(folder)
-    keeper = _keeper(record)
+    record = read_record(folder / KEEPER_FILE)
+    keeper = keeper_of(record)
     if keeper is not None:
         keeper.send(signal.SIGTERM)
         deadline = time.monotonic() + float(record.get("drain", 30.0)) + _STOP_GRACE_SECONDS

@@ -15,7 +15,7 @@ from typing import Any
 
 from launcher.supervise.control import NoAnswer, ask, watch
 from launcher.supervise.health import ask_health
-from launcher.supervise.node_report import between_runs
+from launcher.supervise.node_records import between_runs
 
 RUN_FOLDER = "/tmp/hlaunch"
 

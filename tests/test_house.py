@@ -82,6 +82,7 @@ def test_every_module_says_what_it_knows() -> None:
         ("engine.async_engine", {"torch", "numpy", "tokenizers"}),
         ("engine.text", {"torch", "numpy"}),
         ("launcher.cli", {"torch", "numpy", "msgspec", "fastapi", "uvicorn", "tokenizers"}),
+        ("launcher.probe", {"yaml", "pydantic", "rich", "typer", "engine"}),
     ],
 )
 def test_importing_a_module_does_not_load(module: str, never: set[str]) -> None:

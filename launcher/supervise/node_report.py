@@ -17,14 +17,12 @@ from typing import Any
 
 from launcher.errors import PreflightError
 from launcher.supervise.instance import write_private
+from launcher.supervise.node_records import LAST_END_FILE, read_record
 from launcher.supervise.node_spec import NodeSpec
 from launcher.supervise.procfs import ProcessIdentity
 from launcher.supervise.status import Phase
 
 MAX_EVENTS = 20
-LAST_END_FILE = "last_end.json"
-KEEPER_FILE = "keeper.json"
-"""Who restarts a node that runs without a container."""
 
 
 @dataclass(slots=True)
@@ -123,30 +121,9 @@ class NodeReport:
 
     def read_previous(self, folder: Path) -> None:
         """Learn how the last run of this node ended, if it did not end well; what is told once is not told again."""
-        loaded = _read(folder / LAST_END_FILE)
+        loaded = read_record(folder / LAST_END_FILE)
         with contextlib.suppress(OSError):
             (folder / LAST_END_FILE).unlink()
         if loaded.get("cause"):
             self.previous = loaded
             self.event(f"started again after: {loaded['cause']}")
-
-
-def between_runs(folder: Path) -> dict[str, Any]:
-    """Say what is known of a node that does not answer: it has ended, and is started again or not. Empty: nothing."""
-    previous, keeper = _read(folder / LAST_END_FILE), _read(folder / KEEPER_FILE)
-    if not previous.get("cause") and not keeper:
-        return {}
-    try:
-        is_kept = not keeper or ProcessIdentity.from_data(keeper).is_alive
-    except (KeyError, TypeError, ValueError):
-        is_kept = True
-    cause = str(previous.get("cause", ""))
-    return {"state": "restarting" if is_kept else "failed", "cause": cause, "previous": previous or None}
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        loaded = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return loaded if isinstance(loaded, dict) else {}

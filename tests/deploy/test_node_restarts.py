@@ -12,7 +12,8 @@ import pytest
 
 from launcher.registry.cluster import RaySettings
 from launcher.supervise.node_engine import EngineStory
-from launcher.supervise.node_report import KEEPER_FILE, LAST_END_FILE, NodeReport, between_runs
+from launcher.supervise.node_records import KEEPER_FILE, LAST_END_FILE, between_runs
+from launcher.supervise.node_report import NodeReport
 from launcher.supervise.node_spec import NodeSpec, Peer
 from launcher.supervise.node_supervisor import NodeSupervisor
 from launcher.supervise.procfs import ProcessIdentity

@@ -15,7 +15,7 @@ import pytest
 from two_nodes import wait_for
 
 from launcher.node import stop
-from launcher.supervise.node_report import KEEPER_FILE
+from launcher.supervise.node_records import KEEPER_FILE
 from launcher.supervise.procfs import ProcessIdentity
 from launcher.supervise.remains import processes_of, record_shared_memory
 from launcher.supervise.runtimes import Stopped
