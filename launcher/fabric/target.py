@@ -196,15 +196,14 @@ def unresolved(target: Target) -> list[str]:
     """Say what only the hosts know, so that a value missing from the list is not taken for one that nobody sets."""
     if target.declared is None:
         return []
-    cluster = target.cluster
+    left = {node.name: filled_at_start(target.cluster, node) for node in target.nodes}
     found = []
-    nameless = [node.name for node in target.nodes if node.ifname is None]
+    nameless = [name for name, variables in left.items() if "GLOO_SOCKET_IFNAME" in variables]
     if nameless:
         found.append(
             f"{', '.join(nameless)}: the interface is the one that carries the node's ip, filled in there at each start"
         )
-    needs_hcas = cluster.fabric.rdma != "off" and not cluster.fabric.hcas
-    auto = [node.name for node in target.nodes if needs_hcas and not node.hcas and platform_of(cluster, node) != "cpu"]
+    auto = [name for name, variables in left.items() if "NCCL_IB_HCA" in variables]
     if auto:
         found.append(f"{', '.join(auto)}: the HCAs are the ACTIVE ones of the subnet, filled in there at each start")
     return found
