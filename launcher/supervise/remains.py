@@ -55,9 +55,10 @@ def end_processes(folder: Path) -> tuple[int, list[str]]:
 def record_shared_memory(folder: Path) -> None:
     """Note the names in /dev/shm that the node's processes hold now, with what was noted before."""
     held = {name for pid in processes_of(folder) for name in _mapped(pid)}
-    known = {name: number for name, number in _recorded(folder).items() if _inode(name) == number}
+    recorded = _recorded(folder)
+    known = {name: number for name, number in recorded.items() if _inode(name) == number}
     found = known | {name: number for name in held if (number := _inode(name)) is not None}
-    if found != _recorded(folder):
+    if found != recorded:
         with contextlib.suppress(PreflightError):
             write_private(folder / SHARED_FILE, json.dumps(found, sort_keys=True))
 
