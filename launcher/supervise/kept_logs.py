@@ -31,9 +31,7 @@ def keep(folder: InstanceFolder, lines: Mapping[str, Sequence[str]], environ: Ma
     Raises: PreflightError when the disk refuses.
     """
     redaction = Redaction(environ)
-    known: dict[str, list[str]] = {}
-    for node, line in kept_lines(folder):
-        known.setdefault(node, []).append(line)
+    known = _by_node(folder, KEPT_LINES)
     for node, said in lines.items():
         if said:
             known[node] = [redaction.line(clean(line))[:_LINE_CHARACTERS] for line in said[-KEPT_LINES:]]
@@ -44,12 +42,16 @@ def keep(folder: InstanceFolder, lines: Mapping[str, Sequence[str]], environ: Ma
 
 def kept_lines(folder: InstanceFolder, num_lines: int = KEPT_LINES) -> list[tuple[str, str]]:
     """Return node and line, node by node, the last `num_lines` of each; nothing where nothing was kept."""
-    told: dict[str, list[tuple[str, str]]] = {}
+    return [(node, line) for node, told in _by_node(folder, num_lines).items() for line in told]
+
+
+def _by_node(folder: InstanceFolder, num_lines: int) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
     with contextlib.suppress(OSError, ValueError):
         for text in kept_file(folder).read_text(encoding="utf-8").splitlines():
             node, line = json.loads(text)
-            told.setdefault(str(node), []).append((str(node), str(line)))
-    return [pair for pairs in told.values() for pair in pairs[max(0, len(pairs) - num_lines) :]]
+            found.setdefault(str(node), []).append(str(line))
+    return {node: told[max(0, len(told) - num_lines) :] for node, told in found.items()}
 
 
 def forget(folder: InstanceFolder) -> None:
