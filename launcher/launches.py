@@ -14,6 +14,7 @@ from pathlib import Path
 
 from launcher.commands import Invocation
 from launcher.errors import EngineFailed, HlaunchError, UnknownModel
+from launcher.registry import ResolvedEntry, resolve
 from launcher.registry.suggest import did_you_mean
 from launcher.supervise.cluster_run import ClusterRun, read_run
 from launcher.supervise.instance import InstanceFolder, InstanceState, instance_folders, state_root
@@ -98,16 +99,18 @@ def _can_exist(folder: InstanceFolder) -> bool:
         return False
 
 
+def entry_at_hand(invocation: Invocation, name: str) -> ResolvedEntry | None:
+    """Resolve the entry of a launch, silently; None where a registry that has it is not at hand."""
+    with contextlib.suppress(HlaunchError):
+        return resolve(invocation.load_registry(), name, invocation.environ, (), profiles=invocation.profiles)
+    return None
+
+
 def _start_line(invocation: Invocation, name: str) -> str:
     """Write the command that starts a model; on a cluster it goes on by itself."""
-    with contextlib.suppress(HlaunchError):
-        from launcher.registry import resolve
-
-        registry = invocation.load_registry()
-        entry = resolve(registry, name, invocation.environ, (), profiles=invocation.profiles)
-        if entry.cluster_name is not None:
-            return f"hlaunch up {name}"
-    return f"hlaunch up {name} -d"
+    entry = entry_at_hand(invocation, name)
+    is_on_cluster = entry is not None and entry.cluster_name is not None
+    return f"hlaunch up {name}" if is_on_cluster else f"hlaunch up {name} -d"
 
 
 def running_launch(invocation: Invocation, name: str) -> Launch:

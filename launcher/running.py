@@ -6,13 +6,12 @@ Knows: by which reference a server's API key is reached. Refuses to know: where 
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from launcher.commands import Invocation
-from launcher.errors import EngineFailed, HlaunchError, PreflightError, UsageError
-from launcher.launches import Launch, running_launch, running_names
+from launcher.errors import EngineFailed, PreflightError, UsageError
+from launcher.launches import Launch, entry_at_hand, running_launch, running_names
 from launcher.registry.values import BadValue, SecretRef
 from launcher.supervise.cluster_run import read_run
 from launcher.supervise.instance import state_root
@@ -91,11 +90,6 @@ def _key(invocation: Invocation, name: str | None) -> SecretRef:
     """Say where the key of a model is. A key that the registry itself holds has no reference but our variable."""
     if name is None or invocation.environ.get(KEY_VARIABLE):
         return _OURS
-    reference = None
     # A server may run from a registry that is not at hand; its name is then all we know.
-    with contextlib.suppress(HlaunchError):
-        from launcher.registry import resolve
-
-        entry = resolve(invocation.load_registry(), name, invocation.environ, (), profiles=invocation.profiles)
-        reference = entry.secret("api-key")
-    return reference or _OURS
+    entry = entry_at_hand(invocation, name)
+    return (None if entry is None else entry.secret("api-key")) or _OURS
