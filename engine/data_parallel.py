@@ -225,10 +225,10 @@ class DataParallelEngine:
             return
         # First what matters: whoever is told of it may be gone.
         self._restarting.add(rank)
-        if wait is not None:
+        if wait is None:
+            said = f"{named.message}; it is not to be started again"
+        else:
             self._watch(self._restart(rank, wait))
-        said = f"{named.message}; it is not to be started again"
-        if wait is not None:
             after = f", after {often}" if restarts.is_given_up else ""
             said = f"{named.message}; it is started again in {wait:.0f} s{after}"
         self._on_phase(ipc.PhaseMessage(RESTART_PHASE, "begin", None, said))

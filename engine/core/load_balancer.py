@@ -119,10 +119,10 @@ class LoadBalancer:
     def route(self, request: EngineRequest) -> Route:
         """Put the engines that are available in the order in which to try them. Remembers nothing."""
         candidates = [i for i, load in enumerate(self.loads) if load.is_available]
+        if not candidates:
+            return Route((), 0, request.conversation, ())
         # With one engine there is nothing to choose by.
         chain = self._chain(request) if len(self.loads) > 1 else []
-        if not candidates:
-            return Route((), 0, request.conversation, chain)
         scores = {i: self.loads[i].score for i in candidates}
         best = min(scores.values())
         affine: list[int] = []

@@ -248,11 +248,11 @@ class MultiNodeExecutor:
         A pause of the whole engine (a frozen container, a machine asleep) is nobody's hang: ranks stood still with this
         process, and get the time back.
         """
-        began = time.monotonic()
-        piece = min(_PIECE_SECONDS, self._timeout / 8, max(0.0, self._steps.oldest()[1] - began))
+        began, longest = time.monotonic(), min(_PIECE_SECONDS, self._timeout / 8)
+        piece = min(longest, max(0.0, self._steps.oldest()[1] - began))
         body = self._read_result(piece)
         late = time.monotonic() - began - piece
-        if body is None and late > min(_PIECE_SECONDS, self._timeout / 8):
+        if body is None and late > longest:
             self._steps.postpone(late + piece)
         return body
 

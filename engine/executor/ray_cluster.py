@@ -23,6 +23,7 @@ from engine.executor.ray_access import Doors, RayRefused, check_token
 from engine.executor.ray_layout import (
     Layout,
     RayNode,
+    Shortage,
     describe_shortages,
     find_shortages,
     needed_and_there,
@@ -74,7 +75,7 @@ class RayCluster:
         self._actors: list[Any] = []
         nodes = doors.check(own_address)
         if layout is not None:
-            _refuse_what_cannot_come(layout, nodes)
+            _refuse_what_cannot_come(find_shortages(layout, nodes), layout, nodes)
         _connect(self._ray, address, own_address)
 
     def nodes(self) -> list[RayNode]:
@@ -108,7 +109,7 @@ class RayCluster:
             if words != told:
                 told = words
                 tell(f"waiting for {words}")
-            _refuse_what_cannot_come(layout, nodes)
+            _refuse_what_cannot_come(missing, layout, nodes)
             if time.monotonic() > deadline:
                 say(needed_and_there(layout, nodes))
                 raise NoRoom(words, can_come=True)
@@ -258,9 +259,8 @@ def _after(text: str, *marks: str) -> str:
     return ""
 
 
-def _refuse_what_cannot_come(layout: Layout, nodes: Sequence[RayNode]) -> None:
+def _refuse_what_cannot_come(missing: Sequence[Shortage], layout: Layout, nodes: Sequence[RayNode]) -> None:
     """Give up on what no waiting brings. Raises: NoRoom with everything that is missing."""
-    missing = find_shortages(layout, nodes)
     if not all(item.can_come for item in missing):
         say(needed_and_there(layout, nodes))
         raise NoRoom(describe_shortages(missing), can_come=False)
