@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from launcher.commands import Invocation
 from launcher.commands.ps import uptime
 from launcher.errors import EngineFailed, HlaunchError, PreflightError, UsageError
+from launcher.sizes import counted
 
 if TYPE_CHECKING:
     from launcher.commands.log_view import LogView
@@ -119,7 +120,7 @@ def _start_on(invocation: Invocation, plan: ClusterPlan, runtime: str, folder: I
 
     console, began = invocation.console, time.monotonic()
     for node in plan.nodes:
-        ranks = f"{len(node.ranks)} rank{'s' * (len(node.ranks) != 1)}" if node.ranks else "no rank"
+        ranks = counted(len(node.ranks), "rank") if node.ranks else "no rank"
         console.note(f"{node.name} ({'head' if node.is_head else 'worker'}, {node.node.ip}): {ranks}, by {runtime}")
     width = max(len(node.name) for node in plan.nodes)
     try:
@@ -201,7 +202,7 @@ def down(console: Console, folder: InstanceFolder, run: ClusterRun, environ: Map
 
 
 def _count(run: ClusterRun) -> str:
-    return f"{len(run.nodes)} node{'s' * (len(run.nodes) != 1)}"
+    return counted(len(run.nodes), "node")
 
 
 def facts(run: ClusterRun, environ: Mapping[str, str]) -> dict[str, Any]:
