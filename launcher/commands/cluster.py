@@ -53,10 +53,7 @@ def up(
     try:
         if (running := read_run(folder)) is not None:
             if not is_replacing:
-                raise PreflightError(
-                    f"{plan.name} is running on cluster {running.cluster}",
-                    hint=f"run: hlaunch down {plan.name}, or add --replace",
-                )
+                raise in_the_way(running)
             if not _agree(invocation, plan, folder, is_agreed=is_agreed):
                 invocation.console.note("nothing was changed")
                 return ExitCode.INTERRUPTED
@@ -66,6 +63,13 @@ def up(
         return _start_on(invocation, plan, runtime, folder)
     finally:
         os.close(lock)
+
+
+def in_the_way(run: ClusterRun) -> PreflightError:
+    """Refuse a start of a name that runs on a cluster and may not be replaced."""
+    return PreflightError(
+        f"{run.name} is running on cluster {run.cluster}", hint=f"run: hlaunch down {run.name}, or add --replace"
+    )
 
 
 def _take_lock(console: Console, folder: InstanceFolder, is_replacing: bool) -> int:

@@ -270,16 +270,12 @@ def _leave_cluster(console: Console, folder: InstanceFolder, is_replacing: bool)
     if not folder.cluster_file.exists():
         return
     from launcher.commands import cluster
-    from launcher.errors import PreflightError
     from launcher.supervise.cluster_run import read_run
 
     if (run := read_run(folder)) is None:
         return
     if not is_replacing:
-        raise PreflightError(
-            f"{folder.name} is running on cluster {run.cluster}",
-            hint=f"run: hlaunch down {folder.name}, or add --replace",
-        )
+        raise cluster.in_the_way(run)
     cluster.down(console, folder, run, os.environ)
 
 

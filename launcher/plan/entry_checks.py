@@ -17,9 +17,9 @@ from launcher.plan.known_models import KNOWN_CONFIGS
 from launcher.plan.settings import refused_value
 from launcher.plan.weights import find_model_files, is_repository
 from launcher.registry.placement_rules import shape_findings
-from launcher.registry.resolving import resolve
+from launcher.registry.resolving import issues_of, resolve
 from launcher.registry.suggest import did_you_mean
-from launcher.registry.types import Layer, ModelEntry, Options, Registry
+from launcher.registry.types import ModelEntry, Options, Registry
 
 JUDGED = ("dtype", "kv-cache-dtype", "tokenizer", "tool-call-parser", "reasoning-parser")
 
@@ -80,14 +80,9 @@ def _model(
         yield Issue("error", "model-config", registry.source, line, column, path, str(shape), shape.hint)
         return
     try:
-        values = resolve(registry, entry.name, {}).values
+        resolved = resolve(registry, entry.name, {})
     except HlaunchError:
         # Said already by the rules of the registry.
         return
-    for item in shape_findings(values, shape):
-        origin = values[item.key].origin
-        where, at, beside = origin.source or registry.source, origin.line, origin.column
-        if origin.source is None:
-            at, beside = entry.mark
-        path = f"defaults.{item.key}" if origin.layer is Layer.DEFAULTS else f"models.{entry.name}.{item.key}"
-        yield Issue(item.severity, item.code, where, at, beside, path, item.message, item.hint)
+    found = shape_findings(resolved.values, shape)
+    yield from issues_of(registry, entry, found, resolved.values, resolved.env)

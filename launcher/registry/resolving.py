@@ -16,7 +16,7 @@ from typing import cast
 
 from launcher.errors import Issue, OverrideError, RegistryInvalid, UnknownModel, UnknownName
 from launcher.exit_codes import ExitCode
-from launcher.registry.findings import NO_PLACE
+from launcher.registry.findings import NO_PLACE, Finding, Values
 from launcher.registry.keys import KEYS, Kind
 from launcher.registry.overriding import Contribution, environment_layer, flag_layer
 from launcher.registry.presets import PRESETS
@@ -237,9 +237,16 @@ def _profile_layers(registry: Registry, entry: ModelEntry, asked: Sequence[str])
 def _rule_issues(
     registry: Registry, entry: ModelEntry, values: Resolved, env: Resolved, cluster: DeclaredCluster | None
 ) -> list[Issue]:
-    """Judge resolved values by the rules between keys; the entry itself is to blame for a built-in."""
+    """Judge resolved values by the rules between keys."""
+    return issues_of(registry, entry, check_rules(values, env, cluster), values, env)
+
+
+def issues_of(
+    registry: Registry, entry: ModelEntry, findings: Iterable[Finding], values: Values, env: Values
+) -> list[Issue]:
+    """Say findings where the value that each blames stands; the entry itself is to blame for a built-in."""
     issues = []
-    for finding in check_rules(values, env, cluster):
+    for finding in findings:
         variable = finding.key.removeprefix("env.")
         origin = (env[variable] if variable != finding.key else values[finding.key]).origin
         where, line, column = origin.source, origin.line, origin.column

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import msgspec
-from executor_support import CONFIG, HERE, STAND_IN, children_of
+from executor_support import CONFIG, HERE, STAND_IN
 
 from engine.comm.node_listener import NodeArrival, NodeListener
 from engine.config import EngineConfig, NodesConfig
@@ -132,8 +132,3 @@ def start_on_nodes(
         starter.end()
         raise
     return executor, starter
-
-
-def ranks_below(pid: int) -> list[int]:
-    """Process ids of the children of a process."""
-    return children_of(pid)

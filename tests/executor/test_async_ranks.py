@@ -32,11 +32,6 @@ CONFIG = EngineConfig(
 )
 
 
-def ranks_of(core_pid: int) -> list[int]:
-    """The core's children, in the order in which they were spawned: rank order."""
-    return children_of(core_pid)
-
-
 async def serve_until_fatal(
     config: EngineConfig, strike: Callable[[AsyncEngine, list[int]], None], *, idle: bool
 ) -> tuple[list[RequestOutput], ipc.FatalMessage, float, list[int]]:
@@ -45,7 +40,7 @@ async def serve_until_fatal(
     engine = AsyncEngine(config, lambda _: None, lambda message: fatal.done() or fatal.set_result(message))
     engine.start()
     await asyncio.wait_for(engine.ready.wait(), 60)
-    pids = ranks_of(engine.core_pid)
+    pids = children_of(engine.core_pid)  # spawned in rank order
     assert len(pids) == 2
 
     async def client(index: int) -> RequestOutput:

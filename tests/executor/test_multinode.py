@@ -12,8 +12,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from executor_support import CONFIG, STAND_IN, add_requests, drive, is_running, leftovers, new_scheduler, wait_until
-from nodes_support import SECRET, HostStarter, nodes_config, nodes_placement, ranks_below, start_on_nodes
+from executor_support import (
+    CONFIG,
+    STAND_IN,
+    add_requests,
+    children_of,
+    drive,
+    is_running,
+    leftovers,
+    new_scheduler,
+    wait_until,
+)
+from nodes_support import SECRET, HostStarter, nodes_config, nodes_placement, start_on_nodes
 from test_parallel_tokens import BASE, requests, run
 
 from engine.comm.node_messages import Hello, NodeKind, Refusal, decode, encode, own_facts
@@ -52,7 +62,7 @@ def test_plans_go_to_all_nodes_and_results_come_back(sizes: ParallelSizes, num_n
     before = leftovers()
     said: list[str] = []
     executor, starter = start_on_nodes(sizes, num_nodes=num_nodes, on_nodes=said.append)
-    ranks = [*executor.pids, *(pid for host in starter.hosts.values() for pid in ranks_below(host.pid))]
+    ranks = [*executor.pids, *(pid for host in starter.hosts.values() for pid in children_of(host.pid))]
     assert len(ranks) == sizes.world
     assert serve(executor) == 6 * 20
     assert any(line.startswith("node1 came from") for line in said)
@@ -79,7 +89,7 @@ def test_a_rank_of_another_node_that_fails_is_named(kind: str, monkeypatch: pyte
     monkeypatch.setenv("STAND_IN_FAULT", f"1:{kind}:5")
     before = leftovers()
     executor, starter = start_on_nodes(PP2, step_timeout_seconds=1.0, logs=tmp_path)
-    ranks = [*executor.pids, *ranks_below(starter.hosts["node1"].pid)]
+    ranks = [*executor.pids, *children_of(starter.hosts["node1"].pid)]
     with pytest.raises(RankFailure, match=FAULTS[kind]) as caught:
         serve(executor, 300)
     assert (caught.value.rank, caught.value.node, caught.value.phase) == (1, "node1", "serve")
@@ -113,7 +123,7 @@ def test_a_node_host_that_is_lost_is_named_while_nothing_runs(number: signal.Sig
     causes: list[ExecutorError] = []
     executor.on_failure(lambda cause: (causes.append(cause), heard.set()))
     host = starter.hosts["node1"]
-    ranks = ranks_below(host.pid)
+    ranks = children_of(host.pid)
     began = time.monotonic()
     host.send_signal(number)
     assert heard.wait(limit)
@@ -135,7 +145,7 @@ def test_a_node_host_that_is_lost_is_named_while_nothing_runs(number: signal.Sig
 
 def test_ranks_end_when_the_head_is_gone() -> None:
     executor, starter = start_on_nodes(PP2)
-    ranks = ranks_below(starter.hosts["node1"].pid)
+    ranks = children_of(starter.hosts["node1"].pid)
     for node in executor._remote.values():
         node._link.close()
     began = time.monotonic()
@@ -220,7 +230,7 @@ def kill_storm(num_kills: int, seed: int) -> None:
     for _ in range(num_kills):
         executor, starter = start_on_nodes(ParallelSizes(1, 2, 2))
         host = starter.hosts["node1"]
-        remote = ranks_below(host.pid)
+        remote = children_of(host.pid)
         pids = [*executor.pids, *remote, host.pid]
         victim = source.randrange(len(pids))
         threading.Timer(source.random() * 0.3, os.kill, (pids[victim], signal.SIGKILL)).start()
@@ -286,7 +296,7 @@ def test_a_rank_that_stands_still_is_told_from_one_on_another_node_that_waits_fo
     placement = nodes_placement(base, ParallelSizes(1, 1, 2))
     starter = HostStarter(RANK_COMMAND)
     core = EngineCore.start(nodes_config(base, placement), starter=starter)
-    (still,) = ranks_below(starter.hosts["node1"].pid)
+    (still,) = children_of(starter.hosts["node1"].pid)
     assert core.add(replace(requests(3)[0], max_tokens=200)) is None
     for _ in range(10):
         core.step()

@@ -13,8 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from executor_support import CONFIG, HERE, wait_until
-from nodes_support import nodes_config, nodes_placement, ranks_below
+from executor_support import CONFIG, HERE, children_of, wait_until
+from nodes_support import nodes_config, nodes_placement
 
 from engine.comm.node_listener import NodeArrival, NodeListener
 from engine.comm.node_messages import Ended, NodeKind, Order, Welcome, decode, encode, own_facts
@@ -97,7 +97,7 @@ def test_a_node_runs_hosts_tells_of_their_end_and_leaves_with_the_head(
     assert (host.hello.node, host.hello.order_id) == ("node1", "7")
     assert host.hello.facts.model_digest
     host.link.start_heartbeat()
-    (pid,) = ranks_below(node.pid)
+    (pid,) = children_of(node.pid)
     assert SECRET not in Path(f"/proc/{pid}/cmdline").read_text()
     os.kill(pid, signal.SIGKILL)
     frame = joined.receive(5)

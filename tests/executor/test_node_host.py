@@ -9,8 +9,8 @@ import threading
 import time
 
 import pytest
-from executor_support import CONFIG, wait_until
-from nodes_support import SECRET, HostStarter, nodes_config, nodes_placement, ranks_below
+from executor_support import CONFIG, children_of, wait_until
+from nodes_support import SECRET, HostStarter, nodes_config, nodes_placement
 
 from engine.comm.node_listener import MAX_STRANGERS_PER_ADDRESS, NodeListener
 from engine.comm.node_messages import NodeKind, Prepare
@@ -84,8 +84,8 @@ def test_a_host_whose_ranks_read_nothing_still_answers_and_ends() -> None:
     try:
         node.prepare(Prepare(config.to_json(), placement.to_json(), 0), 30)
         node.spawn(("127.0.0.1", 1))
-        assert wait_until(lambda: len(ranks_below(host.pid)) == 2, 10)
-        for pid in ranks_below(host.pid):
+        assert wait_until(lambda: len(children_of(host.pid)) == 2, 10)
+        for pid in children_of(host.pid):
             os.kill(pid, signal.SIGSTOP)
         for _ in range(2 * LEAST_PLAN_SLOTS):
             node.write(b"a plan", Kind.PLAN)

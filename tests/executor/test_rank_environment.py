@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from nodes_support import ranks_below, start_on_nodes
+from executor_support import children_of
+from nodes_support import start_on_nodes
 
 from engine.placement import ParallelSizes
 
@@ -26,7 +27,7 @@ def test_no_rank_on_any_node_has_a_secret_of_the_launch(monkeypatch: pytest.Monk
     try:
         host = starter.hosts["node1"].pid
         assert CANARY in environ_of(host).values()
-        ranks = [environ_of(pid) for pid in (*executor.pids, *ranks_below(host))]
+        ranks = [environ_of(pid) for pid in (*executor.pids, *children_of(host))]
         assert len(ranks) == 2
         for environ in ranks:
             assert CANARY not in environ.values()

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from executor_support import HERE, children_of, is_running, wait_until
 from nodes_support import nodes_config, nodes_placement
-from test_async_ranks import CONFIG, ranks_of
+from test_async_ranks import CONFIG
 
 from engine import ipc
 from engine.async_engine import STOP_GRACE_SECONDS, AsyncEngine
@@ -54,8 +54,8 @@ def has_torch(pid: int) -> bool:
 
 def freeze_ranks(core_pid: int) -> list[int]:
     """Stop the ranks' processes, so that they hear nothing and report nothing, as one in a long read does."""
-    assert wait_until(lambda: len(ranks_of(core_pid)) == 2 and all(map(has_torch, ranks_of(core_pid))), 60)
-    ranks = ranks_of(core_pid)
+    assert wait_until(lambda: len(children_of(core_pid)) == 2 and all(map(has_torch, children_of(core_pid))), 60)
+    ranks = children_of(core_pid)
     for pid in ranks:
         os.kill(pid, signal.SIGSTOP)
     return ranks

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import random
-from pathlib import Path
 
 from ray_nodes import ADDRESSES, ONE, RayPair
 
@@ -72,17 +70,3 @@ def run(core: EngineCore, items: list[EngineRequest]) -> dict[str, list[int]]:
             assert output.error is None, output.error
             tokens[output.request_id] += output.new_token_ids
     return tokens
-
-
-def rank_processes() -> list[int]:
-    """Processes of ranks on this machine that belong to this test's user and tree."""
-    found = []
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            try:
-                line = Path(f"/proc/{entry}/cmdline").read_bytes()
-            except OSError:
-                continue
-            if b"engine.executor.multiproc_rank" in line:
-                found.append(int(entry))
-    return found

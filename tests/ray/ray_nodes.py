@@ -36,6 +36,26 @@ def wait_for(condition: Callable[[], Any], seconds: float) -> Any:
     return value
 
 
+def descendants(ancestor: int) -> set[int]:
+    """Find all processes below one."""
+    parents: dict[int, int] = {}
+    for entry in os.listdir("/proc"):
+        with contextlib.suppress(OSError, IndexError, ValueError):
+            parents[int(entry)] = int(Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()[1])
+    found = {ancestor}
+    while more := {pid for pid, parent in parents.items() if parent in found and pid not in found}:
+        found |= more
+    return found - {ancestor}
+
+
+def command_line(pid: int) -> str:
+    """Read a process's command line; empty once it is gone."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+    except OSError:
+        return ""
+
+
 def free_ports(count: int) -> list[int]:
     """Find ports that nobody listens on, on any address, outside the range that the kernel hands out."""
     found: list[int] = []
@@ -128,7 +148,7 @@ class RayPair:
         return found
 
     def raylet(self, node: str) -> int:
-        return next(pid for pid in self.pids(node) if b"raylet/raylet\0" in Path(f"/proc/{pid}/cmdline").read_bytes())
+        return next(pid for pid in self.pids(node) if "raylet/raylet " in command_line(pid))
 
     def alive(self) -> list[str]:
         view = [sys.executable, "-m", "engine.executor.ray_view", "--address", self.address]

@@ -20,9 +20,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from ray_nodes import ROOT, command_line, descendants
+
 from engine.config import EngineConfig, ServerConfig
 
-ROOT = Path(__file__).resolve().parents[2]
 PROMPT, NUM_TOKENS, NUM_STREAMS, STREAM_TOKENS = "ROMEO: What say", 12, 4, 1800
 END_SECONDS = 5.0
 """By when a client must know, after a kill."""
@@ -71,13 +72,7 @@ class Server:
 
     def pids(self, part: str) -> list[int]:
         """Living processes below the server whose command line has `part`, by age."""
-        parents: dict[int, int] = {}
-        for entry in os.listdir("/proc"):
-            with contextlib.suppress(OSError, IndexError, ValueError):
-                parents[int(entry)] = int(Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()[1])
-        mine = {self.process.pid}
-        while more := {pid for pid, parent in parents.items() if parent in mine and pid not in mine}:
-            mine |= more
+        mine = {self.process.pid} | descendants(self.process.pid)
         return sorted(pid for pid in mine if part in command_line(pid))
 
     def lines(self, **options: object) -> Iterator[str]:
@@ -130,13 +125,6 @@ class Server:
 
     def tail(self) -> str:
         return self.log.read_text(errors="replace")[-6000:]
-
-
-def command_line(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
-    except OSError:
-        return ""
 
 
 @dataclass

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
-from pathlib import Path
 
 import pytest
 from ray_engine import on_ray, requests, run
-from ray_nodes import RayPair, ray_pair
+from ray_nodes import RayPair, command_line, ray_pair
 
 from engine.engine_core import EngineCore
 from engine.executor.base import ExecutorError
@@ -52,7 +51,7 @@ def test_a_killed_rank_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
                 core.add(item)
             for _ in range(4):
                 core.step()
-            worker = next(pid for pid in pair.pids("two") if b"StageActor" in Path(f"/proc/{pid}/cmdline").read_bytes())
+            worker = next(pid for pid in pair.pids("two") if "StageActor" in command_line(pid))
             os.kill(worker, signal.SIGKILL)
             with pytest.raises(ExecutorError, match=r"rank [23] \(node two\): its Ray actor died"):
                 drive(core)

@@ -19,8 +19,8 @@ from typing import Any
 
 import pytest
 from ray_engine import ALONE, on_ray
-from ray_nodes import RayPair, ray_pair
-from storm import NUM_STREAMS, NUM_TOKENS, PROMPT, READY_SECONDS, Kill, Server, command_line, strike
+from ray_nodes import RayPair, command_line, ray_pair
+from storm import NUM_STREAMS, NUM_TOKENS, PROMPT, READY_SECONDS, Kill, Server, strike
 
 from engine.config import CacheConfig, EngineConfig, SchedulerConfig
 from engine.llm import LLM, SamplingParams

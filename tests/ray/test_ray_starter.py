@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from ray_engine import on_ray, requests, run
-from ray_nodes import ROOT, TWO, RayPair, wait_for
+from ray_nodes import ROOT, TWO, RayPair, command_line, descendants, wait_for
 
 from engine.engine_core import EngineCore
 from engine.executor.base import ExecutorError
@@ -34,26 +33,10 @@ time.sleep(600)
 """
 
 
-def own_descendants() -> set[int]:
-    """This process's descendants."""
-    parents: dict[int, int] = {}
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            try:
-                parents[int(entry)] = int(Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()[1])
-            except (OSError, IndexError):
-                continue
-    mine = {os.getpid()}
-    while more := {pid for pid, parent in parents.items() if parent in mine and pid not in mine}:
-        mine |= more
-    return mine - {os.getpid()}
-
-
 def ranks_of(pair: RayPair, node: str) -> list[int]:
     return [
-        pid for pid in own_descendants()
-        if is_in_session(pid, pair.processes[node].pid)
-        and b"multiproc_rank" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        pid for pid in descendants(os.getpid())
+        if is_in_session(pid, pair.processes[node].pid) and "multiproc_rank" in command_line(pid)
     ]  # fmt: skip
 
 
@@ -66,7 +49,7 @@ def is_in_session(pid: int, session: int) -> bool:
 
 def actor_of(pair: RayPair, node: str) -> int:
     return next(
-        pid for pid in pair.pids(node) if b"NodeHostActor.run" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        pid for pid in pair.pids(node) if "NodeHostActor.run" in command_line(pid)
     )  # fmt: skip
 
 
@@ -111,15 +94,7 @@ def test_a_lost_node_is_named_and_a_dead_driver_leaves_nothing(
         driver.kill()
         driver.communicate(timeout=10)
     wait_for(lambda: not ranks_of(ray_environ, "two"), 5)
-    wait_for(lambda: not any(b"NodeHostActor" in line for line in command_lines(ray_environ, "two")), 10)
-
-
-def command_lines(pair: RayPair, node: str) -> list[bytes]:
-    found = []
-    for pid in pair.pids(node):
-        with contextlib.suppress(OSError):
-            found.append(Path(f"/proc/{pid}/cmdline").read_bytes())
-    return found
+    wait_for(lambda: not any("NodeHostActor" in command_line(pid) for pid in ray_environ.pids("two")), 10)
 
 
 def test_what_the_cluster_lacks_is_the_error_of_the_start(ray_environ: RayPair) -> None:
