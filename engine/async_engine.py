@@ -23,6 +23,7 @@ from engine import ipc
 from engine.config import ConfigError, EngineConfig, ModelConfig, load_model_config, resolve_model_folder
 from engine.core.request import EngineRequest, FinishReason, RequestOutput, SchedulerStats
 from engine.process import ask_for_stacks, say, signal_name
+from engine.usage import EngineUsage
 
 PING_INTERVAL_SECONDS = 1.0
 STOP_GRACE_SECONDS = 5.0
@@ -88,6 +89,8 @@ class EngineClient(Protocol):
     def stats_by_engine(self) -> list[SchedulerStats]: ...
 
     def states_by_engine(self) -> list[EngineState]: ...
+
+    def usage_by_engine(self) -> list[EngineUsage]: ...
 
 
 class OutputStream:
@@ -180,6 +183,7 @@ class AsyncEngine:
         self._on_stats = on_stats
         self._streams: dict[str, OutputStream] = {}
         self._stats = SchedulerStats()
+        self._usage = EngineUsage()
         self._last_heard = time.monotonic()
         self._phase = "spawn"
         self._writer: asyncio.StreamWriter | None = None
@@ -243,6 +247,10 @@ class AsyncEngine:
         """The state of each engine: one."""
         return [self.state]
 
+    def usage_by_engine(self) -> list[EngineUsage]:
+        """What the ranks of each engine do and hold, about a second ago; nothing of one that does not serve."""
+        return [self._usage]
+
     def begin_drain(self) -> None:
         """Take no new request; running ones go on."""
         if self.state is EngineState.READY or self.state is EngineState.STARTING:
@@ -293,6 +301,11 @@ class AsyncEngine:
             await self._on_core_gone()
 
     def _handle(self, kind: ipc.Kind, body: Any) -> None:
+        if kind is ipc.Kind.USAGE:
+            # From a thread of the core: no sign that its loop goes on.
+            if self.state is not EngineState.FAILED:
+                self._usage = body
+            return
         self._last_heard = time.monotonic()
         if kind is ipc.Kind.OUTPUTS or kind is ipc.Kind.PONG:
             if body.stats is not None and self.state is not EngineState.FAILED:
@@ -332,6 +345,7 @@ class AsyncEngine:
         self._streams.clear()
         # What it counted stays true; what it held is gone.
         self._stats = replace(self._stats, num_running=0, num_waiting=0, num_used_blocks=0, num_cached_blocks=0)
+        self._usage = EngineUsage()
 
     async def _on_core_gone(self) -> None:
         if self.state is EngineState.STOPPED:

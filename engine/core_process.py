@@ -22,6 +22,7 @@ from engine import ipc
 from engine.config import EngineConfig
 from engine.core.request import RequestOutput
 from engine.process import die_with_parent, dump_stacks_on_signal, say, say_trace
+from engine.usage import USAGE_INTERVAL_SECONDS
 
 STATS_INTERVAL_SECONDS = 0.1
 EXIT_FAILED = 1
@@ -220,6 +221,7 @@ def _serve(link: _Link, core: Any, inbox: SimpleQueue[tuple[ipc.Kind, Any] | Exc
             facts={name: getattr(facts, name) for name in facts.__dataclass_fields__},
         ),
     )
+    threading.Thread(target=_tell_usage, args=(link, core), name="usage", daemon=True).start()
     # Objects of the start-up never die: keep the collector from walking them in every step.
     gc.collect()
     gc.freeze()
@@ -246,6 +248,13 @@ def _serve(link: _Link, core: Any, inbox: SimpleQueue[tuple[ipc.Kind, Any] | Exc
             if is_due:
                 next_stats = now + STATS_INTERVAL_SECONDS
             link.send(ipc.Kind.OUTPUTS, ipc.OutputsMessage(outputs, stats))
+
+
+def _tell_usage(link: _Link, core: Any) -> None:
+    """Send what the ranks do and hold, from a thread: just when a step hangs, people want to see it."""
+    while True:
+        link.send(ipc.Kind.USAGE, core.usage())
+        time.sleep(USAGE_INTERVAL_SECONDS)
 
 
 def _handle(link: _Link, core: Any, message: tuple[ipc.Kind, Any], outputs: list[RequestOutput]) -> None:

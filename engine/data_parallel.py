@@ -20,6 +20,7 @@ from engine.core.request import EngineRequest, SchedulerStats
 from engine.placement import Placement, PlacementError
 from engine.process import say, threads_per_rank
 from engine.restarts import Restarts
+from engine.usage import EngineUsage
 
 if TYPE_CHECKING:
     from engine.node_desk import NodeDesk
@@ -162,6 +163,10 @@ class DataParallelEngine:
     def states_by_engine(self) -> list[EngineState]:
         """The state of each engine, in the order of their data-parallel ranks."""
         return [engine.state for engine in self.engines]
+
+    def usage_by_engine(self) -> list[EngineUsage]:
+        """What the ranks of each engine do and hold, in the order of their data-parallel ranks."""
+        return [usage for engine in self.engines for usage in engine.usage_by_engine()]
 
     def begin_drain(self) -> None:
         """Take no new request; running ones go on."""

@@ -23,6 +23,7 @@ from engine.executor.choice import open_executor, runs_in_process
 from engine.memory import MemoryFit, kv_cache_groups
 from engine.placement import Device, HostSpec, ParallelSizes, Placement, PlacementError, RankSpec, single_rank
 from engine.placement import place as place_on_hosts
+from engine.usage import EngineUsage
 
 if TYPE_CHECKING:
     from engine.executor.node_starter import NodeStarter
@@ -201,6 +202,10 @@ class EngineCore:
 
     def stats(self) -> SchedulerStats:
         return self.scheduler.stats()
+
+    def usage(self) -> EngineUsage:
+        """What each rank does and holds; from any thread, until `stop`."""
+        return self.executor.usage()
 
     def on_failure(self, callback: Callable[[ExecutorError], None]) -> None:
         """Have `callback` called, from any thread, when a rank fails, also while the loop waits for requests."""

@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 
 from engine.core.request import EngineRequest, RequestOutput, SchedulerStats
+from engine.usage import EngineUsage
 
 MAX_FRAME_BYTES = 64 << 20
 HEADER = struct.Struct("<IB")
@@ -35,6 +36,7 @@ class Kind(enum.IntEnum):
     OUTPUTS = 18
     PONG = 19
     FATAL = 20
+    USAGE = 21
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +82,7 @@ _BODIES: dict[Kind, type[Any]] = {
     Kind.OUTPUTS: OutputsMessage,
     Kind.PONG: OutputsMessage,
     Kind.FATAL: FatalMessage,
+    Kind.USAGE: EngineUsage,
 }
 _DECODERS = {kind: msgspec.msgpack.Decoder(body) for kind, body in _BODIES.items()}
 _ENCODER = msgspec.msgpack.Encoder()

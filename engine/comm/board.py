@@ -1,7 +1,8 @@
-"""What each rank is doing, for whoever must tell a rank that hangs from one that waits for it.
+"""What each rank is doing and holds, for whoever must tell a rank that hangs from one that waits for it, or shows both.
 
-Knows: one line of shared memory per rank, written by that rank alone, without locks. Refuses to know: deadlines, blame
-beyond the order in which to suspect. A line that is read while it is written may mix two states: it is for diagnosis.
+Knows: one line of memory per rank, shared between processes, written by that rank alone, without locks. Refuses to
+know: deadlines, blame beyond the order in which to suspect. A line that is read while it is written may mix two states:
+it is for diagnosis.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from typing import Protocol
 
 from engine.comm.segment import LINE, Segment
 
-_LINE = struct.Struct("<BB2xIqd")
+_STATE = struct.Struct("<BB2xIqdddd")
+_HELD = struct.Struct("<Qd")
+Buffer = bytearray | memoryview
 
 
 class Activity(enum.IntEnum):
@@ -29,7 +32,11 @@ PHASES = ("spawn", "import", "rendezvous", "load", "kv", "warmup", "serve")
 
 @dataclass(frozen=True, slots=True)
 class RankState:
-    """One rank's line: its phase, what it does and for how long, in which step, how often it has met others in it."""
+    """One rank's line: its phase, what it does and for how long, in which step, how often it has met others in it.
+
+    `idle_seconds`, `computing_seconds` and `waiting_seconds` (for other ranks) count since its start. `memory_bytes` it
+    holds, and `watts` its device draws, were measured about a second ago; 0 where that is unknown.
+    """
 
     rank: int
     phase: str
@@ -37,6 +44,11 @@ class RankState:
     step_id: int
     num_meetings: int
     seconds: float
+    idle_seconds: float = 0.0
+    computing_seconds: float = 0.0
+    waiting_seconds: float = 0.0
+    memory_bytes: int = 0
+    watts: float = 0.0
 
     def __str__(self) -> str:
         doing = {Activity.IDLE: "idle", Activity.COMPUTES: "computing", Activity.WAITS: "waiting for other ranks"}
@@ -68,12 +80,15 @@ class NoBoard:
 
 
 class BoardLine:
-    """A rank's own line."""
+    """A rank's own line, the one at `index` of the board's memory."""
 
-    def __init__(self, segment: Segment, rank: int) -> None:
-        self._view = segment.view
-        self._at = LINE * rank
+    def __init__(self, memory: Buffer, index: int) -> None:
+        self._memory = memory
+        self._at = LINE * index
         self._phase = 0
+        self._activity = Activity.IDLE
+        self._since = time.monotonic()
+        self._spent = [0.0, 0.0, 0.0]
         self._step_id = 0
         self._num_meetings = 0
 
@@ -100,9 +115,16 @@ class BoardLine:
     def rests(self) -> None:
         self._write(Activity.IDLE)
 
+    def holds(self, memory_bytes: int, watts: float) -> None:
+        """Note what was measured; from any thread."""
+        _HELD.pack_into(self._memory, self._at + _STATE.size, memory_bytes, watts)
+
     def _write(self, activity: Activity) -> None:
-        _LINE.pack_into(
-            self._view, self._at, self._phase, activity, self._num_meetings, self._step_id, time.monotonic()
+        now = time.monotonic()
+        self._spent[self._activity] += now - self._since
+        self._activity, self._since = activity, now
+        _STATE.pack_into(
+            self._memory, self._at, self._phase, activity, self._num_meetings, self._step_id, now, *self._spent
         )
 
 
@@ -111,14 +133,18 @@ def create_board(num_ranks: int) -> Segment:
     return Segment.create("hlaunch-board", LINE * num_ranks)
 
 
-def read_board(segment: Segment, ranks: Sequence[int]) -> list[RankState]:
+def read_board(memory: Buffer, ranks: Sequence[int]) -> list[RankState]:
     """Read all lines, which are those of `ranks`."""
     now = time.monotonic()
     states = []
-    for line, rank in enumerate(ranks):
-        phase, activity, meetings, step_id, since = _LINE.unpack_from(segment.view, LINE * line)
+    for index, rank in enumerate(ranks):
+        phase, activity, meetings, step_id, since, *by_activity = _STATE.unpack_from(memory, LINE * index)
         seconds = now - since if since else 0.0
-        states.append(RankState(rank, PHASES[phase], Activity(activity), step_id, meetings, seconds))
+        by_activity[activity] += seconds
+        idle, computing, waiting = by_activity
+        doing = (PHASES[phase], Activity(activity), step_id, meetings, seconds)
+        held, watts = _HELD.unpack_from(memory, LINE * index + _STATE.size)
+        states.append(RankState(rank, *doing, idle, computing, waiting, held, watts))
     return states
 
 

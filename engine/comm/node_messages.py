@@ -16,6 +16,8 @@ from typing import TypeVar
 import msgspec
 
 from engine.comm import fabric_variables
+from engine.comm.board import RankState
+from engine.comm.rdma_traffic import RdmaTraffic
 from engine.comm.secure_link import LinkRefused, LinkState
 
 T = TypeVar("T")
@@ -26,8 +28,9 @@ MAX_HELLO_BYTES = 16 << 10
 class NodeKind(enum.IntEnum):
     """One byte per message kind; below 64 are the kinds of `engine.executor.messages`, passed through as they are.
 
-    Host to head: HELLO, PREPARED, RESULT, STATES and reports. Head to host: PREPARE, START, STATES, STACKS, GOODBYE,
-    plans and calls. Between the head and a node that joined: ORDER and CANCEL one way, ENDED the other, GOODBYE both.
+    Host to head: HELLO, PREPARED, RESULT, STATES, USAGE and reports. Head to host: PREPARE, START, STATES, STACKS,
+    GOODBYE, plans and calls. Between the head and a node that joined: ORDER and CANCEL one way, ENDED the other,
+    GOODBYE both.
     """
 
     HELLO = 64
@@ -39,6 +42,7 @@ class NodeKind(enum.IntEnum):
     RESULT = 70
     STATES = 71
     STACKS = 72
+    USAGE = 73
     ORDER = 80
     CANCEL = 81
     ENDED = 82
@@ -144,6 +148,16 @@ class Start(msgspec.Struct, frozen=True, omit_defaults=True):
     """Spawn the ranks; `store` is what the keeper's host said."""
 
     store: tuple[str, int] | None = None
+
+
+class RankStates(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What each rank of a node does and holds, and what keeps its process from running, if anything does.
+
+    `traffic` is the node's; None where it has no RDMA port, or was not asked.
+    """
+
+    ranks: list[tuple[RankState, str]]
+    traffic: RdmaTraffic | None = None
 
 
 def own_facts(model_digest: str = "") -> NodeFacts:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from engine.core.plan import ExecutionPlan, StepResult
+from engine.usage import EngineUsage
 
 Progress = Callable[[float, str], None]
 
@@ -26,6 +27,10 @@ class Executor(Protocol):
 
     def on_failure(self, callback: Callable[[ExecutorError], None]) -> None:
         """Have `callback` called, from any thread, when a rank fails while nobody collects."""
+        ...
+
+    def usage(self) -> EngineUsage:
+        """Tell what each rank does and holds at this moment; from any thread, until `stop`."""
         ...
 
     def stop(self) -> None: ...

@@ -22,6 +22,7 @@ from engine.executor.ray_graph import RankGraph
 from engine.executor.steps_in_flight import StepsInFlight
 from engine.memory import kv_cache_groups
 from engine.placement import Placement
+from engine.usage import EngineUsage
 
 _FLOAT_BYTES = 4
 _ECHO_SECONDS = 3.0
@@ -116,6 +117,10 @@ class CompiledGraphExecutor:
                     f"Ray does not tell which rank holds it up: {self._graph.processes()}"
                 )
         return self._steps.finish(body)
+
+    def usage(self) -> EngineUsage:
+        """Nothing: ranks are Ray's processes, and have no board."""
+        return EngineUsage()
 
     def stop(self) -> None:
         """End all ranks and leave the Ray cluster. Idempotent."""

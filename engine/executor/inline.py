@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING
 from engine.config import EngineConfig, ModelConfig
 from engine.core.plan import ExecutionPlan, StepResult
 from engine.executor.base import Executor, ExecutorError
+from engine.executor.own_rank import OwnRank
 from engine.placement import RankSpec
+from engine.usage import EngineUsage
 from engine.worker.worker import Worker
 
 if TYPE_CHECKING:
@@ -45,6 +47,7 @@ class InlineExecutor:
 
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
+        self._rank = OwnRank(worker.spec, worker.usage)
         self._results: deque[StepResult] = deque()
 
     @property
@@ -52,13 +55,18 @@ class InlineExecutor:
         return len(self._results)
 
     def submit(self, plan: ExecutionPlan) -> None:
-        self._results.append(self._worker.execute(plan))
+        with self._rank.computing(plan.step_id):
+            self._results.append(self._worker.execute(plan))
 
     def collect(self) -> StepResult:
         return self._results.popleft()
 
     def on_failure(self, callback: Callable[[ExecutorError], None]) -> None:
         """Never: the rank lives and dies with this process."""
+
+    def usage(self) -> EngineUsage:
+        """See `Executor.usage`."""
+        return self._rank.usage()
 
     def stop(self) -> None:
         self._results.clear()
@@ -69,6 +77,7 @@ class InlineThreadExecutor:
 
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
+        self._rank = OwnRank(worker.spec, worker.usage)
         self._plans: SimpleQueue[ExecutionPlan | None] = SimpleQueue()
         self._results: SimpleQueue[StepResult | Exception] = SimpleQueue()
         self._num_in_flight = 0
@@ -93,6 +102,10 @@ class InlineThreadExecutor:
     def on_failure(self, callback: Callable[[ExecutorError], None]) -> None:
         """Never: the rank lives and dies with this process."""
 
+    def usage(self) -> EngineUsage:
+        """See `Executor.usage`."""
+        return self._rank.usage()
+
     def stop(self) -> None:
         self._plans.put(None)
         self._thread.join(timeout=5.0)
@@ -103,7 +116,8 @@ class InlineThreadExecutor:
             try:
                 # Plans are deltas: after one that failed, none can run. Each still gets an answer, or `collect` would
                 # wait for ever for the plan that was made ahead.
-                self._results.put(failure or self._worker.execute(plan))
+                with self._rank.computing(plan.step_id):
+                    self._results.put(failure or self._worker.execute(plan))
             except Exception as error:  # noqa: BLE001 - the thread's border: the loop re-raises it
                 failure = error
                 self._results.put(error)
@@ -114,6 +128,7 @@ class InlineGpuExecutor:
 
     def __init__(self, worker: GpuWorker) -> None:
         self._worker = worker
+        self._rank = OwnRank(worker.spec, worker.usage)
         self._pending: deque[PendingStep] = deque()
 
     @property
@@ -121,11 +136,16 @@ class InlineGpuExecutor:
         return len(self._pending)
 
     def submit(self, plan: ExecutionPlan) -> None:
+        if not self._pending:
+            self._rank.begin(plan.step_id)
         self._pending.append(self._worker.launch(plan))
 
     def collect(self) -> StepResult:
         try:
-            return self._pending.popleft().wait()
+            result = self._pending.popleft().wait()
+            if not self._pending:
+                self._rank.end()
+            return result
         except RuntimeError as error:
             # An asynchronous fault of the device comes to light here: nothing on it can be trusted afterwards.
             raise ExecutorError(f"the GPU failed: {str(error).splitlines()[0]}") from error
@@ -136,6 +156,10 @@ class InlineGpuExecutor:
 
     def on_failure(self, callback: Callable[[ExecutorError], None]) -> None:
         """Never: the rank lives and dies with this process."""
+
+    def usage(self) -> EngineUsage:
+        """See `Executor.usage`."""
+        return self._rank.usage()
 
     def stop(self) -> None:
         self._pending.clear()

@@ -18,6 +18,7 @@ import msgspec
 
 from engine.comm.board import PHASES, suspects
 from engine.comm.node_messages import NodeFacts, Prepare, own_facts
+from engine.comm.rdma_traffic import read_traffic
 from engine.comm.ring import RingClosed, RingError, RingTimeout
 from engine.comm.secure_link import LinkRefused, NodeLinkError
 from engine.config import EngineConfig
@@ -32,12 +33,14 @@ from engine.executor.messages import (
 )
 from engine.executor.node_starter import NodeOrder, NodeStarter, orders_for
 from engine.executor.nodes_awaited import NodesAwaited
-from engine.executor.rank_host import RANK_COMMAND, STOP_SECONDS, STOPPED, TRACED, RankHost, RankLine
+from engine.executor.rank_host import RANK_COMMAND, STOP_SECONDS, RankHost
+from engine.executor.rank_line import STOPPED, TRACED, RankLine
 from engine.executor.remote_node import RemoteNode
 from engine.executor.roster import RankFailure, RankView, Roster
 from engine.executor.steps_in_flight import StepsInFlight
 from engine.model_digest import digest_of
 from engine.placement import Placement
+from engine.usage import EngineUsage, NodeTraffic
 
 # A rank that says nothing for this long while it starts is taken to hang; loading reports every layer.
 SILENCE_SECONDS = 120.0
@@ -149,6 +152,22 @@ class MultiNodeExecutor:
             if time.monotonic() >= deadline:
                 raise self._hang(step_id)
         return self._steps.finish(body)
+
+    def usage(self) -> EngineUsage:
+        """See `Executor.usage`. Another node's figures are as old as its host's last word, which comes every second."""
+        lines = self._host.lines() if self._host is not None else []
+        read = {self._host.ranks[0].node: read_traffic()} if self._host is not None and self._remote else {}
+        for node in self._remote.values():
+            theirs, read[node.name] = node.usage()
+            lines += theirs
+        return EngineUsage(
+            [line.usage() for line in sorted(lines, key=lambda line: line.spec.rank)],
+            [
+                NodeTraffic(name, traffic.seconds, traffic.sent_bytes, traffic.received_bytes)
+                for name, traffic in read.items()
+                if traffic is not None
+            ],
+        )
 
     def stop(self) -> None:
         """End all ranks on all nodes and give everything back. Idempotent; no process of this node is left then."""

@@ -13,6 +13,8 @@ import signal
 import socket
 import struct
 import sys
+import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -40,6 +42,7 @@ from engine.executor.multiproc_wiring import RankSetup
 from engine.executor.rank_answers import Answers, PendingStep
 from engine.placement import Placement, RankSpec
 from engine.process import die_with_parent, dump_stacks_on_signal, say_trace
+from engine.usage import USAGE_INTERVAL_SECONDS, DeviceUsage
 
 if TYPE_CHECKING:
     from engine.comm.ranks import RankLinks
@@ -67,6 +70,8 @@ class RankWorker(Protocol):
     def allocate_kv(self, num_blocks: int) -> None: ...
 
     def warm_up(self) -> None: ...
+
+    def usage(self) -> DeviceUsage: ...
 
     def append_tokens(self, pairs: Sequence[tuple[int, int]]) -> None: ...
 
@@ -208,7 +213,8 @@ class _RankProcess:
     def __init__(self, control: _Control, setup: RankSetup) -> None:
         self._control = control
         self._setup = setup
-        self._line = BoardLine(Segment(setup.board), setup.index)
+        self._board = Segment(setup.board)
+        self._line = BoardLine(self._board.view, setup.index)
         self.phase = "spawn"
 
     def run(self, make_worker: MakeWorker) -> None:
@@ -291,12 +297,21 @@ class _RankProcess:
             self._enter("warmup")
             worker.warm_up()
             self._enter("serve")
+            threading.Thread(target=_measure, args=(worker, self._line), name="usage", daemon=True).start()
             # Objects of the start-up never die: keep the collector from walking them in every step.
             gc.collect()
             gc.freeze()
         else:
             raise ValueError(f"a rank is not called to {kind.name}")
         self._control.send(DoneReport(self._setup.rank, kind))
+
+
+def _measure(worker: RankWorker, line: BoardLine) -> None:
+    """Keep the line's figures fresh, from a thread: the main one may be in a long step."""
+    while True:
+        measured = worker.usage()
+        line.holds(measured.memory_bytes, measured.watts)
+        time.sleep(USAGE_INTERVAL_SECONDS)
 
 
 def _fault(rank: int, phase: str, error: BaseException) -> FaultReport:

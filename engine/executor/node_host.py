@@ -27,12 +27,14 @@ from engine.comm.node_messages import (
     NodeKind,
     Prepare,
     Prepared,
+    RankStates,
     Refusal,
     Start,
     decode,
     encode,
     own_facts,
 )
+from engine.comm.rdma_traffic import RdmaTraffic, read_traffic
 from engine.comm.ring import RingClosed, RingError, RingReader, RingTimeout
 from engine.comm.secure_link import LinkLost, LinkRefused, NodeLinkError, SecureLink, connect
 from engine.config import EngineConfig
@@ -41,6 +43,7 @@ from engine.executor.rank_host import RANK_COMMAND, STOP_SECONDS, RankHost
 from engine.model_digest import digest_of
 from engine.placement import Placement
 from engine.process import StatusPipe, die_with_parent, dump_stacks_on_signal, follow_parent, say, say_trace
+from engine.usage import USAGE_INTERVAL_SECONDS
 
 PREPARE_SECONDS = 900.0
 """Other nodes may take long to come, and the head says nothing to this one meanwhile but that it is there."""
@@ -120,6 +123,7 @@ class _NodeHost:
         self._timeout = 60.0
         self._is_stopping = threading.Event()
         self._results: threading.Thread | None = None
+        self._usage: threading.Thread | None = None
         self._grace = 0.0
         self._unsent: deque[tuple[Kind, bytes, float]] = deque()
         """What the head sent for ranks whose ring is full, each with its deadline."""
@@ -145,6 +149,8 @@ class _NodeHost:
         if host.results is not None:
             self._results = threading.Thread(target=self._carry_results, args=(host.results,), daemon=True)
             self._results.start()
+        self._usage = threading.Thread(target=self._tell_usage, args=(host,), daemon=True)
+        self._usage.start()
         self._serve(host)
 
     def stop(self) -> None:
@@ -153,6 +159,8 @@ class _NodeHost:
         if self._host is not None:
             if self._results is not None:
                 self._results.join(2 * _RESULT_SECONDS)
+            if self._usage is not None:
+                self._usage.join(_RESULT_SECONDS)
             self._host.stop(self._grace)
         self._link.dispose()
 
@@ -199,8 +207,7 @@ class _NodeHost:
                 self._unsent.append((Kind(kind), body, time.monotonic() + self._timeout))
                 self._pass_on(host)
             elif kind == NodeKind.STATES:
-                lines = [(line.state, line.kernel) for line in host.lines()]
-                self._link.send(NodeKind.STATES, msgspec.msgpack.encode(lines))
+                self._link.send(NodeKind.STATES, encode(_states(host)))
             elif kind == NodeKind.STACKS:
                 host.dump_stacks()
             elif kind == NodeKind.GOODBYE:
@@ -233,11 +240,20 @@ class _NodeHost:
                 if got is not None:
                     self._link.send(NodeKind.RESULT, got[1])
 
+    def _tell_usage(self, host: RankHost) -> None:
+        with contextlib.suppress(NodeLinkError):
+            while not self._is_stopping.wait(USAGE_INTERVAL_SECONDS):
+                self._link.send(NodeKind.USAGE, encode(_states(host, read_traffic())))
+
     def _report(self, report: Report) -> None:
         self._on_report(report)
         kind, body = encode_report(report)
         with contextlib.suppress(NodeLinkError):  # who receives learns of it
             self._link.send(kind, body)
+
+
+def _states(host: RankHost, traffic: RdmaTraffic | None = None) -> RankStates:
+    return RankStates([(line.state, line.kernel) for line in host.lines()], traffic)
 
 
 def _say(task: HostTask, line: str) -> None:

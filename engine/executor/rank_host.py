@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -29,26 +29,16 @@ from engine.executor.messages import Kind, Report
 from engine.executor.multiproc_rank import FRAME
 from engine.executor.multiproc_watch import RankHandle, RankWatch
 from engine.executor.multiproc_wiring import RankSetup, Wiring
+from engine.executor.rank_line import KERNEL_STATES, RankLine
 from engine.placement import Placement, RankSpec
 from engine.process import LastingThread, say, threads_per_rank, wake_for_stacks, why_no_stacks
 
 RANK_COMMAND = (sys.executable, "-m", "engine.executor.multiproc_rank")
 STOP_SECONDS = 5.0
-STOPPED = ", stopped by a signal"
-TRACED = ", stopped by a debugger"
 _STACKS_SECONDS = 0.3
 _HELD_SECONDS = 1.0
 _SECRETS = ("HLAUNCH_NODE_SECRET", "HLAUNCH_API_KEY", "RAY_AUTH_")
 """What proves a node, a client or a driver, or says where that lies: how the names of such variables begin."""
-
-
-@dataclass(frozen=True, slots=True)
-class RankLine:
-    """What a rank does at this moment, and what keeps its process from running, if anything does."""
-
-    spec: RankSpec
-    state: RankState
-    kernel: str = ""
 
 
 class RankHost:
@@ -128,9 +118,9 @@ class RankHost:
 
     def lines(self) -> list[RankLine]:
         """Read what each rank does at this moment."""
-        if not self._handles:
+        if not self._handles or self._is_stopped:
             return [RankLine(spec, RankState(spec.rank, "spawn", Activity.IDLE, 0, 0, 0.0)) for spec in self.ranks]
-        states = read_board(self._wiring.board, [handle.spec.rank for handle in self._handles])
+        states = read_board(self._wiring.board.view, [handle.spec.rank for handle in self._handles])
         return [
             RankLine(handle.spec, state, _kernel_state(handle))
             for handle, state in zip(self._handles, states, strict=True)
@@ -224,5 +214,5 @@ def _kernel_state(handle: RankHandle) -> str:
     """Say it when the kernel keeps a process from running: stopped, traced, waiting for a disk."""
     with contextlib.suppress(OSError, IndexError):
         state = Path(f"/proc/{handle.process.pid}/stat").read_text().rpartition(")")[2].split()[0]
-        return {"T": STOPPED, "t": TRACED, "D": ", in an uninterruptible wait"}.get(state, "")
+        return KERNEL_STATES.get(state, "")
     return ""

@@ -11,19 +11,15 @@ import threading
 from collections.abc import Sequence
 from queue import Empty, SimpleQueue
 
-import msgspec
-
-from engine.comm.board import PHASES, RankState
+from engine.comm.board import PHASES
 from engine.comm.node_listener import NodeArrival
-from engine.comm.node_messages import NodeKind, Prepare, Prepared, Start, decode, encode
+from engine.comm.node_messages import NodeKind, Prepare, Prepared, RankStates, Start, decode, encode
+from engine.comm.rdma_traffic import RdmaTraffic
 from engine.comm.secure_link import LinkLost, LinkRefused, NodeLinkError
 from engine.executor.messages import Kind, MessageError, PhaseReport, decode_report
-from engine.executor.rank_host import RankLine
+from engine.executor.rank_line import KERNEL_STATES, RankLine
 from engine.executor.roster import Roster
 from engine.placement import RankSpec
-
-_STATES = msgspec.msgpack.Decoder(list[tuple[RankState, str]])
-"""What each rank does, and what keeps its process from running, if anything does."""
 
 
 class RemoteNode:
@@ -36,7 +32,8 @@ class RemoteNode:
         self._link.allow_silence(silence_seconds)
         self._roster = roster
         self._results: SimpleQueue[bytes | None] = SimpleQueue()
-        self._states: SimpleQueue[list[tuple[RankState, str]]] = SimpleQueue()
+        self._states: SimpleQueue[list[RankLine]] = SimpleQueue()
+        self._usage: tuple[list[RankLine], RdmaTraffic | None] = ([], None)
         self._gone = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -80,13 +77,12 @@ class RemoteNode:
         """Ask what each rank does at this moment; nothing when the node does not answer in time."""
         with contextlib.suppress(NodeLinkError, Empty):
             self._link.send(NodeKind.STATES)
-            by_rank = {rank.rank: rank for rank in self.ranks}
-            return [
-                RankLine(by_rank[state.rank], state, kernel)
-                for state, kernel in self._states.get(timeout=timeout_seconds)
-                if state.rank in by_rank
-            ]
+            return self._states.get(timeout=timeout_seconds)
         return []
+
+    def usage(self) -> tuple[list[RankLine], RdmaTraffic | None]:
+        """What the host said last, about a second ago: of its ranks, and of its node's RDMA ports."""
+        return self._usage
 
     def dump_stacks(self) -> None:
         """Have the host put the stacks of its ranks into its log."""
@@ -121,18 +117,29 @@ class RemoteNode:
                 if kind == NodeKind.RESULT:
                     self._results.put(body)
                 elif kind == NodeKind.STATES:
-                    self._states.put(_STATES.decode(body))
+                    self._states.put(self._lines(decode(body, RankStates)))
+                elif kind == NodeKind.USAGE:
+                    said = decode(body, RankStates)
+                    self._usage = (self._lines(said), said.traffic)
                 else:
                     self._hear(kind, body)
-        except (NodeLinkError, MessageError, msgspec.DecodeError) as error:
+        except (NodeLinkError, MessageError) as error:
             self._lose(error)
+
+    def _lines(self, said: RankStates) -> list[RankLine]:
+        by_rank = {rank.rank: rank for rank in self.ranks}
+        for state, kernel in said.ranks:
+            _check_phase(state.phase)
+            if kernel and kernel not in KERNEL_STATES.values():
+                raise MessageError(f"a rank kept from running by {kernel[:40]!r}, which there is not")
+        return [RankLine(by_rank[state.rank], state, kernel) for state, kernel in said.ranks if state.rank in by_rank]
 
     def _hear(self, kind: int, body: bytes) -> None:
         report = decode_report(kind, body)
         if all(report.rank != rank.rank for rank in self.ranks):
             raise MessageError(f"a report about rank {report.rank}, which is not its own")
-        if isinstance(report, PhaseReport) and report.phase not in PHASES:
-            raise MessageError(f"a report of phase {report.phase[:40]!r}, which there is not")
+        if isinstance(report, PhaseReport):
+            _check_phase(report.phase)
         self._roster.hear(report)
 
     def _lose(self, error: Exception) -> None:
@@ -141,6 +148,11 @@ class RemoteNode:
         self._gone.set()
         self._roster.lose_node(self.ranks, str(error))
         self._link.close()
+
+
+def _check_phase(phase: str) -> None:
+    if phase not in PHASES:
+        raise MessageError(f"a report of phase {phase[:40]!r}, which there is not")
 
 
 def _fault_of(kind: int, body: bytes) -> str:

@@ -47,7 +47,10 @@ async def version(app: App, exchange: Exchange) -> None:
 
 
 async def metrics(app: App, exchange: Exchange) -> None:
-    text = app.metrics.render(app.engine.stats_by_engine(), app.lifecycle.num_running, state_of(app))
+    engine = app.engine
+    text = app.metrics.render(
+        engine.stats_by_engine(), engine.usage_by_engine(), app.lifecycle.num_running, state_of(app)
+    )
     await exchange.answer(200, text, content_type=_METRICS_TYPE)
 
 

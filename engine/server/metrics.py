@@ -15,6 +15,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from engine.core.request import SchedulerStats
+from engine.server.rank_metrics import collect_ranks
+from engine.usage import EngineUsage
 
 _TTFT = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0)
 _ITL = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0)
@@ -112,17 +114,23 @@ class Metrics:
     def count_refusal(self, code: str) -> None:
         self.refused[code] = self.refused.get(code, 0) + 1
 
-    def render(self, engines: Sequence[SchedulerStats], num_open: int, state: str) -> bytes:
+    def render(
+        self, engines: Sequence[SchedulerStats], usages: Sequence[EngineUsage], num_open: int, state: str
+    ) -> bytes:
         """Write the exposition text.
 
-        `engines` are the data-parallel engines' figures, by rank; `num_open` counts generations under way here.
+        `engines` are the data-parallel engines' figures and `usages` their ranks', both by data-parallel rank;
+        `num_open` counts generations under way here.
         """
         registry = CollectorRegistry(auto_describe=False)
-        registry.register(_Snapshot(lambda: self._collect(engines, num_open, state)))
+        registry.register(_Snapshot(lambda: self._collect(engines, usages, num_open, state)))
         return generate_latest(registry)
 
-    def _collect(self, engines: Sequence[SchedulerStats], num_open: int, state: str) -> Iterator[Metric]:
+    def _collect(
+        self, engines: Sequence[SchedulerStats], usages: Sequence[EngineUsage], num_open: int, state: str
+    ) -> Iterator[Metric]:
         yield from self._collect_engines(engines)
+        yield from collect_ranks(self._model_name, usages)
         yield from self._collect_requests([self.of_engine(rank) for rank in range(len(engines))])
         labels, values = ("model_name",), (self._model_name,)
         refused = CounterMetricFamily(

@@ -56,6 +56,11 @@ def available_memory() -> int:
     return available
 
 
+def resident_memory() -> int:
+    """Bytes of this process that are in memory, files that it has mapped included."""
+    return int(psutil.Process().memory_info().rss)
+
+
 def give_back_freed() -> None:
     """Have the allocator return what was freed: after loading that is a tenth of a small model, in holes.
 

@@ -23,6 +23,8 @@ from engine.device import GPU_CAPABILITY
 from engine.memory import MemoryFit, fit_engine, kv_cache_groups
 from engine.models.checkpoint import Checkpoint, CheckpointError
 from engine.placement import RankSpec, shard
+from engine.usage import DeviceUsage
+from engine.worker.gpu_usage import GpuMeter
 from engine.worker.worker import groups_of_stage
 
 if TYPE_CHECKING:
@@ -55,6 +57,7 @@ class GpuWorker:
     ) -> None:
         if config.dtype not in ("auto", "bfloat16") or config.cache.dtype not in ("auto", "bfloat16"):
             raise GpuError("dtype", "a GPU computes in bfloat16", "leave dtype and kv-cache-dtype at auto")
+        self.spec = rank
         self._config = config
         self._model_config = model
         self._rank = None if links is None else rank
@@ -63,6 +66,7 @@ class GpuWorker:
         self._check_share()
         self.device = open_device(rank.device)
         self.device_name = torch.cuda.get_device_name(self.device)
+        self._meter = GpuMeter(self.device.index)
         # What an engine before this one in the same process has left behind is free again.
         gc.collect()
         torch.cuda.empty_cache()
@@ -164,6 +168,10 @@ class GpuWorker:
                 if length > 1:
                     self._run_prompt(length)
             torch.cuda.synchronize(self.device)
+
+    def usage(self) -> DeviceUsage:
+        """Measure the device's memory in use and its power. From any thread."""
+        return self._meter.read()
 
     def append_tokens(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Take (row, token) pairs that the last stage sampled; of use to the stages before it."""

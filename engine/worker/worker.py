@@ -20,6 +20,7 @@ from engine.models.dummy import DummySource
 from engine.models.gpt_oss import GptOss
 from engine.models.gpt_oss_weights import LoadOptions, load_gpt_oss, open_source
 from engine.placement import RankSpec, shard
+from engine.usage import DeviceUsage
 from engine.worker import cpu
 from engine.worker.model_runner import ModelRunner
 from kernels.ops import probe
@@ -38,6 +39,7 @@ class Worker:
     ) -> None:
         if not rank.device.startswith("cpu"):
             raise ConfigError("device", f"{rank.device!r} is neither cpu nor cuda:N")
+        self.spec = rank
         self._config = config
         self._model_config = model
         self._rank = None if links is None else rank
@@ -85,6 +87,10 @@ class Worker:
     def available_memory(self) -> int:
         """Bytes that this rank may still take."""
         return cpu.available_memory()
+
+    def usage(self) -> DeviceUsage:
+        """Measure the memory of this process. From any thread."""
+        return DeviceUsage(cpu.resident_memory())
 
     def fit_memory(self, max_model_len: int) -> MemoryFit:
         """Size the KV pool from the memory at hand."""

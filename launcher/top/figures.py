@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from launcher.top.ranks import RankPicture, RankReading, compare
 from launcher.top.reading import COUNTERS, Reading
 
 WINDOW_SECONDS = 30.0
@@ -45,6 +46,7 @@ class Figures:
     prefix_hit_rate: float | None
     history: Mapping[str, tuple[float, ...]]
     num_restarts: int
+    ranks: RankPicture = field(default_factory=RankPicture)
 
     def to_json(self) -> dict[str, Any]:
         """The same as plain values, for `--json`; seconds and tokens."""
@@ -76,6 +78,11 @@ class Figures:
                 }
                 for row in self.reading.rows
             ],
+            "ranks": [rank.to_json() for rank in self.ranks.ranks],
+            "rdma_bytes_per_second": {
+                node: {word: round(rate, 1) for word, rate in rates.items()}
+                for node, rates in self.ranks.traffic.items()
+            },
             "restarts": self.num_restarts,
         }
 
@@ -92,6 +99,7 @@ class Watch:
     num_restarts: int = 0
     _readings: deque[tuple[float, Reading]] = field(default_factory=deque)
     _history: dict[str, deque[float]] = field(default_factory=dict)
+    _ranks: RankPicture = field(default_factory=RankPicture)
 
     def add(self, at: float, reading: Reading) -> Figures:
         """Take a reading made at `at` (seconds, rising) and return the picture it makes with those before."""
@@ -107,6 +115,7 @@ class Watch:
         for name in ("generated_tokens", "prompt_tokens"):
             if name in rates:
                 self._history.setdefault(name, deque(maxlen=MAX_POINTS)).append(rates[name])
+        self._ranks = compare(RankReading() if before is None else before[1].ranks, reading.ranks, self._ranks)
         return Figures(
             reading,
             rates,
@@ -115,6 +124,7 @@ class Watch:
             _hit_rate(oldest, reading),
             {name: tuple(points) for name, points in self._history.items()},
             self.num_restarts,
+            self._ranks,
         )
 
 

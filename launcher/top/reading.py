@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from launcher.errors import HlaunchError
 from launcher.top.exposition import Sample
+from launcher.top.ranks import RankReading, read_ranks
 
 _ENGINE_LABELS = ("engine", "engine_index", "dp_rank")
 _RANK_LABELS = ("rank", "pp_rank", "tp_rank", "moe_ep_rank")
@@ -72,6 +73,7 @@ class Reading:
     histograms: Mapping[str, Mapping[float, float]]
     rows: tuple[Row, ...] = ()
     state: str = field(default="")
+    ranks: RankReading = field(default_factory=RankReading)
 
 
 def read(samples: Mapping[str, Sequence[Sample]]) -> Reading:
@@ -108,7 +110,7 @@ def read(samples: Mapping[str, Sequence[Sample]]) -> Reading:
         by_row.pop(("", ""), None)
     rows = tuple(Row(engine, rank, by_row[engine, rank]) for engine, rank in sorted(by_row, key=_natural))
     state = next((item.labels.get("state", "") for item in samples.get("hlaunch_state", ()) if item.value == 1), "")
-    return Reading(tuple(models), totals, histograms, rows, state)
+    return Reading(tuple(models), totals, histograms, rows, state, read_ranks(samples))
 
 
 def _first(samples: Mapping[str, Sequence[Sample]], names: Iterable[str], suffixes: Iterable[str]) -> Sequence[Sample]:

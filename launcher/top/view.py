@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from launcher.console import Line, layout_table
 from launcher.top.figures import Figures, Quantiles
+from launcher.top.rank_view import rank_lines
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _ASCII = "._-=+*#@"
@@ -59,6 +60,7 @@ def screen(
         lines.append(_bar("prefix hits", figures.prefix_hit_rate, width, is_good=True))
     lines += _latencies(figures, width)
     lines += _rows(figures, width)
+    lines += rank_lines(figures.ranks, width)
     lines += [[], [(_cut(f"every {interval:g} s; Ctrl-C leaves", width), "dim")]]
     return lines
 

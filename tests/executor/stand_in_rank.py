@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 from engine.core.plan import ExecutionPlan, StepResult
 from engine.executor.multiproc_rank import Rank, main
+from engine.usage import DeviceUsage
 
 
 class StandInWorker:
@@ -41,6 +42,9 @@ class StandInWorker:
 
     def warm_up(self) -> None:
         pass
+
+    def usage(self) -> DeviceUsage:
+        return DeviceUsage(3 << 20, 70.0)
 
     def append_tokens(self, pairs: Sequence[tuple[int, int]]) -> None:
         pass

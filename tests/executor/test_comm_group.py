@@ -76,14 +76,14 @@ def test_a_link_carries_tensors_larger_than_its_ring() -> None:
 
 def test_the_board_tells_who_holds_a_step_up() -> None:
     board = create_board(3)
-    lines = [BoardLine(board, rank) for rank in range(3)]
+    lines = [BoardLine(board.view, rank) for rank in range(3)]
     for line in lines:
         line.phase("serve")
         line.begins(7)
     for line in (lines[0], lines[2]):
         line.meets()
         line.waits()
-    states = read_board(board, range(3))
+    states = read_board(board.view, range(3))
     assert [state.activity for state in states] == [Activity.WAITS, Activity.COMPUTES, Activity.WAITS]
     assert [state.rank for state in suspects(states, 7)] == [1]
     assert "computing in step 7" in str(states[1])
@@ -93,10 +93,10 @@ def test_the_board_tells_who_holds_a_step_up() -> None:
     for line in (lines[0], lines[2]):
         line.meets()
         line.waits()
-    assert [state.rank for state in suspects(read_board(board, range(3)), 7)] == [1]
+    assert [state.rank for state in suspects(read_board(board.view, range(3)), 7)] == [1]
     lines[1].rests()
     lines[0].begins(8)
     lines[0].meets()
     lines[0].waits()
-    assert [state.rank for state in suspects(read_board(board, range(3)), 8)] == [1, 2]
+    assert [state.rank for state in suspects(read_board(board.view, range(3)), 8)] == [1, 2]
     board.close()

@@ -13,10 +13,11 @@ from nodes_support import SECRET, nodes_placement
 
 from engine.comm.board import Activity, RankState
 from engine.comm.node_listener import NodeArrival
-from engine.comm.node_messages import Hello, NodeKind
+from engine.comm.node_messages import Hello, NodeKind, RankStates, encode
+from engine.comm.rdma_traffic import RdmaTraffic
 from engine.comm.secure_link import SecureLink, answer, connect
 from engine.executor.messages import PhaseReport, encode_report
-from engine.executor.rank_host import RankLine
+from engine.executor.rank_line import RankLine
 from engine.executor.remote_node import RemoteNode
 from engine.executor.roster import NodeFailure, Roster
 from engine.placement import ParallelSizes
@@ -25,7 +26,13 @@ PLACEMENT = nodes_placement(CONFIG, ParallelSizes(1, 2, 1))
 PHASE = encode_report(PhaseReport(1, "nonsense"))
 ALIEN = encode_report(PhaseReport(0, "load"))
 STATE = RankState(1, "serve", Activity.WAITS, 7, 2, 0.5)
-STATES = (int(NodeKind.STATES), msgspec.msgpack.encode([(msgspec.to_builtins(STATE) | {"activity": 99}, "")]))
+STATES = (
+    int(NodeKind.STATES),
+    msgspec.msgpack.encode({"ranks": [(msgspec.to_builtins(STATE) | {"activity": 99}, "")]}),
+)
+TRAFFIC = RdmaTraffic(5.0, 10, 20)
+UNPHASED = (int(NodeKind.USAGE), encode(RankStates([(replace(STATE, phase="lunch"), "")])))
+KEPT = (int(NodeKind.USAGE), encode(RankStates([(STATE, ", on strike")])))
 
 
 def linked() -> tuple[SecureLink, RemoteNode, Roster]:
@@ -45,8 +52,13 @@ def test_what_ranks_do_arrives_as_it_was_said() -> None:
     try:
         node.spawn(None)
         elsewhere = replace(STATE, rank=0)
-        host.send(NodeKind.STATES, msgspec.msgpack.encode([(STATE, ", stopped by a signal"), (elsewhere, "")]))
-        assert node.lines(5) == [RankLine(PLACEMENT.ranks[1], STATE, ", stopped by a signal")]
+        said = RankStates([(STATE, ", stopped by a signal"), (elsewhere, "")], TRAFFIC)
+        told = [RankLine(PLACEMENT.ranks[1], STATE, ", stopped by a signal")]
+        assert node.usage() == ([], None)
+        host.send(NodeKind.USAGE, encode(said))
+        host.send(NodeKind.STATES, encode(said))
+        assert node.lines(5) == told
+        assert node.usage() == (told, TRAFFIC)
     finally:
         node.stop()
         roster.close()
@@ -59,10 +71,12 @@ def test_what_ranks_do_arrives_as_it_was_said() -> None:
         (PHASE, "a report of phase 'nonsense', which there is not"),
         (ALIEN, "a report about rank 0, which is not its own"),
         (STATES, "Invalid enum value 99"),
+        (UNPHASED, "a report of phase 'lunch', which there is not"),
+        (KEPT, "a rank kept from running by ', on strike', which there is not"),
         ((int(NodeKind.STATES), b"\xc1"), "malformed"),
         ((63, b""), "not a report of kind 63"),
     ],
-    ids=["phase", "alien", "activity", "msgpack", "kind"],
+    ids=["phase", "alien", "activity", "usage phase", "usage kernel", "msgpack", "kind"],
 )
 def test_nonsense_is_the_loss_of_the_node(frame: tuple[int, bytes], said: str) -> None:
     host, node, roster = linked()

@@ -55,6 +55,29 @@ def vllm(
     return text
 
 
+def ranks(seconds: float, *, num_ranks: int = 4, num_engines: int = 1) -> str:
+    """What hlaunch writes of its ranks after `seconds`: half of them on another node, each a little less busy."""
+    text = ""
+    for rank in range(num_ranks):
+        node, engine = f"node{2 * rank // num_ranks}", rank * num_engines // num_ranks
+        place = f'device="cuda:{rank % 8}",engine="{engine}",model_name="x",node="{node}",rank="{rank}"'
+        is_last = rank == num_ranks - 1
+        state, lasts = ("stopped by a signal", 5.0) if is_last else ("computing", 0.004)
+        for name, value in (
+            ("idle_seconds_total", seconds * 0.1),
+            ("computing_seconds_total", seconds * (0.9 - 0.2 * rank / num_ranks)),
+            ("waiting_seconds_total", seconds * 0.2 * rank / num_ranks),
+            ("state_seconds", lasts), ("memory_bytes", float(70 + rank) * 2**30), ("power_watts", 400.0 + rank),
+        ):  # fmt: skip
+            text += f"hlaunch_rank_{name}{{{place}}} {value}\n"
+        text += f'hlaunch_rank_state{{{place},state="{state}"}} 1.0\n'
+    for node in ("node0", "node1"):
+        text += f'hlaunch_node_rdma_clock_seconds_total{{node="{node}"}} {1e6 + seconds}\n'
+        for word, rate in (("sent", 12.5e9), ("received", 11e9)):
+            text += f'hlaunch_node_rdma_{word}_bytes_total{{node="{node}"}} {rate * seconds}\n'
+    return text
+
+
 SGLANG = """\
 # HELP sglang:generation_tokens_total Number of generation tokens processed.
 # TYPE sglang:generation_tokens_total counter

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 from launcher_support import Launcher
-from metrics_text import vllm
+from metrics_text import ranks, vllm
 from screens_support import (
     ROOT,
     SCREENS,
@@ -184,7 +184,7 @@ def test_bench(screens: Screens) -> None:
 
 
 def test_top(screens: Screens) -> None:
-    stub = Stub({"/metrics": (200, vllm(values={"num_requests_running": 3.0}).encode())})
+    stub = Stub({"/metrics": (200, (vllm(values={"num_requests_running": 3.0}) + ranks(10.0)).encode())})
     with serving(stub):
         screens.check("top", ["top", "--url", stub.url, "--once", "--interval", "0.1"], 0, PORT)
 

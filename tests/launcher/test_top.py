@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 from launcher_support import Launcher, wait_for
-from metrics_text import SGLANG, vllm
+from metrics_text import SGLANG, ranks, vllm
 from stub_server import Stub, serving
 
 from launcher.client import Client
@@ -28,6 +28,7 @@ from launcher.errors import EngineFailed
 from launcher.top import exposition
 from launcher.top.exposition import MetricsInvalid, parse
 from launcher.top.figures import Figures, Watch, quantile
+from launcher.top.rank_view import rank_lines
 from launcher.top.reading import NotAModelServer, read
 from launcher.top.view import duration, log_header, log_line, number, screen, sparkline
 from launcher.top.watching import watch
@@ -231,6 +232,55 @@ def test_the_screen_at_80_columns() -> None:
         "",
         "every 1 s; Ctrl-C leaves",
     ]
+
+
+def rank_picture(width: int = 80, **shape: int) -> list[str]:
+    figures = pair(vllm() + ranks(10.0, **shape), vllm() + ranks(12.0, **shape))
+    return ["".join(part for part, _ in line) for line in rank_lines(figures.ranks, width)]
+
+
+def test_every_rank_has_a_row_with_its_shares_of_the_last_interval() -> None:
+    assert rank_picture() == [
+        "",
+        "RANK  NODE   DEVICE  STATE                    BUSY  WAIT    MEMORY  POWER",
+        "0     node0  cuda:0  computing                 90%    0%  70.0 GiB  400 W",
+        "1     node0  cuda:1  computing                 85%    5%  71.0 GiB  401 W",
+        "2     node1  cuda:2  computing                 80%   10%  72.0 GiB  402 W",
+        "3     node1  cuda:3  stopped by a signal 5 s   75%   15%  73.0 GiB  403 W",
+        "RDMA node0: 12.50 GB/s sent, 11.00 GB/s received",
+        "RDMA node1: 12.50 GB/s sent, 11.00 GB/s received",
+    ]
+    assert rank_picture(num_engines=2)[2].startswith("0       0     node0  cuda:0")
+    # The first reading has no interval yet, and a server of another make no ranks.
+    state = Watch()
+    figures = state.add(0.0, read(parse(vllm() + ranks(10.0))))
+    assert [(rank.computing, rank.rank.values["watts"]) for rank in figures.ranks.ranks][0] == (None, 400.0)
+    # Who reads more often than the server measures sees the same shares twice, not an idle rank and a busy one.
+    for at, seconds in ((0.5, 11.0), (1.0, 11.0), (1.5, 12.0)):
+        figures = state.add(at, read(parse(vllm() + ranks(seconds))))
+        assert figures.ranks.ranks[0].computing == pytest.approx(0.9)
+        assert figures.ranks.traffic["node1"]["sent"] == pytest.approx(12.5e9)
+    assert rank_lines(pair(vllm(), vllm()).ranks, 80) == []
+
+
+def test_ranks_as_json() -> None:
+    shown = pair(vllm() + ranks(10.0), vllm() + ranks(12.0)).to_json()
+    assert shown["ranks"][3] == {
+        "engine": "0", "rank": "3", "node": "node1", "device": "cuda:3", "state": "stopped by a signal",
+        "state_seconds": 5.0, "computing_share": 0.75, "waiting_share": 0.15, "memory_bytes": 73.0 * 2**30,
+        "power_watts": 403.0,
+    }  # fmt: skip
+    assert shown["rdma_bytes_per_second"]["node1"] == {"sent": 12.5e9, "received": 11e9}
+    assert [rank["rank"] for rank in pair(vllm(), ranks(3.0, num_ranks=12) + vllm()).to_json()["ranks"]] == [
+        str(rank) for rank in range(12)
+    ]
+
+
+def test_ranks_are_not_wider_than_the_terminal_and_many_are_counted() -> None:
+    for width in (40, 60, 80, 132):
+        lines = rank_picture(width, num_ranks=64, num_engines=8)
+        assert max(len(line) for line in lines) <= width
+        assert "… and 32 more" in lines
 
 
 def test_no_line_is_wider_than_the_terminal() -> None:

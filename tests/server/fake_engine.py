@@ -15,6 +15,7 @@ from engine.async_engine import EngineState, EngineUnavailable, OutputStream
 from engine.config import BUNDLED_MODELS, ModelConfig, load_model_config
 from engine.core.request import EngineRequest, FinishReason, RequestOutput, SchedulerStats, TokenLogprobs
 from engine.text import AssistantReply, HarmonyChat, Tokenizer, ToolCall
+from engine.usage import EngineUsage, NodeTraffic, RankUsage
 
 MODEL_FOLDER = BUNDLED_MODELS["tiny-oss"]
 
@@ -72,6 +73,21 @@ class FakeEngine:
         if self.state is not EngineState.DEGRADED:
             return [self.state] * self.num_engines
         return [EngineState.READY] * (self.num_engines - 1) + [EngineState.FAILED]
+
+    def usage_by_engine(self) -> list[EngineUsage]:
+        """Two ranks of each: the first computes on a GPU, the second, of which less is known, waits."""
+        return [
+            EngineUsage(
+                [
+                    RankUsage(
+                        2 * engine, "node0", "cuda:0", "computing", 0.25, 1.0, 10.0 + engine, 2.0, 8 << 30, 412.5
+                    ),
+                    RankUsage(2 * engine + 1, "node1", "cpu:0", "stopped by a signal", 3.0, 1.0, 9.0, 3.0),
+                ],
+                [NodeTraffic("node0", 5.0 + engine, 1000 + engine, 3000)],
+            )
+            for engine in range(self.num_engines)
+        ]
 
     def _abort(self, request_id: str) -> None:
         task = self.live.pop(request_id, None)

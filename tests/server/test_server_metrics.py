@@ -89,7 +89,7 @@ def test_every_engine_has_its_own_label() -> None:
     metrics.of_engine(1).num_generation_tokens = 11
     metrics.of_engine(0).time_to_first_token.observe(0.3, 2)
     found: dict[str, dict[str, float]] = {}
-    for family in text_string_to_metric_families(metrics.render(engines, 8, "ready").decode()):
+    for family in text_string_to_metric_families(metrics.render(engines, [], 8, "ready").decode()):
         for sample in family.samples:
             found.setdefault(sample.name, {})[sample.labels.get("engine", "")] = sample.value
     assert found["vllm:num_requests_running"] == {"0": 3, "1": 5}
@@ -102,13 +102,13 @@ def test_every_engine_has_its_own_label() -> None:
     ours = {"hlaunch_open_generations", "hlaunch_prepare_seconds_sum", "hlaunch_client_disconnects_total"}
     assert {name for name, by_engine in found.items() if name in ours and list(by_engine) == [""]} == ours
     # `hlaunch top` shows a row for each.
-    reading = read(parse(metrics.render(engines, 8, "ready").decode()))
+    reading = read(parse(metrics.render(engines, [], 8, "ready").decode()))
     assert [row.engine for row in reading.rows] == ["0", "1"]
     assert (reading.values["running"], reading.values["generated_tokens"]) == (8, 11)
 
 
 def test_a_single_engine_is_number_0() -> None:
-    text = Metrics("m").render([SchedulerStats()], 0, "ready").decode()
+    text = Metrics("m").render([SchedulerStats()], [], 0, "ready").decode()
     assert 'vllm:generation_tokens_total{engine="0",model_name="m"} 0.0' in text
 
 
@@ -130,3 +130,31 @@ def test_what_came_of_requests_is_told_by_engine() -> None:
         assert found[f"vllm:{name}_count"] == {"0": 2, "1": 1}
     assert found["vllm:inter_token_latency_seconds_count"] == {"0": 6, "1": 3}
     assert found["vllm:request_params_n_count"] == {"0": 1}
+
+
+def test_ranks_are_told_with_their_places_and_top_shows_them() -> None:
+    with running(scripted(WORDS)) as server, server.http() as client:
+        server.engine.num_engines = 2
+        text = client.get("/metrics").text
+        found: dict[str, dict[tuple[str, ...], float]] = {}
+        for family in text_string_to_metric_families(text):
+            for sample in family.samples:
+                if "rank" in sample.labels:
+                    place = tuple(sample.labels[name] for name in ("engine", "rank", "node", "device"))
+                    found.setdefault(sample.name, {})[place] = sample.value
+    places = [("0", "0", "node0", "cuda:0"), ("0", "1", "node1", "cpu:0")]
+    places += [("1", "2", "node0", "cuda:0"), ("1", "3", "node1", "cpu:0")]
+    assert list(found["hlaunch_rank_state"]) == places
+    assert [found["hlaunch_rank_computing_seconds_total"][place] for place in places] == [10.0, 9.0, 11.0, 9.0]
+    assert set(found["hlaunch_rank_idle_seconds_total"].values()) == {1.0}
+    assert [found["hlaunch_rank_waiting_seconds_total"][place] for place in places] == [2.0, 3.0, 2.0, 3.0]
+    # What is not known is not told.
+    assert found["hlaunch_rank_power_watts"] == {places[0]: 412.5, places[2]: 412.5}
+    assert found["hlaunch_rank_memory_bytes"] == {places[0]: 8 << 30, places[2]: 8 << 30}
+    ranks = read(parse(text)).ranks
+    assert [(rank.engine, rank.rank, rank.state) for rank in ranks.ranks] == [
+        ("0", "0", "computing"), ("0", "1", "stopped by a signal"),
+        ("1", "2", "computing"), ("1", "3", "stopped by a signal"),
+    ]  # fmt: skip
+    # Both engines have a part on the node, whose ports are its own.
+    assert ranks.traffic == {"node0": {"clock": 6.0, "sent": 1001, "received": 3000}}

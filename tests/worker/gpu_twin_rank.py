@@ -18,6 +18,7 @@ from engine.core.plan import ExecutionPlan, StepResult  # noqa: E402
 from engine.executor.multiproc_rank import Rank, connect, main  # noqa: E402
 from engine.models.checkpoint import Checkpoint  # noqa: E402
 from engine.models.gpt_oss_gpu_weights import load_gpt_oss_gpu  # noqa: E402
+from engine.usage import DeviceUsage  # noqa: E402
 from engine.worker.gpu_runner import GpuModelRunner, PendingStep  # noqa: E402
 from engine.worker.worker import groups_of_stage  # noqa: E402
 
@@ -49,6 +50,9 @@ class TwinWorker:
 
     def available_memory(self) -> int:
         return 1 << 34
+
+    def usage(self) -> DeviceUsage:
+        return DeviceUsage()
 
     @torch.inference_mode()
     def allocate_kv(self, num_blocks: int) -> None:

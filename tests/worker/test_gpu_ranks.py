@@ -33,6 +33,7 @@ from engine.executor.multiproc_fit import fit_ranks
 from engine.memory import fit_engine
 from engine.models.checkpoint import Checkpoint
 from engine.placement import Device, HostSpec, ParallelSizes, Placement, RankSpec, place
+from engine.usage import EngineUsage
 from engine.worker.worker import groups_of_stage
 from tests.worker import gpu_twins
 from tests.worker.test_gpu_runner import GREEDY, MAX_TOKENS, MIXED, OVERLAPPED, TINY, gpu_core, requests_of, run, twins
@@ -78,6 +79,9 @@ class ThreadRanks:
 
     def on_failure(self, callback: Callable[[ExecutorError], None]) -> None:
         pass
+
+    def usage(self) -> EngineUsage:
+        return EngineUsage()
 
     def stop(self) -> None:
         for queue in self._plans:

@@ -7,6 +7,7 @@ import random
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,10 +19,12 @@ from engine.config import resolve_model_folder as find_model
 from engine.core.request import EngineRequest
 from engine.core.sampling_params import SamplingParams
 from engine.engine_core import EngineCore
+from engine.engine_core import place as place_engine
 from engine.executor.inline import InlineGpuExecutor
 from engine.memory import fit, gpu_weight_bytes, kv_cache_groups
 from engine.models.checkpoint import Checkpoint, CheckpointError
 from engine.models.dummy import write_checkpoint
+from engine.usage import DeviceUsage
 from tests.worker import gpu_twins
 
 TINY = EngineConfig(model="tiny-oss", max_model_len=256)
@@ -85,7 +88,9 @@ def gpu_core(scheduler: SchedulerConfig, num_blocks: int = 256) -> EngineCore:
         num_blocks=num_blocks,
     )
     facts: Any = None
-    return EngineCore(config, model, InlineGpuExecutor(runner), memory, 256, facts)  # type: ignore[arg-type]
+    rank = place_engine(config, model).ranks[0]
+    worker: Any = SimpleNamespace(spec=rank, launch=runner.launch, runner=runner, usage=DeviceUsage)
+    return EngineCore(config, model, InlineGpuExecutor(worker), memory, 256, facts)
 
 
 def run(core: EngineCore, requests: list[EngineRequest]) -> dict[str, list[int]]:
@@ -192,7 +197,7 @@ def test_rows_beyond_the_small_kernels_take_the_large_step() -> None:
 
 def test_logits_that_are_not_finite_end_their_request_alone() -> None:
     core = gpu_core(OVERLAPPED)
-    runner: Any = core.executor._worker  # type: ignore[attr-defined]
+    runner: Any = core.executor._worker.runner  # type: ignore[attr-defined]
     runner._model.embedding[7] = float("nan")
     bad = EngineRequest("bad", [3, 7, 7], GREEDY, 8, seed=0)
     good = EngineRequest("good", [3, 4, 5], GREEDY, 8, seed=0)
