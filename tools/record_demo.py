@@ -51,7 +51,7 @@ SCENES = {
     "top": Scene(
         "hlaunch top",
         80,
-        20,
+        23,
         (
             ("hlaunch up tiny-oss --detach > /dev/null 2>&1; clear; echo up", "up", 60.0, 5.0),
             ("(hlaunch bench tiny-oss -c 8 --output 512 -r 4 --runs 9 > /dev/null 2>&1 &) && clear", "$", 5.0, 4.0),
