@@ -176,6 +176,10 @@ def _hlaunch(home: Path, docker: str, *command: str) -> subprocess.CompletedProc
     [
         ({"role": "head", "nodes": [{"name": "two", "is_alive": False}]}, "head", "not in the cluster: two"),
         ({"role": "head", "state": "ready", "nodes": [{"name": "two", "is_alive": True}]}, "head", ""),
+        ({"role": "head", "state": "degraded", "nodes": [{"name": "two", "is_alive": True}]}, "head", ""),
+        ({"role": "head", "state": "degraded", "nodes": [{"name": "two", "is_alive": False}]}, "head",
+         "not in the cluster: two"),
+        ({"role": "head", "state": "restarting", "nodes": []}, "ready", "head: restarting"),
         ({"role": "worker", "state": "ready"}, "worker", ""),
         ({"role": "worker", "state": "ready"}, "ready", "this node is a worker"),
         ({"role": "worker", "state": "failed", "cause": "boom"}, "worker", "boom"),
