@@ -14,8 +14,8 @@ from pathlib import Path
 from engine.config import BUNDLED_MODELS, ConfigError, ModelConfig, load_model_config
 from launcher.errors import HlaunchError, Issue
 from launcher.plan.known_models import KNOWN_CONFIGS
-from launcher.plan.settings import refused_value
 from launcher.plan.weights import find_model_files, is_repository
+from launcher.registry.keys import KEYS
 from launcher.registry.placement_rules import shape_findings
 from launcher.registry.resolving import issues_of, resolve
 from launcher.registry.suggest import did_you_mean
@@ -46,7 +46,9 @@ def entry_issues(registry: Registry, environ: Mapping[str, str]) -> list[Issue]:
 def _values(registry: Registry, path: str, options: Options) -> Iterator[Issue]:
     for key in JUDGED:
         setting = options.settings.get(key)
-        refused = refused_value(key, str(setting.value)) if setting is not None and setting.value is not None else None
+        refused = (
+            KEYS[key].refusal_of(str(setting.value)) if setting is not None and setting.value is not None else None
+        )
         if setting is not None and refused is not None:
             line, column = setting.mark
             hint = f"remove {key}, or write auto" if key.endswith("dtype") else f"remove {key}"

@@ -16,6 +16,7 @@ from engine.config import CacheConfig, ConfigError, EngineConfig, SchedulerConfi
 from engine.placement import ParallelSizes
 from launcher.addresses import is_loopback
 from launcher.errors import DoesNotFit, HlaunchError, PreflightError
+from launcher.registry.keys import KEYS
 from launcher.registry.types import Layer, ResolvedEntry
 from launcher.registry.values import BadValue
 
@@ -35,18 +36,9 @@ def refusals(entry: ResolvedEntry, device: str) -> tuple[HlaunchError, ...]:
     found += _dtype_refusals(entry, is_gpu=device != "cpu")
     for key in _OF_MODEL:
         value = entry.text_or_none(key)
-        if value is not None and (refused := refused_value(key, value)) is not None:
+        if value is not None and (refused := KEYS[key].refusal_of(value)) is not None:
             found.append(PreflightError(f"{key} {value}: {refused}", hint=f"remove {key}"))
     return tuple(found)
-
-
-def refused_value(key: str, value: str) -> str | None:
-    """Return why no device serves this value of a key of the registry; None when some does, or no rule is about it."""
-    if key in _OF_MODEL:
-        return "this version takes it from the model"
-    if key in ("dtype", "kv-cache-dtype") and value not in _DTYPES:
-        return "a GPU rank computes in bfloat16, a CPU rank in float32 or bfloat16"
-    return None
 
 
 def rank_refusals(entry: ResolvedEntry, sizes: ParallelSizes) -> tuple[HlaunchError, ...]:

@@ -10,7 +10,6 @@ from registry_support import Here
 
 from engine.config import BUNDLED_MODELS
 from launcher.plan.entry_checks import JUDGED, entry_issues
-from launcher.plan.settings import refused_value
 from launcher.registry import parse_registry
 from launcher.registry.keys import KEYS
 
@@ -77,8 +76,9 @@ def test_values_of_profiles_and_overrides_are_judged_where_they_stand() -> None:
 
 
 def test_the_schema_advertises_no_value_that_every_plan_refuses() -> None:
+    assert {spec.key for spec in KEYS.values() if spec.refusal} == set(JUDGED)
     for key in JUDGED:
         spec = KEYS[key]
         offered = [choice for choice in spec.choices if choice not in spec.refused]
-        assert [choice for choice in offered if refused_value(key, choice) is not None] == []
-        assert all(refused_value(key, choice) is not None for choice in spec.refused)
+        assert [choice for choice in offered if spec.refusal_of(choice) is not None] == []
+        assert all(spec.refusal_of(choice) is not None for choice in spec.refused)

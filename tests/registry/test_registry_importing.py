@@ -11,10 +11,13 @@ from hypothesis import strategies as st
 from registry_support import SEED, Here
 
 from launcher.errors import RegistryInvalid
+from launcher.fabric.declared import registry_issues
+from launcher.plan.entry_checks import entry_issues
 from launcher.registry import ResolvedEntry, parse_registry, resolve
 from launcher.registry.flags import flags
 from launcher.registry.importing import Imported, ImportRefused, from_config_file, from_model_registry, from_serve_line
 from launcher.registry.importing.changes import entry_name
+from launcher.registry.keys import KEYS
 
 CONFIG = """\
 # a file as people have it
@@ -58,6 +61,13 @@ def only(imported: Imported) -> ResolvedEntry:
     registry = parse_registry(imported.text)
     (name,) = registry.models
     return resolve(registry, name)
+
+
+def judged(imported: Imported) -> None:
+    """Judge what was written by all that `validate` has to say."""
+    registry = parse_registry(imported.text)
+    found = [*registry.issues, *registry_issues(registry), *entry_issues(registry, {})]
+    assert [issue for issue in found if issue.severity == "error"] == []
 
 
 def done(imported: Imported) -> dict[str, str]:
@@ -211,11 +221,40 @@ def test_every_option_of_the_table_is_accounted_for() -> None:
         (change,) = imported.changes[1:]
         assert change.action == "dropped" or flag.status == "native"
         assert change.action != "dropped" or change.reason
-        parse_registry(imported.text)
+        judged(imported)
+
+
+REFUSED = [
+    ("tool-call-parser", "openai", "takes it from the model"),
+    ("reasoning-parser", "openai_gptoss", "takes it from the model"),
+    ("tokenizer", "x/y", "takes it from the model"),
+    ("dtype", "half", "computes in bfloat16"),
+    ("dtype", "float16", "computes in bfloat16"),
+    ("kv-cache-dtype", "fp8", "computes in bfloat16"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "why"), REFUSED, ids=[f"{key}-{value}" for key, value, _ in REFUSED])
+def test_a_value_that_every_plan_refuses_is_dropped_with_the_reason(here: Here, key: str, value: str, why: str) -> None:
+    here.write(f"model: openai/gpt-oss-20b\n{key.replace('-', '_')}: {value}\n", "c.yaml")
+    here.write(f"models: {{m: {{model: openai/gpt-oss-20b, {key}: {value}}}}}", "seed.yml")
+    for source in (
+        ("vllm-serve", f"vllm serve openai/gpt-oss-20b --{key} {value} --enable-auto-tool-choice"),
+        ("vllm-config", "c.yaml"),
+        ("mixvllm", "seed.yml"),
+    ):
+        result = here("import", *source, "-o", "model_registry.yml", "--force", "--json")
+        assert result.code == 0
+        found = json.loads(result.out)["changes"]
+        (change,) = [item for item in found if item["source"].lstrip("-").replace("_", "-").startswith(key)]
+        assert (change["action"], change["result"]) == ("dropped", None)
+        assert why in change["reason"]
+        assert here("validate").code == 0
 
 
 WORDS = st.one_of(
     st.sampled_from([f"--{name}" for name in flags()]),
+    st.sampled_from(sorted({choice for spec in KEYS.values() for choice in spec.choices})),
     st.sampled_from(["-tp", "-O3", "--", "-", "1", "true", "{}", "=", "a=b", "org/m", "--no-x", "|", "${X}", "auto"]),
     st.text(max_size=10),
 )
@@ -228,7 +267,7 @@ def test_any_command_line_gives_a_registry_or_a_refusal(words: list[str]) -> Non
         imported = from_serve_line("vllm serve " + " ".join(map(shlex.quote, words)))
     except ImportRefused:
         return
-    parse_registry(imported.text)
+    judged(imported)
 
 
 @settings(max_examples=200, deadline=None)
@@ -242,7 +281,7 @@ def test_any_configuration_gives_a_registry(options: dict[str, str]) -> None:
     except RegistryInvalid:
         return
     assert len(imported.changes) >= 1
-    parse_registry(imported.text)
+    judged(imported)
 
 
 def test_names_of_entries() -> None:

@@ -60,9 +60,12 @@ def _take(entry: Entry, spec: KeySpec, value: str | list[str] | None, written: s
     if spec.kind in (Kind.TOKENS, Kind.INTEGER, Kind.SIZE):
         text = _number(text)
     try:
-        entry.settings[spec.key] = yaml_value(spec, text)
+        taken = yaml_value(spec, text)
     except BadValue as error:
         return Change("dropped", source, "", error.message, entry.name)
+    if (refused := spec.refusal_of(text)) is not None:
+        return Change("dropped", source, "", refused, entry.name)
+    entry.settings[spec.key] = taken
     result = f"{spec.key}: {entry.settings[spec.key]}"
     same = written.lstrip("-").replace("_", "-") == spec.key and written.lstrip("-") == spec.key
     return Change("kept" if same else "renamed", source, result, "", entry.name)

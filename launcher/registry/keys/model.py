@@ -6,9 +6,10 @@ Refuses to know: where it runs (`launcher.registry.keys.running`), what the laun
 from __future__ import annotations
 
 from engine.config import CacheConfig, SchedulerConfig
-from launcher.registry.keys.spec import ENGINE, NAME, NAME_HINT, PATHLIKE, KeySpec, Kind
+from launcher.registry.keys.spec import ENGINE, FROM_MODEL, NAME, NAME_HINT, PATHLIKE, KeySpec, Kind
 
 _SCHEDULER, _CACHE = SchedulerConfig(), CacheConfig()
+_COMPUTES = "a GPU rank computes in bfloat16, a CPU rank in float32 or bfloat16"
 
 IDENTITY: tuple[KeySpec, ...] = (
     KeySpec(
@@ -32,6 +33,7 @@ IDENTITY: tuple[KeySpec, ...] = (
         Kind.TEXT,
         "Hugging Face id or folder of the tokenizer",
         automatic="same as model",
+        refusal=FROM_MODEL,
         pattern=PATHLIKE,
         pattern_hint="write org/name or a folder; it cannot start with '-'",
     ),
@@ -50,6 +52,7 @@ IDENTITY: tuple[KeySpec, ...] = (
         default="auto",
         choices=("auto", "half", "float16", "bfloat16", "float", "float32"),
         refused=("half", "float16"),
+        refusal=_COMPUTES,
     ),
     KeySpec(
         "quantization",
@@ -186,5 +189,6 @@ MEMORY: tuple[KeySpec, ...] = (
         default=_CACHE.dtype,
         choices=("auto", "float32", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2"),
         refused=("float16", "fp8", "fp8_e4m3", "fp8_e5m2"),
+        refusal=_COMPUTES,
     ),
 )

@@ -6,7 +6,7 @@ Refuses to know: the hosts themselves (`launcher.registry.keys.cluster`).
 from __future__ import annotations
 
 from engine.config import SchedulerConfig, ServerConfig
-from launcher.registry.keys.spec import ENGINE, NAME, NAME_HINT, KeySpec, Kind
+from launcher.registry.keys.spec import ENGINE, FROM_MODEL, NAME, NAME_HINT, KeySpec, Kind
 
 _SCHEDULER, _SERVER = SchedulerConfig(), ServerConfig()
 
@@ -80,6 +80,7 @@ SERVER: tuple[KeySpec, ...] = (
         Kind.TEXT,
         "Reads tool calls out of the model's text",
         automatic="by model",
+        refusal=FROM_MODEL,
         pattern=NAME,
         pattern_hint=NAME_HINT,
     ),
@@ -88,6 +89,7 @@ SERVER: tuple[KeySpec, ...] = (
         Kind.TEXT,
         "Separates reasoning from the answer",
         automatic="by model",
+        refusal=FROM_MODEL,
         pattern=NAME,
         pattern_hint=NAME_HINT,
     ),

@@ -56,7 +56,8 @@ class KeySpec:
 
     `low` is inclusive unless `is_low_open`; `high` is inclusive. `is_fixed`: no override from outside the file.
     A dot nests: `ready.timeout` is `timeout` inside `ready:`. `refused` are choices that load, since other programs
-    have them, and that every plan refuses: no schema offers them.
+    have them, and that every plan refuses: no schema offers them. `refusal` says why; without `choices` it is said of
+    every value.
     """
 
     key: str
@@ -67,6 +68,7 @@ class KeySpec:
     unit: str = ""
     choices: tuple[str, ...] = ()
     refused: tuple[str, ...] = ()
+    refusal: str = ""
     values: tuple[int, ...] = ()
     low: float | None = None
     high: float | None = None
@@ -82,6 +84,10 @@ class KeySpec:
     def environment(self) -> str:
         """The variable that overrides this key: `HLAUNCH_MAX_NUM_SEQS`."""
         return "HLAUNCH_" + re.sub(r"[-.]", "_", self.key).upper()
+
+    def refusal_of(self, value: str) -> str | None:
+        """Return why no device serves this value; None when some does, or nothing is known against it."""
+        return self.refusal if self.refusal and (not self.choices or value in self.refused) else None
 
     def describe_default(self) -> str:
         """The default as a reader sees it."""
@@ -127,6 +133,8 @@ ENGINE: Mapping[str, Any] = MappingProxyType(
 )
 """The engine's own defaults, by field."""
 
+FROM_MODEL = "this version takes it from the model"
+"""Why a value is refused that other programs let a user choose."""
 NAME_HINT = "use letters, digits, '.', '_', '-', '/' and ':'; it cannot start with '-'"
 NAME = r"[A-Za-z0-9_][A-Za-z0-9._:/+-]*"
 PATHLIKE = r"[A-Za-z0-9_./~][^\x00-\x1f\x7f]*"
