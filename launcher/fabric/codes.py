@@ -38,6 +38,8 @@ _LIST: tuple[Code, ...] = (
     _env("out-of-range", "error", "the value is not legal, its reader ignores or refuses it", "write a legal value"),
     _env("list-order", "error", "'^' has to stand before '='; this list matches nothing", "write ^=name"),
     _env("list-space", "error", "a space is part of a name, so the name matches nothing", "remove the spaces"),
+    _env("quoted-value", "error", "docker's raw format keeps the quotes, so the value is another one", "remove the quotes"),
+    _env("bad-line", "error", "docker refuses a file with such a line", "write NAME=value, or # before a comment"),
     _env("gloo-pattern", "error", "Gloo knows exact names only: Unable to find address for", "write the exact name"),
     _env("ifname-absent", "error", "the interface is not there, not running, or has no address", "name the interface that carries the node's ip"),
     _env("hca-absent", "error", "the HCA is not there or its port is not ACTIVE", "name an ACTIVE HCA: rdma link show"),

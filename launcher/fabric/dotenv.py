@@ -1,6 +1,7 @@
 """Reads a `.env` file as `docker run --env-file` does: every character after `=` belongs to the value.
 
-Knows: lines, names, what other readers would do differently. Refuses to know: what the names mean.
+Only quotes around a whole value are taken off, as a shell and Compose's default format do, so that what is meant can
+be judged; docker and Compose's `format: raw` keep them, therefore they are told. Refuses to know: what names mean.
 """
 
 from __future__ import annotations
@@ -9,36 +10,50 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
+from typing import Literal
 
 from launcher.errors import UsageError
 
 MAX_BYTES = 1 << 20
 
+UnreadLine = Literal["name", "refused"]
+"""Why a line sets nothing: a bare name takes the value of whoever starts the container, docker refuses the rest."""
+
 
 @dataclass(frozen=True, slots=True)
 class DotEnv:
-    """Values and their lines. A name that stands twice keeps its last value, as every reader does."""
+    """Values and their lines. A name that stands twice keeps its last value, as every reader does.
+
+    `quoted` are the names whose value stood in quotes, `unread` the numbers of lines that set nothing.
+    """
 
     values: Mapping[str, str]
     lines: Mapping[str, int]
+    quoted: frozenset[str]
+    unread: Mapping[int, UnreadLine]
 
 
 def parse_dotenv(text: str) -> DotEnv:
     """Read lines of `NAME=value`, with or without `export`; quotes around a whole value are taken off."""
     values: dict[str, str] = {}
     lines: dict[str, int] = {}
+    quoted: set[str] = set()
+    unread: dict[int, UnreadLine] = {}
     for number, line in enumerate(text.splitlines(), start=1):
         stripped = line.strip()
-        if not stripped or stripped.startswith("#") or "=" not in stripped:
+        if not stripped or stripped.startswith("#"):
             continue
-        name, _, value = stripped.removeprefix("export ").partition("=")
+        name, equals, value = stripped.removeprefix("export ").partition("=")
         name = name.strip()
-        if not name or any(ch.isspace() for ch in name):
+        if not equals or not name or any(ch.isspace() for ch in name):
+            unread[number] = "name" if not equals and name.isidentifier() else "refused"
             continue
+        quoted.discard(name)
         if len(value) >= 2 and value[0] == value[-1] and value[0] in "\"'":
             value = value[1:-1]
+            quoted.add(name)
         values[name], lines[name] = value, number
-    return DotEnv(MappingProxyType(values), MappingProxyType(lines))
+    return DotEnv(MappingProxyType(values), MappingProxyType(lines), frozenset(quoted), MappingProxyType(unread))
 
 
 def read_dotenv(path: Path) -> DotEnv:

@@ -19,6 +19,9 @@ from typing import Protocol
 
 _BOOL_WORDS = {"true": 1, "yes": 1, "on": 1, "t": 1, "y": 1, "false": 0, "no": 0, "off": 0, "f": 0, "n": 0}
 _STRTOLL = re.compile(r"\s*([+-]?)(0[xX][0-9a-fA-F]+|0[0-7]*|[1-9][0-9]*)")
+_BINARY_SUFFIX = re.compile(r"\s*([KMG](?!\w)|[kmgKMG](?=i?[bB]))(?:i?[bB])?")
+_BINARY_STEPS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+_COMMENT = re.compile(r"\s#")
 _LEVEL_DIGITS = ("LOC", "PIX", "PXB", "PHB", "SYS", "SYS")
 
 
@@ -43,6 +46,20 @@ class Kind(Protocol):
     @property
     def examples(self) -> tuple[str, str]:
         """A legal and an illegal text."""
+
+
+def _without_comment(text: str) -> str:
+    """Return what its writer meant by a value: a comment behind it reaches every reader as part of the value."""
+    return _COMMENT.split(text, maxsplit=1)[0].strip()
+
+
+def _listed(body: str) -> list[str]:
+    """Return the names that were meant, whatever separates them and whatever comment follows."""
+    return _without_comment(body).replace(",", " ").split()
+
+
+def _with_comment_named(cause: str, text: str) -> str:
+    return f"{cause}; a comment is part of the value too" if _COMMENT.search(text) else cause
 
 
 def read_nccl_int(text: str) -> tuple[int | None, str]:
@@ -77,7 +94,9 @@ class NcclInt:
             return [Problem("trailing-text", f"NCCL reads '{text}' as 0: it is no number")]
         found = []
         if rest.strip():
-            found.append(Problem("trailing-text", f"NCCL reads '{text}' as {number} and ignores the rest", str(number)))
+            found.append(
+                Problem("trailing-text", f"NCCL reads '{text}' as {number} and ignores the rest", self._meant(text))
+            )
         if number is None:
             found.append(Problem("out-of-range", "the number overflows 64 bits, NCCL takes its default"))
             return found
@@ -86,6 +105,20 @@ class NcclInt:
         if not self._is_legal(number):
             found.append(Problem("out-of-range", f"{number} is not {self.describe()}"))
         return found
+
+    def _meant(self, text: str) -> str | None:
+        """Return the number that a text with something behind its digits stands for, None where it may be another."""
+        clean = _without_comment(text)
+        if re.fullmatch(r"0[0-9]+", clean):
+            return str(int(clean))
+        number, rest = read_nccl_int(clean)
+        if number is None or re.match(r"[.0-9]|e[+-]?[0-9]", rest, re.IGNORECASE):
+            return None
+        if (suffix := _BINARY_SUFFIX.fullmatch(rest)) is not None:
+            number *= _BINARY_STEPS[suffix[1].upper()]
+            return str(number) if self._is_legal(number) else None
+        # A small letter alone may also be minutes.
+        return None if rest.strip() in ("k", "m", "g") else str(number)
 
     def _is_legal(self, number: int) -> bool:
         if number in self.special:
@@ -130,7 +163,8 @@ class Level:
         return [Problem("level-word", f"'{text}' is not understood and has no effect", self._upper(text))]
 
     def _upper(self, text: str) -> str | None:
-        return text.upper() if text.upper() in self.words else None
+        word = _without_comment(text).upper()
+        return word if word in self.words else None
 
     def describe(self) -> str:
         return " ".join(self.words)
@@ -152,21 +186,26 @@ class Names:
         if not text:
             return [Problem("empty-value", "an empty value is ignored; leave the variable out")]
         if text.startswith("=^"):
-            return [Problem("list-order", "'^' comes before '=': this list matches nothing", "^=" + text[2:])]
+            clean = "^=" + ",".join(_listed(text[2:]))
+            return [Problem("list-order", "'^' comes before '=': this list matches nothing", clean)]
         body = text.removeprefix("^").removeprefix("=")
-        names = body.split(",")
+        clean = ",".join(_listed(body))
+        meant = [name.strip() for name in _without_comment(body).split(",")]
         found = []
-        if any(name != name.strip() for name in names):
-            clean = text[: len(text) - len(body)] + ",".join(name.strip() for name in names)
-            found.append(Problem("list-space", "spaces are part of a name, so it matches nothing", clean))
+        if any(ch.isspace() for ch in body):
+            cause = _with_comment_named("spaces are part of a name, so it matches nothing", text)
+            lead = text[: len(text) - len(body)]
+            found.append(Problem("list-space", cause, lead + clean if clean else None))
         if len(text) == 1 and not self.has_ports:
             found.append(Problem("out-of-range", "a value of one character is ignored"))
-        if len(names) > self.limit:
-            found.append(Problem("out-of-range", f"{len(names)} names, NCCL takes {self.limit}"))
-        if self.has_ports and any(not _is_hca_token(name.strip()) for name in names):
+        if len(meant) > self.limit:
+            found.append(Problem("out-of-range", f"{len(meant)} names, NCCL takes {self.limit}"))
+        if self.has_ports and any(not _is_hca_token(name) for name in meant):
             found.append(Problem("out-of-range", f"each name is {self.describe()}"))
         if not text.startswith(("^", "=")):
-            found.append(Problem("list-prefix", f"matches every {self.thing} that begins so", "=" + text))
+            found.append(
+                Problem("list-prefix", f"matches every {self.thing} that begins so", f"={clean}" if clean else None)
+            )
         return found
 
     def names(self, text: str) -> tuple[str, ...]:
@@ -197,11 +236,11 @@ class GlooNames:
         if not text:
             return [Problem("empty-value", "an empty value is ignored; leave the variable out")]
         if text.startswith(("=", "^")):
-            clean = text.lstrip("=") if text.startswith("=") else None
-            return [Problem("gloo-pattern", "Gloo takes exact names, no '=' and no '^'", clean)]
-        if any(name != name.strip() or not name.strip() for name in text.split(",")):
-            clean = ",".join(name.strip() for name in text.split(",") if name.strip())
-            return [Problem("gloo-pattern", "spaces are part of a name for Gloo", clean)]
+            meant = ",".join(_listed(text.lstrip("="))) if text.startswith("=") else None
+            return [Problem("gloo-pattern", "Gloo takes exact names, no '=' and no '^'", meant)]
+        if any(ch.isspace() for ch in text) or not all(text.split(",")):
+            cause = _with_comment_named("spaces are part of a name for Gloo", text)
+            return [Problem("gloo-pattern", cause, ",".join(_listed(text)) or None)]
         if len(text) == 1:
             return [Problem("gloo-pattern", "Gloo ignores a value of one character")]
         return []
@@ -233,7 +272,8 @@ class Words:
             return []
         if self.is_open and not any(ch.isspace() for ch in text):
             return []
-        same = next((word for word in self.words if word.lower() == text.lower()), None)
+        meant = _without_comment(text).lower()
+        same = next((word for word in self.words if word.lower() == meant), None)
         return [Problem(self.ignored_code, f"'{text}' is none of {' '.join(self.words)}", same)]
 
     def describe(self) -> str:

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from launcher.fabric import catalogue
 from launcher.fabric.facts import NodeFacts
-from launcher.fabric.finding import Finding, ordered
+from launcher.fabric.finding import Finding, finding, ordered
 from launcher.fabric.lint_rules import cluster_findings, view_findings
 from launcher.fabric.sources import Source, node_views, said
 from launcher.fabric.spec import Scope, Spec
@@ -29,6 +29,7 @@ def lint(
     """Check every variable of every source; errors first. `facts` maps node names to what was read there."""
     found: list[Finding] = []
     for source in sources:
+        found += _unread_lines(source)
         for name in sorted(source.values):
             if catalogue.is_ours_to_judge(name):
                 found += _variable_findings(name, source.values[name], source, nccl_version)
@@ -37,7 +38,34 @@ def lint(
         found += view_findings(view)
     if cluster is not None:
         found += cluster_findings(cluster, sources, views)
-    return ordered([_agreed(item, cluster, sources) for item in found])
+    return ordered([_agreed(item, cluster, sources) for item in _overruled(found)])
+
+
+def _unread_lines(source: Source) -> list[Finding]:
+    """Report lines of a file that set nothing; what stands on them stays untold, it may be a secret."""
+    found = []
+    for number, why in source.unread.items():
+        where = f"{source.label}:{number}"
+        if why == "refused":
+            found.append(finding("bad-line", subject=where, where=where, evidence="no NAME=value on this line"))
+            continue
+        evidence = "a name and no '=' on this line"
+        cause = "docker takes the value from whoever starts the container"
+        found.append(
+            finding("bad-line", subject=where, where=where, evidence=evidence, cause=cause, severity="warning")
+        )
+    return found
+
+
+def _overruled(found: list[Finding]) -> list[Finding]:
+    """Where a value is forbidden whatever its spelling, let no finding about the spelling advise to keep it."""
+    forbidden = {(item.where, item.subject): item.fix for item in found if item.code in ("gdr-on-gb10", "nvls-on")}
+    return [
+        replace(item, fix=forbidden.get((item.where, item.subject), item.fix))
+        if item.fix.startswith(f"{item.subject}=")
+        else item
+        for item in found
+    ]
 
 
 def _agreed(item: Finding, cluster: Cluster | None, sources: Sequence[Source]) -> Finding:
@@ -60,6 +88,8 @@ def _variable_findings(name: str, value: str, source: Source, version: str) -> l
     if row is None:
         return [_unknown(name, value, source)]
     found = [*_release(row, value, source, version), *_place(row, value, source)]
+    if name in source.quoted:
+        found.append(said("quoted-value", name, value, source))
     problems = row.kind.problems(value)
     for problem in problems:
         better = "" if problem.better is None else f"{name}={problem.better}"

@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import Literal
 
 from launcher.fabric import catalogue
+from launcher.fabric.dotenv import UnreadLine
 from launcher.fabric.facts import NodeFacts
 from launcher.fabric.finding import Finding, finding
 from launcher.registry.cluster import Cluster, Node
@@ -23,13 +24,18 @@ PLACES: tuple[Place, ...] = ("process", "image", "file", "fabric", "model", "clu
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Variables from one place. `node` None: they reach every node. `lines` are positions in a file."""
+    """Variables from one place. `node` None: they reach every node. `lines` are positions in a file.
+
+    `quoted` are names whose value a file quotes; `unread` are its lines that say nothing, see `DotEnv`.
+    """
 
     label: str
     place: Place
     values: Mapping[str, str]
     node: str | None = None
     lines: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+    quoted: frozenset[str] = frozenset()
+    unread: Mapping[int, UnreadLine] = field(default_factory=lambda: MappingProxyType({}))
 
     def at(self, name: str) -> str:
         """Return `label` or `label:line` of a variable."""

@@ -108,14 +108,16 @@ def sources_of(target: Target, environ: Mapping[str, str], env_files: Sequence[P
     found = [Source("process environment", "process", _judged(environ))]
     for path in env_files:
         dotenv = read_dotenv(path)
-        found.append(Source(str(path), "file", dotenv.values, lines=dotenv.lines))
+        found.append(
+            Source(str(path), "file", dotenv.values, lines=dotenv.lines, quoted=dotenv.quoted, unread=dotenv.unread)
+        )
     if target.entry is not None:
         # A resolved entry already holds what its cluster says; that has lines of its own below.
         kept = {name: item for name, item in target.entry.env.items() if item.value is not None}
         values = {name: str(item.value) for name, item in kept.items() if item.origin.layer not in _OF_CLUSTER}
         found.append(Source(f"env of '{target.entry.name}'", "model", values))
     found += declared_sources(target)
-    return [source for source in found if source.values]
+    return [source for source in found if source.values or source.unread]
 
 
 def declared_sources(target: Target) -> list[Source]:

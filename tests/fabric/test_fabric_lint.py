@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from launcher.fabric.dotenv import parse_dotenv
 from launcher.fabric.finding import Finding
 from launcher.fabric.lint import lint
 from launcher.fabric.sources import Source, registry_sources
+from launcher.fabric.target import Target, sources_of
 
 SEED_ENV = """\
 # as the seed deployment wrote it
@@ -196,6 +198,75 @@ def test_dotenv_reads_what_docker_reads() -> None:
     parsed = parse_dotenv("A=1\n\n# B=2\nexport C='x # y'\nD=a=b\nnonsense\nA=3\n")
     assert dict(parsed.values) == {"A": "3", "C": "x # y", "D": "a=b"}
     assert parsed.lines["A"] == 7
+
+
+def test_dotenv_tells_quotes_and_lines_that_set_nothing() -> None:
+    parsed = parse_dotenv("A='1'\nA=2\nB=\"x\"\nNCCL_NET\nHF_TOKEN canary\n=x\n# c\n")
+    assert parsed.quoted == {"B"}
+    assert dict(parsed.unread) == {4: "name", 5: "refused", 6: "refused"}
+
+
+def test_a_quoted_value_and_an_unread_line_are_told_by_their_line(tmp_path: Path) -> None:
+    path = tmp_path / "t.env"
+    path.write_text('NCCL_IB_DISABLE="1"\nHF_TOKEN canary-7f3a\nNCCL_NET\n')
+    target = Target(spark_pair(), spark_pair().nodes)
+    found = lint(sources_of(target, {}, [path]))
+    assert only(found, "quoted-value").where == f"{path}:1"
+    bad = [item for item in found if item.code == "bad-line"]
+    assert [(item.where, item.severity) for item in bad] == [(f"{path}:2", "error"), (f"{path}:3", "warning")]
+    assert "canary" not in str(found)
+
+
+def test_a_file_of_nothing_but_a_bad_line_is_not_silent(tmp_path: Path) -> None:
+    path = tmp_path / "t.env"
+    path.write_text("BAD LINE\n")
+    target = Target(spark_pair(), spark_pair().nodes)
+    assert codes(lint(sources_of(target, {}, [path]))) == ["bad-line"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "code", "fix"),
+    [
+        ("GLOO_SOCKET_IFNAME", "eth0 # c", "gloo-pattern", "GLOO_SOCKET_IFNAME=eth0"),
+        ("GLOO_SOCKET_IFNAME", "=eth0 # c", "gloo-pattern", "GLOO_SOCKET_IFNAME=eth0"),
+        ("GLOO_SOCKET_IFNAME", "eth0 eth1", "gloo-pattern", "GLOO_SOCKET_IFNAME=eth0,eth1"),
+        ("NCCL_SOCKET_IFNAME", "=eth0 # fabric", "list-space", "NCCL_SOCKET_IFNAME==eth0"),
+        ("NCCL_SOCKET_IFNAME", "=eth0 eth1", "list-space", "NCCL_SOCKET_IFNAME==eth0,eth1"),
+        ("NCCL_SOCKET_IFNAME", "=^lo # c", "list-order", "NCCL_SOCKET_IFNAME=^=lo"),
+        ("NCCL_IB_HCA", "mlx5_0 # c", "list-space", "NCCL_IB_HCA=mlx5_0"),
+        ("NCCL_IB_HCA", "mlx5_0 # c", "list-prefix", "NCCL_IB_HCA==mlx5_0"),
+        ("NCCL_IB_HCA", "mlx5_0, mlx5_1", "list-prefix", "NCCL_IB_HCA==mlx5_0,mlx5_1"),
+        ("NCCL_IB_HCA", " # c", "list-prefix", "write = before the names"),
+        ("NCCL_NET", "ib # c", "level-word", "NCCL_NET=IB"),
+        ("NCCL_NET_GDR_LEVEL", "loc # c", "level-word", "NCCL_NET_GDR_LEVEL=LOC"),
+        ("NCCL_IB_TIMEOUT", "20 # def", "trailing-text", "NCCL_IB_TIMEOUT=20"),
+        ("NCCL_IB_TIMEOUT", "08", "trailing-text", "NCCL_IB_TIMEOUT=8"),
+        ("NCCL_BUFFSIZE", "4M", "trailing-text", "NCCL_BUFFSIZE=4194304"),
+        ("NCCL_BUFFSIZE", "512 KiB # c", "trailing-text", "NCCL_BUFFSIZE=524288"),
+        ("NCCL_BUFFSIZE", "8mb", "trailing-text", "NCCL_BUFFSIZE=8388608"),
+        ("NCCL_BUFFSIZE", "4m", "trailing-text", "write the number alone"),
+        ("NCCL_BUFFSIZE", "1e6", "trailing-text", "write the number alone"),
+        ("NCCL_BUFFSIZE", "1.5M", "trailing-text", "write the number alone"),
+        ("NCCL_IB_TIMEOUT", "20K", "trailing-text", "write the number alone"),
+    ],
+)
+def test_a_fix_says_what_was_meant(name: str, value: str, code: str, fix: str) -> None:
+    assert only(lint_file({name: value}), code).fix == fix
+
+
+def test_a_comment_is_named_as_what_it_is() -> None:
+    assert "comment" in only(lint_file({"GLOO_SOCKET_IFNAME": "eth0 # c"}), "gloo-pattern").cause
+    assert "comment" not in only(lint_file({"GLOO_SOCKET_IFNAME": "eth0, eth1"}), "gloo-pattern").cause
+
+
+def test_no_fix_of_a_spelling_keeps_what_is_forbidden() -> None:
+    env = {"NCCL_NET_GDR_LEVEL": "5", "NCCL_DMABUF_ENABLE": "true", "NCCL_NVLS_ENABLE": "1x"}
+    found = lint_cluster(env)
+    assert {"level-int", "bool-word", "trailing-text", "gdr-on-gb10", "nvls-on"} <= {item.code for item in found}
+    for name in env:
+        assert len({item.fix for item in found if item.subject == name}) == 1, name
+    assert only(found, "level-int").fix.startswith("NCCL_NET_GDR_LEVEL=LOC")
+    assert only(lint_file({"NCCL_NET_GDR_LEVEL": "5"}), "level-int").fix == "NCCL_NET_GDR_LEVEL=SYS"
 
 
 @pytest.mark.parametrize(
