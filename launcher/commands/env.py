@@ -178,8 +178,8 @@ def _explain(console: Console, target: Target, environ: Mapping[str, str], name:
     rows = [(key, value) for key, value in facts.items() if value]
     for node, item in values.items():
         nothing = "filled in on the node at start" if node in at_start else "unset"
-        rows.append((node, f"{item.shown}, from {item.origin}" if item is not None else nothing))
-        rows += [("", f"over {below.shown}, from {below.origin}") for below in (item.shadowed if item else ())]
+        rows.append((node, item.told if item is not None else nothing))
+        rows += [("", f"over {below.told}") for below in (item.shadowed if item else ())]
     console.table((name, ""), rows)
 
 

@@ -35,6 +35,11 @@ class Variable:
         """The value as it may be printed."""
         return catalogue.shown(self.name, self.value)
 
+    @property
+    def told(self) -> str:
+        """Value and origin as words: `IB, from fabric rdma`."""
+        return f"{self.shown}, {self.origin if self.origin == CARRIED else f'from {self.origin}'}"
+
 
 def node_environment(
     cluster: Cluster, node: Node, base: Mapping[str, str], facts: NodeFacts | None = None

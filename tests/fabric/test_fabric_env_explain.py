@@ -55,6 +55,12 @@ def test_what_a_rendered_file_holds_is_explained(cli: Cli, name: str, value: str
     assert result.out.count(value) == 2
 
 
+def test_a_value_carried_from_here_says_so_once(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NCCL_ALGO", "Ring")
+    told = cli("env", "gpt-oss-20b", "--explain", "NCCL_ALGO", "--node", "spark-01").out
+    assert "Ring, carried from the launching environment" in told
+
+
 def test_what_the_start_fills_in_is_not_called_unset(cli: Cli, tmp_path: Path) -> None:
     text = "\n".join(line for line in TWO.splitlines() if "ifname:" not in line and "hcas: [" not in line)
     (tmp_path / "model_registry.yml").write_text(text)
