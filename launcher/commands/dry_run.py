@@ -47,10 +47,8 @@ def _print(console: Console, plan: LaunchPlan) -> None:
     picture = picture_of_any(plan)
     if plan.fit is None and plan.memory and picture is not None:
         show_memory(console, picture)
-    elif plan.fit is None and plan.model is not None:
-        console.data("unknown: the problem stands below")
     elif plan.fit is None:
-        console.data("unknown: no files here and the model is not in the built-in table")
+        console.data("unknown: the problem stands below")
     else:
         for line in fit_lines(plan.fit):
             console.data(line)
@@ -71,6 +69,8 @@ def _print(console: Console, plan: LaunchPlan) -> None:
     console.heading(f"engine.json ({plan.argv[plan.argv.index('--config') + 1]})")
     for line in shown_config(plan.config).splitlines():
         console.raw(line + "\n")
+    if plan.model is None:
+        return
     console.data()
     console.heading(f"command (in {plan.working_folder}; N is the status pipe)")
     console.data(shlex.join(plan.argv))

@@ -264,6 +264,8 @@ def _print_launch(console: Console, plan: LaunchPlan) -> None:
 
     console.heading("ports")
     console.data(f"api  {plan.config.server.port}/tcp on {plan.config.server.host}  {base_url(plan)}")
+    if plan.model is None:
+        return
     console.data()
     console.heading(f"what would run (in {plan.working_folder})")
     console.data(shlex.join(plan.argv))
@@ -281,6 +283,8 @@ def _print_cluster(console: Console, plan: ClusterPlan, *, is_full: bool) -> Non
         console.heading("firewall")
         show_firewall(console, plan)
         console.data()
+    if plan.model is None:
+        return
     console.heading(f"what would run ({plan.executor} executor, plan {plan.digest[:12]})")
     for node in plan.nodes:
         ranks = counted(len(node.ranks), "rank") if node.ranks else "no ranks, serves"

@@ -215,7 +215,7 @@ def make_cluster_plan(
         unused=tuple(node.name for node in cluster.nodes if node.name not in {item.name for item in used.nodes}),
         problems=tuple(problems),
         blockers=tuple(blockers),
-        notes=_notes(entry, config, files),
+        notes=_notes(entry, config, files, model),
         warnings=warnings_of(lint),
     )
 
@@ -257,8 +257,7 @@ def _model(entry: ResolvedEntry, files: ModelFiles, problems: list[HlaunchError]
             return None
     model = known_model(entry.model)
     if model is None:
-        missing = files.missing(needs_weights=False)
-        problems.append(missing or PreflightError(f"nothing here tells the shape of {entry.model}"))
+        problems.append(files.absent())
     return model
 
 
@@ -334,8 +333,8 @@ def _digest(model: str, cluster: Cluster, nodes: Sequence[NodePlan], placement: 
     return hashlib.sha256(json.dumps(seen, sort_keys=True).encode()).hexdigest()
 
 
-def _notes(entry: ResolvedEntry, config: EngineConfig, files: ModelFiles) -> tuple[str, ...]:
+def _notes(entry: ResolvedEntry, config: EngineConfig, files: ModelFiles, model: ModelConfig | None) -> tuple[str, ...]:
     found = list(settings.notes(entry, config.device))
-    if files.folder is None:
+    if files.folder is None and model is not None:
         found.append(f"{entry.model}: no files here, sizes come from the shape; every node needs the files")
     return tuple(found)

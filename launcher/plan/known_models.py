@@ -71,14 +71,17 @@ def known_model(model: str) -> ModelConfig | None:
     return None if config is None else parse_model_config(config, f"{model} (built-in table)")
 
 
-def shape_of(entry: ResolvedEntry, environ: Mapping[str, str]) -> ModelConfig | None:
-    """Return the shape of an entry's model: of its files if they are here, else as known; None when nothing tells.
+def shape_of(entry: ResolvedEntry, environ: Mapping[str, str]) -> ModelConfig:
+    """Return the shape of an entry's model: of its files if they are here, else as known.
 
-    Raises: PreflightError when the files cannot be read.
+    Raises: PreflightError when the files cannot be read, or when nothing tells.
     """
     files = find_model_files(entry.model, entry.text_or_none("revision"), environ, entry.registry.parent)
     if files.folder is None:
-        return known_model(entry.model)
+        known = known_model(entry.model)
+        if known is None:
+            raise files.absent()
+        return known
     try:
         return load_model_config(files.folder)
     except ConfigError as error:

@@ -55,9 +55,9 @@ NODE_MODULE = "engine.executor.node_agent"
 class LaunchPlan:
     """One launch. `problems` make the plan itself impossible; `blockers` are repaired outside it (files, secrets).
 
-    `model`, `placement` and `fit` are None when nothing tells the model's shape; `fit` also with several ranks, whose
-    bytes stand in `memory`, in rank order. `gpu` is the one that `config.device` names. `argv` has `N` where the number
-    of the status pipe will stand. `warnings` are about variables.
+    `model`, `placement` and `fit` are None when nothing tells the model's shape, and then a problem says so; `fit` also
+    with several ranks, whose bytes stand in `memory`, in rank order. `gpu` is the one that `config.device` names.
+    `argv` has `N` where the number of the status pipe will stand. `warnings` are about variables.
     """
 
     entry: ResolvedEntry
@@ -126,13 +126,14 @@ def make_plan(
         blockers.append(lacking)
     files = find_model_files(entry.model, entry.text_or_none("revision"), environ, base or entry.registry.parent)
     needs_weights = entry.text("load-format") != "dummy"
+    model = _model_shape(entry, files, problems)
     if (missing := files.missing(needs_weights=needs_weights)) is not None:
-        blockers.append(missing)
+        # A known shape is planned without its files; of a model that nobody knows, nothing can be.
+        (problems if files.folder is None and model is None else blockers).append(missing)
     digests, key_error = settings.api_key_digests(entry, environ)
     is_head = nodes is None or nodes.rank == 0
     if key_error is not None and is_head:
         blockers.append(key_error)
-    model = _model_shape(entry, files, problems)
     choice = choose_device(entry.text("device"), inventory, environ, model)
     sizes = entry_sizes(entry)
     gpus = usable_gpus(inventory, environ) if choice.gpu is not None else {}

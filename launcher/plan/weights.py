@@ -31,7 +31,7 @@ class ModelFiles:
     def missing(self, *, needs_weights: bool) -> PreflightError | None:
         """Return why the files cannot be served, with the line that gets them; None when they are complete."""
         if self.folder is None:
-            return self._error(f"the files of {self.model} are not on this machine{self._doubt()}", self.looked_in)
+            return self.absent()
         if not needs_weights:
             return None
         absent = missing_shards(self.folder)
@@ -42,6 +42,10 @@ class ModelFiles:
             if damage := damage_of(file):
                 return self._error(f"{file} {damage}", (), again=f"remove {file.name}, then ")
         return None
+
+    def absent(self) -> PreflightError:
+        """Make the error of a model of which nothing is here: which one, where was looked, how to get it."""
+        return self._error(f"the files of {self.model} are not on this machine{self._doubt()}", self.looked_in)
 
     def _doubt(self) -> str:
         """Say what is served before anybody downloads gigabytes of something else."""

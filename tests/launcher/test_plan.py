@@ -245,9 +245,9 @@ def test_who_would_download_a_model_is_told_first_which_are_served(tmp_path: Pat
     registry = tmp_path / "other.yml"
     registry.write_text("models: {other: {model: org/another-model}}")
     entry = resolve(load_registry(registry), "other", {}, ())
-    (blocker,) = make_plan(entry, BIG, {"HF_HOME": "/hf"}, tmp_path / "state").blockers
-    assert f"only models of type {MODEL_TYPES[0]} are served" in blocker.message
-    assert blocker.hint.startswith("run: huggingface-cli download org/another-model")
+    (problem,) = make_plan(entry, BIG, {"HF_HOME": "/hf"}, tmp_path / "state").problems
+    assert f"only models of type {MODEL_TYPES[0]} are served" in problem.message
+    assert problem.hint.startswith("run: huggingface-cli download org/another-model")
     known = plan_of(tmp_path, "gpt-oss-20b", HF_HOME="/hf").blockers[0]
     assert "only models" not in known.message
 

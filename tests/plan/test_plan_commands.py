@@ -114,6 +114,23 @@ def test_no_placement_exits_6_and_names_what_is_possible(hlaunch: Hlaunch) -> No
     assert "no placement: the problem stands below" in result.stdout
 
 
+@pytest.mark.parametrize("command", [("fit",), ("plan",), ("up", "--dry-run"), ("topo",)])
+def test_a_model_that_nobody_knows_exits_5_and_says_what_is_missing(hlaunch: Hlaunch, command: tuple[str, ...]) -> None:
+    for name, said, way in (
+        ("nosuch", "the files of nosuch are not on this machine", "hint: write a folder with config.json"),
+        ("org/name-7b", "the files of org/name-7b are not", "hint: run: huggingface-cli download org/name-7b"),
+    ):
+        result = hlaunch(command[0], "tiny", *command[1:], "--set", f"model={name}")
+        assert result.returncode == 5, result.stdout + result.stderr
+        assert result.stderr.splitlines()[-1].startswith("error: ") or command == ("topo",)
+        assert f"error: {said}" in result.stderr
+        assert "sizes come from the shape" not in result.stderr
+        assert way in result.stderr
+        assert f"looked in {hlaunch.folder / name}" in result.stderr
+        assert "engine.server" not in result.stdout, "no command is shown that cannot run"
+    assert hlaunch(command[0], "big", *command[1:], "--set", "device=cpu").returncode in (0, 6), "shapes are enough"
+
+
 def test_no_more_context_is_proposed_than_the_model_takes(hlaunch: Hlaunch) -> None:
     result = hlaunch("plan", "tiny", "--set", "max-model-len=100000000")
     assert result.returncode == 6
