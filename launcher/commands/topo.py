@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from launcher.commands import Invocation, invocation_of
+from launcher.sizes import counted
 
 if TYPE_CHECKING:
     from launcher.console import Console
@@ -106,7 +107,6 @@ def _study(
     is_reference: bool,
 ) -> tuple[Study, Cluster]:
     """Gather model, hosts and links. Raises: HlaunchError when the model's shape is not known."""
-    from launcher.errors import PreflightError
     from launcher.plan.cost import Load
     from launcher.plan.gather import cluster_of, inventories_for, resolved
     from launcher.plan.inventory import declared_inventories
@@ -119,8 +119,6 @@ def _study(
     entry = resolved(invocation, name, overrides, cluster_name)
     declared = REFERENCE if is_reference else (cluster_of(invocation, entry) or _this_host(paths))
     model = shape_of(entry, invocation.environ)
-    if model is None:
-        raise PreflightError(f"nothing here tells the shape of {entry.model}", hint="put its config.json on this host")
     hardware = {**declared_inventories(declared), **(_own(declared, paths) or inventories_for(declared, paths))}
     # The seven topologies are of GPUs, whatever the entry runs on here.
     is_cpu = entry.text("device") == "cpu" and not is_reference
@@ -211,7 +209,7 @@ def _explain(console: Console, study: Study, declared: Cluster, case: Case, spli
     show_topology(console, picture)
     console.data(f"crosses nodes  {split.crossing}")
     console.data(
-        f"expected       {estimate.tokens_per_second:,.0f} tok/s at {estimate.requests:.0f} requests, "
+        f"expected       {estimate.tokens_per_second:,.0f} tok/s at {counted(estimate.requests, 'request')}, "
         f"{1e3 * estimate.latency_seconds:.2f} ms a token alone"
     )
     console.data("               of which " + ", ".join(f"{name} {1e3 * part:.2f}" for name, part in estimate.parts))
@@ -231,8 +229,9 @@ def _assumptions(study: Study, declared: Cluster) -> dict[str, str]:
     from launcher.plan.cost import gpu_speed, launches_of
     from launcher.plan.links import inside_link
 
+    load = study.load
     found: dict[str, str] = {
-        "load": f"{study.load.requests} requests, {study.load.context} tokens each, prompts of {study.load.prompt}",
+        "load": f"{counted(load.requests, 'request')}, {load.context} tokens each, prompts of {load.prompt}",
         "experts": "uniform routing, the worst case",
     }
     kind = launches_of("cuda" if any(host.of("cuda") for host in study.hosts) else "cpu")

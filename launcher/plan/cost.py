@@ -6,7 +6,7 @@ kernels reach less than a copy does, so figures rank placements and are not what
     rank      max(bytes read / copy bandwidth, FLOP / peak) of its share, and what launching its layers takes
     stage     its slowest rank + 2 all-reduces a layer
     latency   all stages + hops between them, one request
-    rate      requests in as many microbatches as stages; the slowest stage sets the pace
+    rate      requests in as many microbatches as stages; the slowest stage of the fullest engine sets the pace
 """
 
 from __future__ import annotations
@@ -61,12 +61,12 @@ class Load:
 class Estimate:
     """Figures of one placement. `latency_seconds`: one token of a lone request. `bound`: what that time goes to.
 
-    `tokens_per_second` over all engines at `requests` together, as many as the KV cache holds of those asked.
+    `tokens_per_second` over all busy engines at `requests` together: as many as the KV cache holds of those asked.
     """
 
     latency_seconds: float
     tokens_per_second: float
-    requests: float
+    requests: int
     ttft_seconds: float
     sum_seconds: float
     hop_seconds: float
@@ -108,18 +108,21 @@ class CostModel:
         # Engines are alike but for where they lie; the slowest one is what a user may meet.
         chosen = max(range(engines), key=lambda dp: self._lone(placement, dp, load)[0])
         latency, sums, hops, launches = self._lone(placement, chosen, load)
-        per_engine = load.requests / engines
+        # Requests cannot be divided: fewer than engines leave some of them idle, and the fullest one sets the pace.
+        busy = min(engines, load.requests)
+        per_engine = -(-load.requests // busy)
         if held_requests is not None:
-            per_engine = min(per_engine, max(1.0, held_requests))
-        batches = min(stages, max(1, int(per_engine)))
-        rows = max(1, round(per_engine / batches))
+            per_engine = min(per_engine, max(1, int(held_requests)))
+        served = min(load.requests, busy * per_engine)
+        batches = min(stages, per_engine)
+        rows = -(-per_engine // batches)
         times = [sum(self._stage(placement, chosen, pp, rows, load.context)) for pp in range(stages)]
         handed = [self._hop(placement, chosen, pp, rows) for pp in range(stages - 1)]
         cycle = max(sum(times) + sum(handed), batches * max(times))
         return Estimate(
             latency_seconds=latency,
-            tokens_per_second=engines * batches * rows / cycle,
-            requests=engines * batches * rows,
+            tokens_per_second=served / cycle,
+            requests=served,
             ttft_seconds=self._ttft(placement, chosen, load.prompt),
             sum_seconds=sums,
             hop_seconds=hops,

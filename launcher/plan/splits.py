@@ -113,7 +113,7 @@ def best_reason(best: Split, splits: Sequence[Split], order: Order) -> str:
     """Say in one line why the first of the ranking leads it."""
     estimate = best.estimate
     figure = (
-        f"{estimate.tokens_per_second:,.0f} tok/s at {estimate.requests:.0f} requests"
+        f"{estimate.tokens_per_second:,.0f} tok/s at {counted(estimate.requests, 'request')}"
         if order == "throughput"
         else f"{1e3 * estimate.latency_seconds:.2f} ms a token alone"
     )
@@ -214,7 +214,7 @@ def split_data(split: Split) -> dict[str, Any]:
         "expert_parallel": sizes.expert_parallel,
         "fits": split.fits,
         "tokens_per_second": round(estimate.tokens_per_second, 1),
-        "requests": round(estimate.requests, 1),
+        "requests": estimate.requests,
         "latency_ms": round(1e3 * estimate.latency_seconds, 4),
         "ttft_ms": round(1e3 * estimate.ttft_seconds, 3),
         "latency_parts_ms": {name: round(1e3 * seconds, 4) for name, seconds in estimate.parts},

@@ -132,10 +132,22 @@ def test_estimates_are_finite_and_ordered(sizes: ParallelSizes, requests: int, c
     estimate = split.estimate
     assert 0 < estimate.latency_seconds < 1
     assert estimate.tokens_per_second > 0
-    assert estimate.requests >= sizes.data
+    assert min(sizes.data, requests) <= estimate.requests <= requests
     assert estimate.read_seconds > 0
     longer = study(load=Load(requests, 2 * context)).split(sizes).estimate
     assert longer.latency_seconds >= estimate.latency_seconds
+
+
+def test_engines_without_a_request_serve_nothing() -> None:
+    lone = study(load=Load(1))
+    sixteen = lone.split(ParallelSizes(data=16)).estimate
+    assert sixteen.requests == 1
+    assert sixteen.tokens_per_second == pytest.approx(1 / sixteen.latency_seconds)
+    by_rate = lone.splits()
+    assert [split.estimate.requests for split in by_rate] == [1] * len(by_rate)
+    assert by_rate[0].estimate.latency_seconds == min(split.estimate.latency_seconds for split in by_rate if split.fits)
+    # 20 requests on 16 engines: some serve two, none serves a part of one.
+    assert study(load=Load(20)).split(ParallelSizes(data=16)).estimate.requests == 20
 
 
 def test_the_kv_cache_bounds_the_requests() -> None:
