@@ -224,7 +224,8 @@ def test_json_brings_every_inventory_back(inventory: Inventory) -> None:
         ({"cpu_cores": "2"}, "cpu_cores is not int"),
         ({"cpu_cores": True}, "cpu_cores is not int"),
         ({"gpus": {}}, "gpus is not a list"),
-        ({"gpus": [{"index": 0}]}, "missing 1 required"),
+        ({"gpus": [{"index": 0}]}, r"^saved.json: missing field gpus\[0\].name$"),
+        ({"numa": [{}]}, r"^saved.json: missing fields numa\[0\].index, numa\[0\].cores$"),
         ({"gpus": [{"index": 0, "name": "x", "memory": 3}]}, r"unknown field gpus\[0\].memory"),
         ({"gpus": [{"index": 0, "name": "x", "capability": [9]}]}, r"gpus\[0\].capability has 1 items, not 2"),
         ({"hlaunch_inventory": 2}, "not an inventory of format 1"),
@@ -235,6 +236,13 @@ def test_a_wrong_file_is_refused_by_field(change: dict[str, object], said: str) 
     data = json.loads(Inventory("n", "c", 1, 1, 1, 1).to_json()) | change
     with pytest.raises(InventoryError, match=said):
         Inventory.from_json(json.dumps(data), "saved.json")
+
+
+def test_a_file_without_the_host_names_what_it_lacks() -> None:
+    with pytest.raises(InventoryError) as caught:
+        Inventory.from_json('{"hlaunch_inventory": 1, "node": "spark-01"}', "saved.json")
+    lacking = "cpu_name, cpu_cores, numa_nodes, memory_total_bytes, memory_available_bytes"
+    assert caught.value.message == f"saved.json: missing fields {lacking}"
 
 
 @pytest.mark.parametrize("text", ["", "[]", "3", "[" * 100_000, "{}", '{"hlaunch_inventory": 1}'])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import types
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from launcher.errors import PreflightError
@@ -163,7 +163,7 @@ class Inventory:
             raise InventoryError(f"{where}: not an inventory of format {FORMAT}", hint=hint)
         try:
             return _build(cls, data, "")
-        except (TypeError, ValueError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise InventoryError(f"{where}: {error}", hint=hint) from error
 
 
@@ -174,6 +174,9 @@ def _build(kind: type[_T], data: object, where: str) -> _T:
     names = {item.name for item in fields(kind)}  # type: ignore[arg-type]
     if unknown := sorted(map(str, set(data) - names)):
         raise ValueError(f"unknown field {where}{unknown[0]}")
+    needed = [item.name for item in fields(kind) if item.default is MISSING]  # type: ignore[arg-type]
+    if absent := [f"{where}{name}" for name in needed if name not in data]:
+        raise ValueError(f"missing field{'s' if len(absent) > 1 else ''} {', '.join(absent)}")
     return kind(**{name: _value(types_of[name], value, f"{where}{name}") for name, value in data.items()})
 
 
