@@ -6,6 +6,8 @@ Knows: files, and how the report reads. Refuses to know: options (`launcher.regi
 from __future__ import annotations
 
 import shlex
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,6 +18,7 @@ from launcher.errors import RegistryInvalid, UsageError
 
 if TYPE_CHECKING:
     from launcher.registry.importing import Change, Imported
+    from launcher.registry.importing.changes import Judge
 
 _ACTIONS = ("kept", "renamed", "dropped")
 
@@ -43,7 +46,7 @@ def register(app: typer.Typer) -> None:
         from launcher.registry.importing import from_config_file
 
         invocation = invocation_of(ctx)
-        imported = from_config_file(_read(invocation, file), str(file), name)
+        imported = from_config_file(_read(invocation, file), str(file), name, _judge(invocation, output))
         _finish(invocation, imported, output, force=force, as_json=as_json)
 
     @app.command("vllm-serve", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -61,7 +64,8 @@ def register(app: typer.Typer) -> None:
         invocation = invocation_of(ctx)
         # Without quotes the shell has split it: the words are put together again.
         whole = shlex.join([line, *ctx.args]) if ctx.args else line
-        imported = from_serve_line(whole, name, lambda path: _config(invocation, Path(path)))
+        read_config = partial(_config, invocation)
+        imported = from_serve_line(whole, name, read_config, _judge(invocation, output))
         _finish(invocation, imported, output, force=force, as_json=as_json)
 
     @app.command("mixvllm")
@@ -80,13 +84,22 @@ def register(app: typer.Typer) -> None:
 
         invocation = invocation_of(ctx)
         dotenv = None if env is None else _read(invocation, env)
-        imported = from_model_registry(_read(invocation, file), str(file), dotenv)
+        imported = from_model_registry(_read(invocation, file), str(file), dotenv, _judge(invocation, output))
         _finish(invocation, imported, output, force=force, as_json=as_json)
 
 
-def _config(invocation: Invocation, file: Path) -> str | None:
+def _config(invocation: Invocation, file: str) -> str | None:
     """Return the text of a file that a command line names; None when it is not there."""
-    return _read(invocation, file) if (invocation.cwd / file).is_file() else None
+    return _read(invocation, Path(file)) if (invocation.cwd / file).is_file() else None
+
+
+def _judge(invocation: Invocation, output: Path | None) -> Judge:
+    """Judge by the files of models that are on this machine, as `validate` will where the registry is to stand."""
+    from launcher.plan.entry_checks import entry_issues
+    from launcher.registry.locate import REGISTRY_FILE
+
+    path = invocation.cwd / (output or REGISTRY_FILE)
+    return lambda registry: entry_issues(replace(registry, path=path), invocation.environ)
 
 
 def _read(invocation: Invocation, file: Path) -> str:

@@ -252,6 +252,35 @@ def test_a_value_that_every_plan_refuses_is_dropped_with_the_reason(here: Here, 
         assert here("validate").code == 0
 
 
+def test_what_the_files_of_a_model_forbid_is_dropped(here: Here) -> None:
+    line = "vllm serve tiny-oss --tensor-parallel-size 3 --max-model-len 1000000 --seed 1"
+    result = here("import", "vllm-serve", line, "-o", "model_registry.yml", "--force", "--json")
+    found = {change["source"]: change for change in json.loads(result.out)["changes"]}
+    assert found["--seed 1"]["action"] == "kept"
+    for source, why in (("--tensor-parallel-size 3", "cannot be split over 3 ranks"), ("--max-model-len 1000000", "")):
+        assert (found[source]["action"], found[source]["result"]) == ("dropped", None)
+        assert why in found[source]["reason"]
+    assert here("validate").out == "model_registry.yml: valid, 1 model\n"
+
+
+def test_a_model_whose_files_cannot_be_served_is_dropped_whole(here: Here) -> None:
+    (here.folder / "llama").mkdir()
+    here.write('{"architectures": ["Other"]}', "llama/config.json")
+    here.write("models: {a: {model: ./llama, tp: 2}, b: {model: tiny-oss}}", "seed.yml")
+    result = here("import", "mixvllm", "seed.yml", "-o", "model_registry.yml", "--force", "--json")
+    found = json.loads(result.out)["changes"]
+    assert [(change["action"], change["source"]) for change in found] == [
+        ("kept", "model: tiny-oss"),
+        ("dropped", "models.a"),
+    ]
+    assert found[1]["reason"]
+    assert here("validate").code == 0
+    refused = here("import", "vllm-serve", "vllm serve ./llama", "-o", "other.yml")
+    assert refused.code == 2
+    assert "models.llama: " in refused.err
+    assert not (here.folder / "other.yml").exists()
+
+
 WORDS = st.one_of(
     st.sampled_from([f"--{name}" for name in flags()]),
     st.sampled_from(sorted({choice for spec in KEYS.values() for choice in spec.choices})),

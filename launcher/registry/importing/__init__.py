@@ -4,7 +4,8 @@
     imported.text, imported.changes
 
 Sources: a vLLM `--config` file, a `vllm serve` command line, the seed family's registry with its `.env`.
-Pure; the result is read by the loader before it is returned. Secrets never enter it. Errors: ImportRefused for a text
+Pure; the result is read by the loader before it is returned, and by a `judge` that the caller has. Secrets never
+enter it. Errors: ImportRefused for a text
 that is no such thing, RegistryInvalid for one that is no YAML.
 """
 

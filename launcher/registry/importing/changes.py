@@ -7,16 +7,19 @@ came from.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypeAlias
 
-from launcher.errors import HlaunchError, RegistryInvalid
+from launcher.errors import HlaunchError, Issue, RegistryInvalid
 from launcher.exit_codes import ExitCode
 from launcher.registry.editing.writing import yaml_text
 from launcher.registry.keys import KEYS
 from launcher.registry.loading import parse_registry
+from launcher.registry.types import Registry
 
+Judge: TypeAlias = Callable[[Registry], Sequence[Issue]]
+"""Says what is wrong with a registry beyond its own rules: what the files of its models forbid."""
 Action = Literal["kept", "renamed", "dropped"]
 
 
@@ -70,32 +73,42 @@ def entry_name(model: str) -> str:
     return name[:128] or "model"
 
 
-def finish(entries: Sequence[Entry], env: Mapping[str, str], changes: list[Change], origin: str) -> Imported:
-    """Write the registry and read it back; a value that breaks a rule with others is dropped and reported.
+def finish(
+    entries: Sequence[Entry], env: Mapping[str, str], changes: list[Change], origin: str, judge: Judge | None = None
+) -> Imported:
+    """Write the registry and read it back; what its rules or `judge` call an error is dropped and reported.
 
     Raises: ImportRefused when nothing is left.
     """
-    for _ in range(len(KEYS)):
-        text = _write(entries, env, origin)
+    left = list(entries)
+    while left:
+        text = _write(left, env, origin)
         try:
-            parse_registry(text, "the result", known=())
+            registry = parse_registry(text, "the result", known=())
+            issues = list(judge(registry)) if judge is not None else []
         except RegistryInvalid as error:
-            if not _drop_blamed(entries, error, changes):
-                raise ImportRefused(
-                    "the result would not be a registry", details=[issue.headline() for issue in error.issues]
-                ) from error
-            continue
-        return Imported(text, tuple(changes))
-    raise ImportRefused("the result would not be a registry")
+            issues = list(error.issues)
+        errors = [issue for issue in issues if issue.severity == "error"]
+        if not errors:
+            return Imported(text, tuple(changes))
+        if not _drop_blamed(left, errors, changes):
+            raise ImportRefused("the result would not be a registry", details=[issue.headline() for issue in errors])
+    lost = [f"{item.source}: {item.reason}" for item in changes if item.source.startswith("models.")]
+    raise ImportRefused("no model is left that can be served", details=lost)
 
 
-def _drop_blamed(entries: Sequence[Entry], error: RegistryInvalid, changes: list[Change]) -> bool:
-    """Drop what the errors blame; say whether there was any."""
+def _drop_blamed(entries: list[Entry], errors: Sequence[Issue], changes: list[Change]) -> bool:
+    """Drop what the errors blame, an entry whole where its model is; say whether there was any."""
     found = False
-    for issue in error.issues:
-        for entry in entries:
+    for issue in errors:
+        for entry in tuple(entries):
             key = issue.path.removeprefix(f"models.{entry.name}.")
-            if issue.severity == "error" and key != issue.path and key != "model" and key in entry.settings:
+            if key == "model":
+                entries.remove(entry)
+                changes[:] = [item for item in changes if item.entry != entry.name]
+                changes.append(Change("dropped", f"models.{entry.name}", "", issue.message, entry.name))
+                found = True
+            elif key != issue.path and key in entry.settings:
                 value = entry.settings.pop(key)
                 taken = [item for item in changes if item.entry == entry.name and item.result == f"{key}: {value}"]
                 for item in taken:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from launcher.registry.flags import find_flag, find_negated
-from launcher.registry.importing.changes import Change, Entry, Imported, ImportRefused, entry_name, finish
+from launcher.registry.importing.changes import Change, Entry, Imported, ImportRefused, Judge, entry_name, finish
 from launcher.registry.importing.docker_line import container_changes
 from launcher.registry.importing.options import apply_option, quoted_option
 from launcher.registry.importing.variables import apply_variables
@@ -26,9 +26,12 @@ _EXAMPLE = 'hlaunch import vllm-serve "vllm serve openai/gpt-oss-20b --tensor-pa
 
 
 def from_serve_line(
-    line: str, name: str | None = None, read_config: Callable[[str], str | None] | None = None
+    line: str,
+    name: str | None = None,
+    read_config: Callable[[str], str | None] | None = None,
+    judge: Judge | None = None,
 ) -> Imported:
-    """Convert a command line; variables set before it become `env`. Pure, but for `read_config`.
+    """Convert a command line; variables set before it become `env`. Pure, but for `read_config` and `judge`.
 
     `read_config` returns the text of the file that `--config` names, None when it is not there.
     Raises: ImportRefused when it is not one, or names no model; RegistryInvalid for a `--config` that is no YAML.
@@ -62,7 +65,7 @@ def from_serve_line(
         found.append(replace(apply_option(entry, "api-key", ""), source=_KEY))
     published = container_changes(before, entry)
     found = [_behind(change, published) for change in found]
-    return finish([entry], env, [*found, *published, *changes], "a vllm command line")
+    return finish([entry], env, [*found, *published, *changes], "a vllm command line", judge)
 
 
 def _behind(change: Change, published: Sequence[Change]) -> Change:

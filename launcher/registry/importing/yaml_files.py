@@ -10,7 +10,7 @@ from typing import Any
 
 from launcher.errors import RegistryInvalid
 from launcher.registry.document import DocumentError, Mapping, Node, Scalar, Sequence, read_tree
-from launcher.registry.importing.changes import Change, Entry, Imported, ImportRefused, entry_name, finish
+from launcher.registry.importing.changes import Change, Entry, Imported, ImportRefused, Judge, entry_name, finish
 from launcher.registry.importing.options import apply_option
 from launcher.registry.importing.variables import apply_variables, without_comment
 
@@ -18,8 +18,8 @@ _CONFIG_HINT = "a vLLM configuration is a mapping of options: model: org/name"
 _REGISTRY_HINT = "a model registry has models: {NAME: {model: org/name}}"
 
 
-def from_config_file(text: str, source: str, name: str | None = None) -> Imported:
-    """Convert a file that `vllm serve --config` takes. Pure. Raises: ImportRefused, RegistryInvalid."""
+def from_config_file(text: str, source: str, name: str | None = None, judge: Judge | None = None) -> Imported:
+    """Convert a file that `vllm serve --config` takes. As pure as `judge`. Raises: ImportRefused, RegistryInvalid."""
     options = config_options(text, source)
     spelled = {key.replace("_", "-"): key for key in options}
     model_key = next((spelled[key] for key in ("model", "model-tag") if key in spelled), None)
@@ -31,7 +31,7 @@ def from_config_file(text: str, source: str, name: str | None = None) -> Importe
     if changes[0].action == "dropped":
         raise ImportRefused(f"{model!r} cannot be a model: {changes[0].reason}")
     changes += [apply_option(entry, key, value) for key, value in options.items() if key != model_key]
-    return finish([entry], {}, changes, source)
+    return finish([entry], {}, changes, source, judge)
 
 
 def config_options(text: str, source: str) -> dict[str, str | list[str]]:
@@ -39,8 +39,8 @@ def config_options(text: str, source: str) -> dict[str, str | list[str]]:
     return {key: _flat(value) for key, value in _mapping(_tree(text, source), source, _CONFIG_HINT).items()}
 
 
-def from_model_registry(text: str, source: str, dotenv: str | None = None) -> Imported:
-    """Convert the seed family's registry, and the `.env` beside it. Pure. Raises: ImportRefused, RegistryInvalid."""
+def from_model_registry(text: str, source: str, dotenv: str | None = None, judge: Judge | None = None) -> Imported:
+    """Convert the seed family's registry, and the `.env` beside it. Pure, but for `judge`. Raises: as the others."""
     root = _mapping(_tree(text, source), source, _REGISTRY_HINT)
     models = root.get("models")
     if not isinstance(models, dict) or not models:
@@ -69,7 +69,7 @@ def from_model_registry(text: str, source: str, dotenv: str | None = None) -> Im
         values = {name: without_comment(value) for name, value in parse_dotenv(dotenv).values.items()}
         env, found = apply_variables(values)
         changes += found
-    return finish(entries, env, changes, source)
+    return finish(entries, env, changes, source, judge)
 
 
 def _is_name(text: str) -> bool:
