@@ -1,7 +1,8 @@
 """What would change: files that a plan makes against those in a folder, or one text against another.
 
 Knows: bytes. Refuses to know: who made them; rendering is deterministic, so a difference in bytes is a difference in
-the plan. Values of variables named like secrets are hidden in what is shown, on whatever line they stand.
+the plan. Values of variables named like secrets are hidden in what is shown, on whatever line they stand; what is
+named like one and is none is shown where name and value both say so.
 """
 
 from __future__ import annotations
@@ -24,6 +25,15 @@ _NO_SECRET = re.compile(
     r"(?:export it, do not write it here\)?||true|false|null|~|\"\"|''|\[\]|\{.*|\$\{\w.*|\"\$\{\w.*)[,\]}]*"
 )
 """Values that hide nothing whatever their name: our own advice, switches, references, what opens a mapping."""
+_HARMLESS = (
+    # How Ray authenticates, in Ray's own words.
+    (re.compile(r"RAY_AUTH_MODE"), r"token|k8s|disabled"),
+    # Where a secret lies; its file is not read here.
+    (re.compile(r"\w+_(?:path|file|dir)", re.IGNORECASE), r"(?:~|\.{1,2})?/[\w./-]+"),
+    (re.compile(r"num_key_value_heads|(?:bos|eos|pad)_token_id"), r"[0-9]{1,9}"),
+)
+"""Names that only look like those of secrets, each with the values that are then harmless; any other stays hidden."""
+_SCALAR = r"(?P<quote>[\"']?)(?:{})(?P=quote),?"
 _BLOCK = re.compile(r"(?P<list>\[|)|[|>][-+]?")
 """A value that stands on the lines below: a list's items, or a text's lines."""
 _ITEM = re.compile(r"(?P<lead>\s*(?:- )?)(?P<value>[^\s,\]}#][^,]*?)(?P<end>,?\s*)")
@@ -145,11 +155,20 @@ def _hidden(line: str) -> tuple[str, Literal["list", "text"] | None]:
         if not is_secret_name(found["name"]) or found["name"] == "secrets":
             continue
         value = line[found.end() :].strip()
+        if _is_harmless(found["name"], value):
+            continue
         if (below := _BLOCK.fullmatch(value)) is not None and "=" not in found["sign"]:
             return line, "text" if below["list"] is None else "list"
         if _NO_SECRET.fullmatch(value) is None:
             return line[: found.end()] + _HIDDEN, None
     return redacted("", line), None
+
+
+def _is_harmless(name: str, value: str) -> bool:
+    """Say whether name and value both tell that no secret stands here; all the rest of the line is the value."""
+    return any(
+        names.fullmatch(name) and re.fullmatch(_SCALAR.format(values), value, re.ASCII) for names, values in _HARMLESS
+    )
 
 
 def _read(path: Path) -> str | None:
