@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from launcher.fabric.attest import attest
 from launcher.fabric.log_lines import LogFinding, classify
 from launcher.redaction import Redaction
+from launcher.sizes import counted
 
 if TYPE_CHECKING:
     from launcher.console import Console
@@ -43,11 +44,13 @@ class LogView:
         self._first: dict[str, tuple[LogFinding, str]] = {}
         self._of_fabric: dict[str, list[str]] = {}
         self._counts: Counter[str] = Counter()
+        self._num_read = 0
 
     def show(self, line: str, node: str = "") -> None:
         """Print one line; what it means comes at once while somebody follows, else at the end."""
         text = self._redaction.line(line)
         found = classify(text)
+        self._num_read += 1
         if self._is_about_fabric:
             if found is None:
                 return
@@ -68,7 +71,10 @@ class LogView:
             self._tell(found, node)
 
     def conclude(self) -> None:
-        """Tell what was found, errors first, each class once."""
+        """Tell what was found, errors first, each class once; that nothing was, where only some lines were wanted."""
+        if self._is_about_fabric and not self._of_fabric:
+            read = counted(self._num_read, "line")
+            self._console.note(f"nothing about the fabric and no known failure in {read}; --lines N reads more")
         if self._is_live or self._as_json:
             return
         for node, lines in self._of_fabric.items():

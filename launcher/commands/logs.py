@@ -70,6 +70,7 @@ def register(app: typer.Typer) -> None:
 
         for line in follow(folder.log_file, position, is_over):
             view.show(line)
+        view.conclude()
 
 
 def _find(invocation: Invocation, name: str) -> Launch:

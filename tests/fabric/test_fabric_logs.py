@@ -128,6 +128,16 @@ def test_logs_hide_secrets_and_say_what_failed(hosts: Hosts) -> None:
     ]
 
 
+@pytest.mark.parametrize("form", [(), ("--json",)])
+def test_no_line_about_the_fabric_is_said(hosts: Hosts, form: tuple[str, ...]) -> None:
+    state = hosts.folder / "state"
+    InstanceFolder(state, "tiny-oss").log_file.write_text("begin\nend\n")
+    done = hosts.cli("logs", "tiny-oss", "--transport", *form, HLAUNCH_STATE_DIR=str(state))
+    assert (done.code, done.out) == (0, "")
+    assert done.err == "nothing about the fabric and no known failure in 2 lines; --lines N reads more\n"
+    assert hosts.cli("logs", "tiny-oss", *form, HLAUNCH_STATE_DIR=str(state)).err == ""
+
+
 def test_only_what_concerns_the_fabric(hosts: Hosts) -> None:
     done = hosts.cli("logs", "tiny-oss", "--transport", HLAUNCH_STATE_DIR=str(hosts.folder / "state"))
     assert done.out.splitlines() == [
