@@ -34,7 +34,7 @@ def register(app: typer.Typer) -> None:
         picture = picture_of_any(plan)
         if as_json:
             data = data_of(plan)
-            kept = ("name", "model", "fit", "memory", "problems")
+            kept = ("name", "model", "fit", "memory", "notes", "problems")
             invocation.console.json({key: data[key] for key in kept if key in data})
         elif picture is not None:
             show_memory(invocation.console, picture)

@@ -227,6 +227,7 @@ def _roles(cluster: Cluster) -> dict[str, tuple[str, str]]:
 def _assumptions(study: Study, declared: Cluster) -> dict[str, str]:
     """What every figure rests on, by name."""
     from launcher.plan.cost import gpu_speed, launches_of
+    from launcher.plan.inventory import assumption
     from launcher.plan.links import inside_link
 
     load = study.load
@@ -243,6 +244,9 @@ def _assumptions(study: Study, declared: Cluster) -> dict[str, str]:
             found[f"{name} GPU"] = f"{gpu.name}: reads {read / 1e12:.2f} TB/s, {flops / 1e12:.0f} TFLOP/s"
         inside = inside_link(inventory, is_gpu=bool(inventory.gpus))
         found[f"{name} inside"] = f"{inside.name}, {inside.bytes_per_second / 1e9:.0f} GB/s: {inside.source}"
+    backends = {host.name: {device.backend for device in host.devices} for host in study.hosts}
+    if assumed := assumption(declared, study.sizing.inventories, backends):
+        found["hardware"] = assumed
     if len(declared.nodes) > 1:
         link = study.between
         found["between nodes"] = f"{link.name}, {link.bytes_per_second / 1e9:.1f} GB/s: {link.source}"

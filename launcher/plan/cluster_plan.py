@@ -31,7 +31,7 @@ from launcher.plan import settings
 from launcher.plan.borders import weighed
 from launcher.plan.cluster_ranks import ExecutorName, executor_of, rank_blockers, rank_problems, with_ranks
 from launcher.plan.environment import Variable, engine_environment
-from launcher.plan.inventory import Inventory, declared_inventories
+from launcher.plan.inventory import Inventory, assumption, declared_inventories
 from launcher.plan.known_models import known_model
 from launcher.plan.links import between_link
 from launcher.plan.node_ports import Port, node_ports, port_clashes
@@ -215,7 +215,7 @@ def make_cluster_plan(
         unused=tuple(node.name for node in cluster.nodes if node.name not in {item.name for item in used.nodes}),
         problems=tuple(problems),
         blockers=tuple(blockers),
-        notes=_notes(entry, config, files, model),
+        notes=_notes(entry, config, files, model, _assumption(cluster, hardware, placement)),
         warnings=warnings_of(lint),
     )
 
@@ -333,8 +333,19 @@ def _digest(model: str, cluster: Cluster, nodes: Sequence[NodePlan], placement: 
     return hashlib.sha256(json.dumps(seen, sort_keys=True).encode()).hexdigest()
 
 
-def _notes(entry: ResolvedEntry, config: EngineConfig, files: ModelFiles, model: ModelConfig | None) -> tuple[str, ...]:
+def _assumption(cluster: Cluster, hardware: Mapping[str, Inventory], placement: Placement | None) -> str:
+    if placement is None:
+        return ""
+    used = {name: {rank.backend for rank in placement.on_node(name)} for name in placement.nodes}
+    return assumption(cluster, hardware, used)
+
+
+def _notes(
+    entry: ResolvedEntry, config: EngineConfig, files: ModelFiles, model: ModelConfig | None, assumed: str
+) -> tuple[str, ...]:
     found = list(settings.notes(entry, config.device))
     if files.folder is None and model is not None:
         found.append(f"{entry.model}: no files here, sizes come from the shape; every node needs the files")
+    if assumed:
+        found.append(assumed)
     return tuple(found)

@@ -185,7 +185,10 @@ CASES: tuple[Case, ...] = (
 
 REFERENCE = Cluster(
     "two nodes of 8 H100",
-    (Node("node-0", "head", "10.0.0.1", gpus=8), Node("node-1", "worker", "10.0.0.2", gpus=8)),
+    (
+        Node("node-0", "head", "10.0.0.1", gpus=8, gpu_memory_bytes=80 * GIB),
+        Node("node-1", "worker", "10.0.0.2", gpus=8, gpu_memory_bytes=80 * GIB),
+    ),
     platform="hopper",
     fabric=Fabric(rdma="required"),
 )

@@ -239,6 +239,21 @@ def test_a_shape_that_nothing_tells_is_a_problem(tmp_path: Path) -> None:
     assert json.dumps([str(error.message) for error in plan.problems])
 
 
+def test_hardware_that_nobody_declared_is_named_with_what_was_taken(tmp_path: Path) -> None:
+    def said(name: str, *overrides: str, cluster: Cluster) -> list[str]:
+        notes = plan_of(tmp_path, name, *overrides, cluster=cluster).notes
+        return [note for note in notes if "assumed" in note]
+
+    bare = replace(PAIR, platform="auto", nodes=tuple(replace(node, gpu_memory_bytes=0) for node in PAIR.nodes))
+    assert said("oss20", "tp=8", "dp=2", cluster=bare) == ["gpu-memory of a, b is not declared: 24 GiB assumed"]
+    assert said("oss20", "tp=8", cluster=bare) == ["gpu-memory of a is not declared: 24 GiB assumed"], "b has no rank"
+    assert said("tiny", "tp=2", cluster=CPUS) == [
+        "cpus of a, b is not declared: 16 cores assumed; memory of a, b is not declared: 128 GiB assumed"
+    ]
+    assert said("oss20", "tp=8", "dp=2", cluster=PAIR) == []
+    assert said("oss20", "pp=2", cluster=SPARKS) == [], "the platform tells it"
+
+
 def test_real_inventories_replace_the_declared(tmp_path: Path) -> None:
     path = tmp_path / "model_registry.yml"
     path.write_text(REGISTRY)

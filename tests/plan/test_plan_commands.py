@@ -131,6 +131,20 @@ def test_a_model_that_nobody_knows_exits_5_and_says_what_is_missing(hlaunch: Hla
     assert hlaunch(command[0], "big", *command[1:], "--set", "device=cpu").returncode in (0, 6), "shapes are enough"
 
 
+def test_hardware_that_nobody_declared_is_said_in_plan_fit_and_topo(hlaunch: Hlaunch) -> None:
+    registry = hlaunch.folder / "model_registry.yml"
+    registry.write_text(REGISTRY.replace(", gpu-memory: 80GiB", ""))
+    said = "gpu-memory of node-a, node-b is not declared: 80 GiB assumed"
+    assert said in json.loads(hlaunch("fit", "split", "--json").stdout)["notes"]
+    for command in ("fit", "plan"):
+        assert f"note: {said}\n" in hlaunch(command, "split").stderr
+    assert json.loads(hlaunch("topo", "split", "--json").stdout)["assumptions"]["hardware"] == said
+    # A saved inventory leaves nothing to assume of its node.
+    saved = json.loads(hlaunch("inventory", "--cluster", "pair", "--json").stdout)
+    (hlaunch.folder / "a.json").write_text(json.dumps(saved["node-a"]))
+    assert "gpu-memory of node-b is not declared" in hlaunch("fit", "split", "--inventory", "a.json").stderr
+
+
 def test_no_more_context_is_proposed_than_the_model_takes(hlaunch: Hlaunch) -> None:
     result = hlaunch("plan", "tiny", "--set", "max-model-len=100000000")
     assert result.returncode == 6

@@ -10,7 +10,7 @@ CUDA, what a model needs. Nothing here blocks; what cannot be read counts as abs
 
 from __future__ import annotations
 
-from launcher.plan.inventory.declared import declared_inventories
+from launcher.plan.inventory.declared import assumption, declared_inventories
 from launcher.plan.inventory.host import read_inventory
 from launcher.plan.inventory.values import (
     Finding,
@@ -34,6 +34,7 @@ __all__ = [
     "Nic",
     "NumaNode",
     "RdmaPort",
+    "assumption",
     "declared_inventories",
     "read_inventory",
 ]
