@@ -40,6 +40,14 @@ class Flag:
         """Whether this value asks for nothing: the option may stand, whatever its status."""
         return text.lower() in _NEUTRAL or (text == "1" and self.name in _NEUTRAL_ONE)
 
+    def verdict(self, text: str | None) -> tuple[str, str]:
+        """Return code and message of an option that is no key of ours. `text` None: a list or a mapping."""
+        if self.status == "accepted":
+            return "accepted-flag", f"no effect: {self.reason}"
+        if text is not None and self.is_off(text):
+            return "accepted-flag", f"no effect: {self.reason}, and this value asks for none of it"
+        return "unsupported-flag", self.reason
+
 
 # Each block: a status, a reason, then names. `+` after a name: a switch without a value; `*`: several values.
 _TABLE = """
@@ -182,6 +190,12 @@ def find_flag(written: str) -> Flag | None:
     """Return the option of this name, with dashes or underscores, or of this short form; None when vLLM has none."""
     name = written.replace("_", "-")
     return flags().get(name) or _by_short().get(name)
+
+
+def find_foreign(written: str) -> Flag | None:
+    """Return the option of this name, also with `.part` behind it, that is no key of ours; None when there is none."""
+    flag = find_flag(written.partition(".")[0])
+    return flag if flag is not None and flag.status != "native" else None
 
 
 def find_negated(written: str) -> Flag | None:

@@ -9,8 +9,9 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from launcher.errors import Issue
+from launcher.errors import Issue, Severity
 from launcher.registry.document import Scalar
+from launcher.registry.flags import Flag, find_foreign, find_negated, flags
 from launcher.registry.keys import (
     DASHED,
     ENVIRONMENT,
@@ -49,9 +50,7 @@ def environment_layer(environ: Mapping[str, str]) -> tuple[Contribution, list[Is
         source = f"${name}"
         key = ENVIRONMENT.get(name)
         if key is None:
-            hint = did_you_mean(name, ENVIRONMENT) or "unset it"
-            message = "no option has this name; the variable has no effect"
-            issues.append(Issue("warning", "unknown-variable", source, None, None, "", message, hint))
+            issues.append(_unknown_variable(name, source))
             continue
         try:
             value = read_text(KEYS[key], environ[name])
@@ -61,6 +60,15 @@ def environment_layer(environ: Mapping[str, str]) -> tuple[Contribution, list[Is
         if value is not None:
             settings[key] = (value, Origin(Layer.ENVIRONMENT, source))
     return Contribution(settings), issues
+
+
+def _unknown_variable(name: str, source: str) -> Issue:
+    path, message = "", "no option has this name; the variable has no effect"
+    flag = find_foreign(name.removeprefix("HLAUNCH_").lower())
+    if flag is not None:
+        path, message = flag.name, f"{flag.reason}; the variable has no effect"
+    hint = "unset it" if flag is not None else did_you_mean(name, ENVIRONMENT) or "unset it"
+    return Issue("warning", "unknown-variable", source, None, None, path, message, hint)
 
 
 def flag_layer(overrides: Sequence[str]) -> tuple[Contribution, list[Issue]]:
@@ -83,6 +91,9 @@ def flag_layer(overrides: Sequence[str]) -> tuple[Contribution, list[Issue]]:
             if variable != written:
                 env[variable] = (_read_override_variable(variable, value), origin)
                 continue
+            if canonical_key(written) is None and (flag := find_foreign(written)) is not None:
+                issues.append(_flag_issue(flag, value, source))
+                continue
             spec = _overridable(written)
             typed = read_text(spec, value)
             if typed is None:
@@ -100,7 +111,7 @@ def _overridable(written: str) -> KeySpec:
         inner = " or ".join(f"--set {name}=value" for name in KEYS if name.startswith(f"{written}."))
         raise BadValue("wrong-type", f"{written} is a mapping", f"write {inner}")
     if key is None:
-        raise unknown_key(written)
+        raise unknown_key(written, "")
     spec = KEYS[key]
     if spec.is_fixed:
         raise BadValue("fixed-key", f"{key} can only be set in the registry", "edit the entry")
@@ -109,12 +120,25 @@ def _overridable(written: str) -> KeySpec:
     return spec
 
 
-def unknown_key(written: str) -> BadValue:
-    """Make the error for a key that no model has, or that is a group of keys."""
+def _flag_issue(flag: Flag, value: str, source: str) -> Issue:
+    """Say of an option of vLLM what a file that held it would be told."""
+    code, message = flag.verdict(value)
+    severity: Severity = "info" if code == "accepted-flag" else "error"
+    return Issue(severity, code, source, None, None, flag.name, message, "leave it out")
+
+
+def unknown_key(written: str, value: str) -> BadValue:
+    """Make the error for a key that no model has, that is a group of keys, or that only vLLM has."""
     if written in GROUPS:
         inner = " or ".join(f"{name}=value" for name in KEYS if name.startswith(f"{written}."))
         return BadValue("wrong-type", f"{written} is a mapping", f"write {inner}")
+    if (flag := find_foreign(written)) is not None:
+        return BadValue(*flag.verdict(value), "leave it out")
+    if (negated := find_negated(written)) is not None:
+        hint = f"write {negated.name}=false" if negated.status == "native" else "leave it out"
+        return BadValue("unknown-key", "an option is not negated here", hint)
     known = [name for name, item in DASHED.items() if not KEYS[item].is_fixed]
+    known += [name for name, flag in flags().items() if flag.status != "native"]
     hint = did_you_mean(written, known) or "`hlaunch schema --keys` lists the known keys"
     return BadValue("unknown-key", f"{show_text(written)} is not a known option", hint)
 

@@ -217,14 +217,12 @@ class _Walker:
 
     def _flag(self, flag: Flag, node: Scalar, path: Path, value: Node) -> None:
         """Judge an option of vLLM that is no key of ours."""
+        code, message = flag.verdict(value.text if isinstance(value, Scalar) else None)
         here, mark = (*path, flag.name), node.mark
-        if flag.status == "accepted":
-            self._report("accepted-flag", mark, here, f"no effect: {flag.reason}", _LEAVE_IT, "info")
-        elif isinstance(value, Scalar) and flag.is_off(value.text):
-            message = f"no effect: {flag.reason}, and this value asks for none of it"
-            self._report("accepted-flag", mark, here, message, _LEAVE_IT, "info")
+        if code == "accepted-flag":
+            self._report(code, mark, here, message, _LEAVE_IT, "info")
         else:
-            self._report("unsupported-flag", mark, here, flag.reason, "remove it")
+            self._report(code, mark, here, message, "remove it")
 
     def _report(self, code: str, mark: Mark, path: Path, message: str, hint: str, severity: Severity = "error") -> None:
         if len(self.tree.issues) >= MAX_ISSUES:

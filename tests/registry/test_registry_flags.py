@@ -7,9 +7,11 @@ import re
 import jsonschema  # type: ignore[import-untyped]
 import pytest
 import yaml
+from registry_support import Here
 
-from launcher.errors import RegistryInvalid
+from launcher.errors import Issue, OverrideError, RegistryInvalid
 from launcher.registry import parse_registry, resolve
+from launcher.registry.editing import add_entry, set_value
 from launcher.registry.flags import Flag, find_flag, find_negated, flags
 from launcher.registry.keys import KEYS, SPELLINGS
 from launcher.registry.schema import json_schema
@@ -121,3 +123,57 @@ def test_short_and_old_names_are_known(line: str, code: str, path: str, words: s
     assert [(issue.code, issue.path) for issue in issues] == [(code, f"models.m.{path}")]
     assert words in issues[0].message
     assert "did you mean" not in issues[0].hint
+
+
+def outside(text: str) -> tuple[Issue, ...]:
+    try:
+        return resolve(parse_registry(one("port: 9000")), "m", {}, [text]).issues
+    except OverrideError as error:
+        return tuple(error.issues)
+
+
+@pytest.mark.parametrize("value", ["something", "0", "1"])
+@pytest.mark.parametrize("flag", [flag for flag in flags().values() if flag.status != "native"], ids=lambda f: f.name)
+def test_an_override_is_told_what_a_file_is(flag: Flag, value: str) -> None:
+    try:
+        in_file = parse_registry(one(f"{flag.name}: {value}")).issues
+    except RegistryInvalid as error:
+        in_file = tuple(error.issues)
+    said = [(issue.severity, issue.code, issue.message) for issue in in_file]
+    for name in (flag.name, flag.name.replace("-", "_"), *flag.shorts):
+        found = outside(f"{name}={value}")
+        assert [(issue.severity, issue.code, issue.message) for issue in found] == said
+        assert found[0].path == flag.name
+    for edit in (
+        lambda: set_value(one("port: 9000"), "r.yml", "m", flag.name, value),
+        lambda: add_entry(one("port: 9000"), "r.yml", "n", [("model", "org/n"), (flag.name, value)]),
+    ):
+        with pytest.raises(OverrideError) as caught:
+            edit()
+        assert [(issue.code, issue.message) for issue in caught.value.issues] == [said[0][1:]]
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "hint"),
+    [
+        ("compilation-config.mode=3", "accepted-flag", "leave it out"),
+        ("no-enable-prefix-caching=true", "unknown-key", "write enable-prefix-caching=false"),
+        ("no-enable-lora=true", "unknown-key", "leave it out"),
+        ("swap_spac=4", "unknown-key", "did you mean 'swap-space'?"),
+    ],
+)
+def test_an_override_is_guessed_among_vllms_options_too(text: str, code: str, hint: str) -> None:
+    assert [(issue.code, issue.hint) for issue in outside(text)] == [(code, hint)]
+
+
+def test_the_command_names_the_option_that_was_meant(here: Here) -> None:
+    refused = here("plan", "first", "--set", "dcp=2")
+    assert refused.code == 2
+    assert "--set dcp: error[unsupported-flag] decode-context-parallel-size: the engine splits" in refused.err
+    assert "did you mean" not in refused.err
+    noted = here("plan", "first", "--set", "attention-backend=x")
+    assert noted.code == 0
+    assert "--set attention-backend: info[accepted-flag] attention-backend: no effect" in noted.err
+    variable = here("show", "first", HLAUNCH_DCP="2")
+    assert variable.code == 0
+    assert "warning[unknown-variable] decode-context-parallel-size: the engine splits" in variable.err

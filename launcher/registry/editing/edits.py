@@ -164,7 +164,7 @@ def _typed(key: str, value: str) -> tuple[tuple[str, ...], str]:
             return ("env", variable), yaml_variable(value)
         canonical = canonical_key(key)
         if canonical is None or key in GROUPS:
-            raise unknown_key(key)
+            raise unknown_key(key, value)
         spec = KEYS[canonical]
         if spec.kind is Kind.VARIABLES:
             raise BadValue("wrong-type", f"{key} is a mapping", "write env.NAME=value")
