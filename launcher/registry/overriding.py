@@ -15,6 +15,7 @@ from launcher.registry.flags import Flag, find_foreign, find_negated, flags
 from launcher.registry.keys import (
     DASHED,
     ENVIRONMENT,
+    ENVIRONMENT_ALIASES,
     GROUPS,
     KEYS,
     RESERVED_ENVIRONMENT,
@@ -41,14 +42,14 @@ class Contribution:
 
 
 def environment_layer(environ: Mapping[str, str]) -> tuple[Contribution, list[Issue]]:
-    """Type the variables `HLAUNCH_<KEY>`; an unknown name warns."""
+    """Type the variables `HLAUNCH_<KEY>` and `HLAUNCH_<ALIAS>`; an unknown name warns."""
     settings: dict[str, tuple[Value, Origin]] = {}
     issues: list[Issue] = []
     for name in sorted(key for key in environ if key.startswith("HLAUNCH_")):
         if name in RESERVED_ENVIRONMENT:
             continue
         source = f"${name}"
-        key = ENVIRONMENT.get(name)
+        key = ENVIRONMENT.get(name) or ENVIRONMENT_ALIASES.get(name)
         if key is None:
             issues.append(_unknown_variable(name, source))
             continue
@@ -57,8 +58,12 @@ def environment_layer(environ: Mapping[str, str]) -> tuple[Contribution, list[Is
         except BadValue as error:
             issues.append(Issue("error", error.code, source, None, None, key, error.message, error.hint))
             continue
-        if value is not None:
-            settings[key] = (value, Origin(Layer.ENVIRONMENT, source))
+        if value is None:
+            continue
+        if key in settings and settings[key][0] != value:
+            message = f"{settings[key][1].source} sets the same option to another value"
+            issues.append(Issue("error", "two-spellings", source, None, None, key, message, "unset one of the two"))
+        settings[key] = (value, Origin(Layer.ENVIRONMENT, source))
     return Contribution(settings), issues
 
 
@@ -67,7 +72,7 @@ def _unknown_variable(name: str, source: str) -> Issue:
     flag = find_foreign(name.removeprefix("HLAUNCH_").lower())
     if flag is not None:
         path, message = flag.name, f"{flag.reason}; the variable has no effect"
-    hint = "unset it" if flag is not None else did_you_mean(name, ENVIRONMENT) or "unset it"
+    hint = "unset it" if flag is not None else did_you_mean(name, (*ENVIRONMENT, *ENVIRONMENT_ALIASES)) or "unset it"
     return Issue("warning", "unknown-variable", source, None, None, path, message, hint)
 
 

@@ -11,7 +11,7 @@ from registry_support import REGISTRY, ROOT, SEED, one
 
 from launcher.errors import Issue, OverrideError, RegistryInvalid, UnknownModel
 from launcher.registry import Layer, SecretRef, Value, load_registry, parse_registry, resolve
-from launcher.registry.keys import DASHED, ENVIRONMENT, KEYS, Kind
+from launcher.registry.keys import DASHED, ENVIRONMENT, ENVIRONMENT_ALIASES, KEYS, Kind
 
 
 def wrong(text: str) -> list[Issue]:
@@ -148,6 +148,25 @@ def test_every_key_that_is_not_fixed_has_a_variable() -> None:
     named = set(ENVIRONMENT.values())
     assert named == {spec.key for spec in KEYS.values() if not spec.is_fixed and spec.kind is not Kind.VARIABLES}
     assert KEYS["ready.timeout"].environment == "HLAUNCH_READY_TIMEOUT"
+
+
+def test_an_alias_has_a_variable_too() -> None:
+    aliases = {alias: spec for spec in KEYS.values() for alias in spec.aliases if not spec.is_fixed}
+    assert {"tp", "pp", "dp", "ep"} <= set(aliases)
+    assert set(ENVIRONMENT_ALIASES.values()) == {spec.key for spec in aliases.values()}
+    for alias, spec in aliases.items():
+        written, value = ("true", True) if spec.kind is Kind.BOOLEAN else ("2", 2)
+        item = one("", {f"HLAUNCH_{alias.upper()}": written}).values[spec.key]
+        assert (item.value, item.origin.source) == (value, f"$HLAUNCH_{alias.upper()}")
+
+
+def test_two_variables_of_one_option_must_agree() -> None:
+    both = {"HLAUNCH_TP": "2", "HLAUNCH_TENSOR_PARALLEL_SIZE": "2"}
+    assert one("", both).integer("tensor-parallel-size") == 2
+    assert one("", {**both, "HLAUNCH_TENSOR_PARALLEL_SIZE": ""}).integer("tensor-parallel-size") == 2
+    issue = refused(**{**both, "HLAUNCH_TENSOR_PARALLEL_SIZE": "4"})
+    assert (issue.code, issue.source, issue.path) == ("two-spellings", "$HLAUNCH_TP", "tensor-parallel-size")
+    assert "$HLAUNCH_TENSOR_PARALLEL_SIZE" in issue.message
 
 
 OVERRIDES = [

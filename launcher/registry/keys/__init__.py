@@ -14,7 +14,7 @@ from launcher.registry.keys.cluster import CLUSTER_KEYS, NODE_KEYS, PLATFORMS
 from launcher.registry.keys.launching import LAUNCHING
 from launcher.registry.keys.model import IDENTITY, LIMITS, MEMORY
 from launcher.registry.keys.running import RANKS, SERVER
-from launcher.registry.keys.spec import KeySpec, KeyTable, Kind, show_value
+from launcher.registry.keys.spec import KeySpec, KeyTable, Kind, show_value, variable_name
 
 __all__ = [
     "CLUSTER",
@@ -22,6 +22,7 @@ __all__ = [
     "DEFAULTS",
     "ENTRY",
     "ENVIRONMENT",
+    "ENVIRONMENT_ALIASES",
     "GROUPS",
     "KEYS",
     "MODEL_ONLY",
@@ -63,6 +64,11 @@ ENVIRONMENT: Mapping[str, str] = MappingProxyType(
     {spec.environment: spec.key for spec in KEYS.values() if not spec.is_fixed and spec.kind is not Kind.VARIABLES}
 )
 """`HLAUNCH_<KEY>` -> canonical key."""
+
+ENVIRONMENT_ALIASES: Mapping[str, str] = MappingProxyType(
+    {variable_name(name): key for name, key in DASHED.items() if name != key and key in ENVIRONMENT.values()}
+)
+"""`HLAUNCH_<ALIAS>` -> canonical key: `HLAUNCH_TP`."""
 
 RESERVED_ENVIRONMENT = frozenset(
     f"HLAUNCH_{name}"

@@ -83,7 +83,7 @@ class KeySpec:
     @property
     def environment(self) -> str:
         """The variable that overrides this key: `HLAUNCH_MAX_NUM_SEQS`."""
-        return "HLAUNCH_" + re.sub(r"[-.]", "_", self.key).upper()
+        return variable_name(self.key)
 
     def refusal_of(self, value: str) -> str | None:
         """Return why no device serves this value; None when some does, or nothing is known against it."""
@@ -111,6 +111,11 @@ class KeySpec:
 
     def _bound(self, value: float) -> str:
         return show_value(self, value) if self.kind in (Kind.SIZE, Kind.DURATION) else f"{value}"
+
+
+def variable_name(spelling: str) -> str:
+    """Return the variable of a key or of one of its aliases."""
+    return "HLAUNCH_" + re.sub(r"[-.]", "_", spelling).upper()
 
 
 def show_value(spec: KeySpec, value: Value | tuple[int, int]) -> str:
