@@ -183,7 +183,7 @@ class AsyncEngine:
         self._on_stats = on_stats
         self._streams: dict[str, OutputStream] = {}
         self._stats = SchedulerStats()
-        self._usage = EngineUsage()
+        self._usage, self._usage_at = EngineUsage(), 0.0
         self._last_heard = time.monotonic()
         self._phase = "spawn"
         self._writer: asyncio.StreamWriter | None = None
@@ -248,8 +248,8 @@ class AsyncEngine:
         return [self.state]
 
     def usage_by_engine(self) -> list[EngineUsage]:
-        """What the ranks of each engine do and hold, about a second ago; nothing of one that does not serve."""
-        return [self._usage]
+        """What the ranks of each engine do and hold: a second ago, or they are silent. Nothing of one that is down."""
+        return [self._usage.aged(time.monotonic() - self._usage_at)]
 
     def begin_drain(self) -> None:
         """Take no new request; running ones go on."""
@@ -304,7 +304,7 @@ class AsyncEngine:
         if kind is ipc.Kind.USAGE:
             # From a thread of the core: no sign that its loop goes on.
             if self.state is not EngineState.FAILED:
-                self._usage = body
+                self._usage, self._usage_at = body, time.monotonic()
             return
         self._last_heard = time.monotonic()
         if kind is ipc.Kind.OUTPUTS or kind is ipc.Kind.PONG:

@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 from engine import ipc
 from engine.config import EngineConfig
 from engine.core.request import RequestOutput
-from engine.process import die_with_parent, dump_stacks_on_signal, say, say_trace
+from engine.process import Repeating, die_with_parent, dump_stacks_on_signal, say, say_trace
 from engine.usage import USAGE_INTERVAL_SECONDS
 
 STATS_INTERVAL_SECONDS = 0.1
@@ -221,7 +221,8 @@ def _serve(link: _Link, core: Any, inbox: SimpleQueue[tuple[ipc.Kind, Any] | Exc
             facts={name: getattr(facts, name) for name in facts.__dataclass_fields__},
         ),
     )
-    threading.Thread(target=_tell_usage, args=(link, core), name="usage", daemon=True).start()
+    # From a thread: just when a step hangs, people want to see what the ranks do.
+    telling = Repeating(lambda: link.send(ipc.Kind.USAGE, core.usage()), USAGE_INTERVAL_SECONDS, "usage")
     # Objects of the start-up never die: keep the collector from walking them in every step.
     gc.collect()
     gc.freeze()
@@ -234,6 +235,7 @@ def _serve(link: _Link, core: Any, inbox: SimpleQueue[tuple[ipc.Kind, Any] | Exc
                 message = inbox.get(block=is_parked)
                 is_parked = False
                 if message is None:
+                    telling.stop()
                     core.stop()
                     return
                 if isinstance(message, Exception):
@@ -248,13 +250,6 @@ def _serve(link: _Link, core: Any, inbox: SimpleQueue[tuple[ipc.Kind, Any] | Exc
             if is_due:
                 next_stats = now + STATS_INTERVAL_SECONDS
             link.send(ipc.Kind.OUTPUTS, ipc.OutputsMessage(outputs, stats))
-
-
-def _tell_usage(link: _Link, core: Any) -> None:
-    """Send what the ranks do and hold, from a thread: just when a step hangs, people want to see it."""
-    while True:
-        link.send(ipc.Kind.USAGE, core.usage())
-        time.sleep(USAGE_INTERVAL_SECONDS)
 
 
 def _handle(link: _Link, core: Any, message: tuple[ipc.Kind, Any], outputs: list[RequestOutput]) -> None:

@@ -91,6 +91,37 @@ class LastingThread:
         self._may_end.wait()
 
 
+class Repeating:
+    """Calls `work` at once and then every `seconds`, in a thread of its own, until `stop`.
+
+    What it raises ends nothing, and is said once until it works again.
+    """
+
+    def __init__(self, work: Callable[[], None], seconds: float, name: str) -> None:
+        self._work = work
+        self._seconds = seconds
+        self._is_stopped = threading.Event()
+        threading.Thread(target=self._run, name=name, daemon=True).start()
+
+    def stop(self) -> None:
+        """Begin no more work; what runs ends by itself."""
+        self._is_stopped.set()
+
+    def _run(self) -> None:
+        # Signals are for the main thread: one that asks for stacks, and wakes a stopped process for them, wants its.
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        is_said = False
+        while not self._is_stopped.is_set():
+            try:
+                self._work()
+                is_said = False
+            except Exception as error:  # noqa: BLE001 - the thread's border: the next time may go better
+                if not is_said and not self._is_stopped.is_set():
+                    say_trace(error)
+                is_said = True
+            self._is_stopped.wait(self._seconds)
+
+
 def say(line: str) -> None:
     """Write a line to the log at once and in one piece, since ranks share it. Never raises OSError or ValueError.
 

@@ -5,9 +5,11 @@ Knows: values and how often they are taken. Refuses to know: how each is measure
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 USAGE_INTERVAL_SECONDS = 1.0
+SILENT_SECONDS = 3.0
+"""Figures that are older are no more than the last that was heard."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +22,7 @@ class DeviceUsage:
 
 @dataclass(frozen=True, slots=True)
 class RankUsage:
-    """One rank: `state` for the last `seconds`; how long it has idled, computed and waited for others since its start.
+    """One rank: `state` for the last `seconds`; how long it has idled, computed and waited for others since it serves.
 
     `memory_bytes` and `watts` are its device's where that is a GPU, and its process's memory on a CPU.
     """
@@ -35,6 +37,10 @@ class RankUsage:
     waiting_seconds: float
     memory_bytes: int = 0
     watts: float = 0.0
+
+    def aged(self, seconds: float) -> RankUsage:
+        """Say the same after that long without a word: it may do anything by now."""
+        return replace(self, state="silent", seconds=seconds) if seconds > SILENT_SECONDS else self
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,3 +59,7 @@ class EngineUsage:
 
     ranks: list[RankUsage] = field(default_factory=list)
     traffic: list[NodeTraffic] = field(default_factory=list)
+
+    def aged(self, seconds: float) -> EngineUsage:
+        """Say the same after that long without a word."""
+        return replace(self, ranks=[rank.aged(seconds) for rank in self.ranks])

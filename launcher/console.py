@@ -317,6 +317,15 @@ def _width(text: str) -> int:
     return sum(0 if combining(ch) else 2 if east_asian_width(ch) in "WF" else 1 for ch in text)
 
 
+def clip(text: str, width: int) -> str:
+    """Cut a line to so many columns, the last three of them dots; what fits stays as it is."""
+    if _width(text) <= width:
+        return text
+    while text and _width(text) > width - 3:
+        text = text[:-1]
+    return text + "..."[: max(0, width)]
+
+
 def _wrap(text: str, width: int) -> list[str]:
     """Break a text into lines of at most `width` columns, at spaces while there are any."""
     lines = [""]

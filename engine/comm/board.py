@@ -1,8 +1,8 @@
 """What each rank is doing and holds, for whoever must tell a rank that hangs from one that waits for it, or shows both.
 
 Knows: one line of memory per rank, shared between processes, written by that rank alone, without locks. Refuses to
-know: deadlines, blame beyond the order in which to suspect. A line that is read while it is written may mix two states:
-it is for diagnosis.
+know: deadlines, blame beyond the order in which to suspect. A line is stored at once and read until two looks agree:
+nobody holds the other up.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from engine.comm.segment import LINE, Segment
 _STATE = struct.Struct("<BB2xIqdddd")
 _HELD = struct.Struct("<Qd")
 Buffer = bytearray | memoryview
+_LOOKS = 8
+"""A writer that is stopped in the middle of a line shows the same half of it twice; one that runs is soon past it."""
 
 
 class Activity(enum.IntEnum):
@@ -34,7 +36,7 @@ PHASES = ("spawn", "import", "rendezvous", "load", "kv", "warmup", "serve")
 class RankState:
     """One rank's line: its phase, what it does and for how long, in which step, how often it has met others in it.
 
-    `idle_seconds`, `computing_seconds` and `waiting_seconds` (for other ranks) count since its start. `memory_bytes` it
+    `idle_seconds`, `computing_seconds` and `waiting_seconds` (for other ranks) count since it serves. `memory_bytes` it
     holds, and `watts` its device draws, were measured about a second ago; 0 where that is unknown.
     """
 
@@ -93,8 +95,10 @@ class BoardLine:
         self._num_meetings = 0
 
     def phase(self, phase: str) -> None:
-        """Enter a phase of `PHASES`."""
+        """Enter a phase of `PHASES`. Time counts anew from the first moment in which it serves."""
         self._phase = PHASES.index(phase)
+        if phase == "serve":
+            self._spent, self._since = [0.0, 0.0, 0.0], time.monotonic()
         self._write(Activity.IDLE if phase == "serve" else Activity.COMPUTES)
 
     def begins(self, step_id: int) -> None:
@@ -117,14 +121,16 @@ class BoardLine:
 
     def holds(self, memory_bytes: int, watts: float) -> None:
         """Note what was measured; from any thread."""
-        _HELD.pack_into(self._memory, self._at + _STATE.size, memory_bytes, watts)
+        begin = self._at + _STATE.size
+        self._memory[begin : begin + _HELD.size] = _HELD.pack(memory_bytes, watts)
 
     def _write(self, activity: Activity) -> None:
         now = time.monotonic()
         self._spent[self._activity] += now - self._since
         self._activity, self._since = activity, now
-        _STATE.pack_into(
-            self._memory, self._at, self._phase, activity, self._num_meetings, self._step_id, now, *self._spent
+        # Not `pack_into`, which zeroes the place before it writes there.
+        self._memory[self._at : self._at + _STATE.size] = _STATE.pack(
+            self._phase, activity, self._num_meetings, self._step_id, now, *self._spent
         )
 
 
@@ -135,17 +141,27 @@ def create_board(num_ranks: int) -> Segment:
 
 def read_board(memory: Buffer, ranks: Sequence[int]) -> list[RankState]:
     """Read all lines, which are those of `ranks`."""
-    now = time.monotonic()
     states = []
     for index, rank in enumerate(ranks):
-        phase, activity, meetings, step_id, since, *by_activity = _STATE.unpack_from(memory, LINE * index)
-        seconds = now - since if since else 0.0
+        line, now = _read_line(memory, LINE * index), time.monotonic()
+        phase, activity, meetings, step_id, since, *by_activity = _STATE.unpack_from(line)
+        seconds = max(0.0, now - since) if since else 0.0
         by_activity[activity] += seconds
         idle, computing, waiting = by_activity
         doing = (PHASES[phase], Activity(activity), step_id, meetings, seconds)
-        held, watts = _HELD.unpack_from(memory, LINE * index + _STATE.size)
+        held, watts = _HELD.unpack_from(line, _STATE.size)
         states.append(RankState(rank, *doing, idle, computing, waiting, held, watts))
     return states
+
+
+def _read_line(memory: Buffer, at: int) -> bytes:
+    line = bytes(memory[at : at + LINE])
+    for _ in range(_LOOKS):
+        again = bytes(memory[at : at + LINE])
+        if again == line:
+            break
+        line = again
+    return line
 
 
 def suspects(states: list[RankState], step_id: int) -> list[RankState]:

@@ -151,12 +151,12 @@ class Start(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class RankStates(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What each rank of a node does and holds, and what keeps its process from running, if anything does.
+    """What each rank of a node does and holds, and what keeps its process from running, for how long, if anything does.
 
     `traffic` is the node's; None where it has no RDMA port, or was not asked.
     """
 
-    ranks: list[tuple[RankState, str]]
+    ranks: list[tuple[RankState, str, float]]
     traffic: RdmaTraffic | None = None
 
 

@@ -69,6 +69,7 @@ class InlineExecutor:
         return self._rank.usage()
 
     def stop(self) -> None:
+        self._rank.stop()
         self._results.clear()
 
 
@@ -107,6 +108,7 @@ class InlineThreadExecutor:
         return self._rank.usage()
 
     def stop(self) -> None:
+        self._rank.stop()
         self._plans.put(None)
         self._thread.join(timeout=5.0)
 
@@ -136,19 +138,17 @@ class InlineGpuExecutor:
         return len(self._pending)
 
     def submit(self, plan: ExecutionPlan) -> None:
-        if not self._pending:
-            self._rank.begin(plan.step_id)
+        self._rank.begin(plan.step_id)
         self._pending.append(self._worker.launch(plan))
 
     def collect(self) -> StepResult:
         try:
             result = self._pending.popleft().wait()
-            if not self._pending:
-                self._rank.end()
-            return result
         except RuntimeError as error:
             # An asynchronous fault of the device comes to light here: nothing on it can be trusted afterwards.
             raise ExecutorError(f"the GPU failed: {str(error).splitlines()[0]}") from error
+        self._rank.end()
+        return result
 
     def count_experts(self, num_rows: int) -> list[int]:
         """Count the experts that each layer touches in a decode step of the rows last run; for benchmarks."""
@@ -162,5 +162,6 @@ class InlineGpuExecutor:
         return self._rank.usage()
 
     def stop(self) -> None:
+        self._rank.stop()
         self._pending.clear()
         self._worker.close()

@@ -154,14 +154,14 @@ class MultiNodeExecutor:
         return self._steps.finish(body)
 
     def usage(self) -> EngineUsage:
-        """See `Executor.usage`. Another node's figures are as old as its host's last word, which comes every second."""
-        lines = self._host.lines() if self._host is not None else []
+        """See `Executor.usage`."""
+        ranks = [line.usage() for line in self._host.lines()] if self._host is not None else []
         read = {self._host.ranks[0].node: read_traffic()} if self._host is not None and self._remote else {}
         for node in self._remote.values():
             theirs, read[node.name] = node.usage()
-            lines += theirs
+            ranks += theirs
         return EngineUsage(
-            [line.usage() for line in sorted(lines, key=lambda line: line.spec.rank)],
+            sorted(ranks, key=lambda rank: rank.rank),
             [
                 NodeTraffic(name, traffic.seconds, traffic.sent_bytes, traffic.received_bytes)
                 for name, traffic in read.items()

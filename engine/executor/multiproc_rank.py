@@ -13,10 +13,9 @@ import signal
 import socket
 import struct
 import sys
-import threading
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import msgspec
@@ -40,8 +39,9 @@ from engine.executor.messages import (
 )
 from engine.executor.multiproc_wiring import RankSetup
 from engine.executor.rank_answers import Answers, PendingStep
+from engine.executor.steps_under_way import StepsUnderWay
 from engine.placement import Placement, RankSpec
-from engine.process import die_with_parent, dump_stacks_on_signal, say_trace
+from engine.process import Repeating, die_with_parent, dump_stacks_on_signal, say_trace
 from engine.usage import USAGE_INTERVAL_SECONDS, DeviceUsage
 
 if TYPE_CHECKING:
@@ -251,16 +251,15 @@ class _RankProcess:
         self._control.send(PhaseReport(self._setup.rank, "load", fraction, detail))
 
     def _serve(self, worker: RankWorker) -> None:
-        setup, line = self._setup, self._line
+        setup, steps = self._setup, StepsUnderWay(self._line)
         plans = RingReader(setup.plans)
         results = RingWriter(setup.results) if setup.results is not None else None
         decoder = PlanDecoder()
 
-        def answer(result: StepResult, is_last: bool) -> None:
+        def answer(result: StepResult) -> None:
             if results is not None:
                 results.write(encode_result(result))
-            if is_last:
-                line.rests()
+            steps.end()
 
         answers = Answers(answer, self._fail) if isinstance(worker, LaunchingWorker) else None
         while True:
@@ -270,12 +269,12 @@ class _RankProcess:
             kind, body = got
             if kind == Kind.PLAN:
                 plan, sampled = decoder.decode(body)
-                line.begins(plan.step_id)
+                steps.begin(plan.step_id)
                 worker.append_tokens(sampled)
                 if answers is not None and isinstance(worker, LaunchingWorker):
                     answers.give(worker.launch(plan))
                 else:
-                    answer(worker.execute(plan), True)
+                    answer(worker.execute(plan))
             elif kind == Kind.STOP:
                 return
             else:
@@ -297,7 +296,7 @@ class _RankProcess:
             self._enter("warmup")
             worker.warm_up()
             self._enter("serve")
-            threading.Thread(target=_measure, args=(worker, self._line), name="usage", daemon=True).start()
+            Repeating(partial(_measure, worker, self._line), USAGE_INTERVAL_SECONDS, "usage")
             # Objects of the start-up never die: keep the collector from walking them in every step.
             gc.collect()
             gc.freeze()
@@ -307,11 +306,8 @@ class _RankProcess:
 
 
 def _measure(worker: RankWorker, line: BoardLine) -> None:
-    """Keep the line's figures fresh, from a thread: the main one may be in a long step."""
-    while True:
-        measured = worker.usage()
-        line.holds(measured.memory_bytes, measured.watts)
-        time.sleep(USAGE_INTERVAL_SECONDS)
+    measured = worker.usage()
+    line.holds(measured.memory_bytes, measured.watts)
 
 
 def _fault(rank: int, phase: str, error: BaseException) -> FaultReport:

@@ -24,7 +24,10 @@ from engine.process import say_trace, signal_name
 
 @dataclass(slots=True)
 class RankHandle:
-    """The process of one rank. `has_spoken`: it is past the point from which it can write its stacks."""
+    """The process of one rank. `has_spoken`: it is past the point from which it can write its stacks.
+
+    `kernel`, since `kernel_since`: what kept it from running when it was last looked at.
+    """
 
     spec: RankSpec
     process: subprocess.Popen[bytes]
@@ -33,6 +36,8 @@ class RankHandle:
     buffer: bytearray = field(default_factory=bytearray)
     has_spoken: bool = False
     has_ended: bool = False
+    kernel: str = ""
+    kernel_since: float = 0.0
 
 
 class RankWatch:

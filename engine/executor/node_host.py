@@ -17,6 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import msgspec
 
@@ -42,7 +43,7 @@ from engine.executor.messages import FaultReport, Kind, PhaseReport, Report, enc
 from engine.executor.rank_host import RANK_COMMAND, STOP_SECONDS, RankHost
 from engine.model_digest import digest_of
 from engine.placement import Placement
-from engine.process import StatusPipe, die_with_parent, dump_stacks_on_signal, follow_parent, say, say_trace
+from engine.process import Repeating, StatusPipe, die_with_parent, dump_stacks_on_signal, follow_parent, say, say_trace
 from engine.usage import USAGE_INTERVAL_SECONDS
 
 PREPARE_SECONDS = 900.0
@@ -123,7 +124,7 @@ class _NodeHost:
         self._timeout = 60.0
         self._is_stopping = threading.Event()
         self._results: threading.Thread | None = None
-        self._usage: threading.Thread | None = None
+        self._usage: Repeating | None = None
         self._grace = 0.0
         self._unsent: deque[tuple[Kind, bytes, float]] = deque()
         """What the head sent for ranks whose ring is full, each with its deadline."""
@@ -149,18 +150,17 @@ class _NodeHost:
         if host.results is not None:
             self._results = threading.Thread(target=self._carry_results, args=(host.results,), daemon=True)
             self._results.start()
-        self._usage = threading.Thread(target=self._tell_usage, args=(host,), daemon=True)
-        self._usage.start()
+        self._usage = Repeating(partial(self._tell_usage, host), USAGE_INTERVAL_SECONDS, "usage")
         self._serve(host)
 
     def stop(self) -> None:
         """End the ranks and the link; no process is left."""
         self._is_stopping.set()
+        if self._usage is not None:
+            self._usage.stop()
         if self._host is not None:
             if self._results is not None:
                 self._results.join(2 * _RESULT_SECONDS)
-            if self._usage is not None:
-                self._usage.join(_RESULT_SECONDS)
             self._host.stop(self._grace)
         self._link.dispose()
 
@@ -241,9 +241,8 @@ class _NodeHost:
                     self._link.send(NodeKind.RESULT, got[1])
 
     def _tell_usage(self, host: RankHost) -> None:
-        with contextlib.suppress(NodeLinkError):
-            while not self._is_stopping.wait(USAGE_INTERVAL_SECONDS):
-                self._link.send(NodeKind.USAGE, encode(_states(host, read_traffic())))
+        with contextlib.suppress(NodeLinkError):  # who receives learns of it
+            self._link.send(NodeKind.USAGE, encode(_states(host, read_traffic())))
 
     def _report(self, report: Report) -> None:
         self._on_report(report)
@@ -253,7 +252,7 @@ class _NodeHost:
 
 
 def _states(host: RankHost, traffic: RdmaTraffic | None = None) -> RankStates:
-    return RankStates([(line.state, line.kernel) for line in host.lines()], traffic)
+    return RankStates([(line.state, line.kernel, line.kernel_seconds) for line in host.lines()], traffic)
 
 
 def _say(task: HostTask, line: str) -> None:

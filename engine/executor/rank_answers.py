@@ -27,7 +27,7 @@ class Answers:
     What goes wrong on the device comes to light while waiting: `fail` is called with it, once, and no answer follows.
     """
 
-    def __init__(self, answer: Callable[[StepResult, bool], None], fail: Callable[[Exception], None]) -> None:
+    def __init__(self, answer: Callable[[StepResult], None], fail: Callable[[Exception], None]) -> None:
         self._answer, self._fail = answer, fail
         self._steps: SimpleQueue[PendingStep] = SimpleQueue()
         threading.Thread(target=self._run, name="answers", daemon=True).start()
@@ -39,6 +39,6 @@ class Answers:
     def _run(self) -> None:
         try:
             while True:
-                self._answer(self._steps.get().wait(), self._steps.empty())
+                self._answer(self._steps.get().wait())
         except Exception as error:  # noqa: BLE001 - the thread's border: the process reports it and ends
             self._fail(error)

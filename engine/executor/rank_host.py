@@ -121,10 +121,12 @@ class RankHost:
         if not self._handles or self._is_stopped:
             return [RankLine(spec, RankState(spec.rank, "spawn", Activity.IDLE, 0, 0, 0.0)) for spec in self.ranks]
         states = read_board(self._wiring.board.view, [handle.spec.rank for handle in self._handles])
-        return [
-            RankLine(handle.spec, state, _kernel_state(handle))
-            for handle, state in zip(self._handles, states, strict=True)
-        ]
+        lines, now = [], time.monotonic()
+        for handle, state in zip(self._handles, states, strict=True):
+            if (kernel := _kernel_state(handle)) != handle.kernel:
+                handle.kernel, handle.kernel_since = kernel, now
+            lines.append(RankLine(handle.spec, state, kernel, now - handle.kernel_since if kernel else 0.0))
+        return lines
 
     def dump_stacks(self) -> None:
         """Put the stacks of all ranks into the log, or what keeps a rank from writing them.

@@ -22,11 +22,12 @@ _WORDS = {Activity.IDLE: "idle", Activity.COMPUTES: "computing", Activity.WAITS:
 
 @dataclass(frozen=True, slots=True)
 class RankLine:
-    """What a rank does at this moment, and what keeps its process from running, if anything does."""
+    """What a rank does at this moment, and what keeps its process from running, for how long, if anything does."""
 
     spec: RankSpec
     state: RankState
     kernel: str = ""
+    kernel_seconds: float = 0.0
 
     def usage(self) -> RankUsage:
         """Say it in words for people."""
@@ -37,7 +38,7 @@ class RankLine:
             spec.node,
             spec.device,
             self.kernel.removeprefix(", ") or doing,
-            state.seconds,
+            self.kernel_seconds if self.kernel else state.seconds,
             state.idle_seconds,
             state.computing_seconds,
             state.waiting_seconds,

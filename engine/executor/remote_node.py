@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Sequence
 from queue import Empty, SimpleQueue
 
@@ -20,6 +21,10 @@ from engine.executor.messages import Kind, MessageError, PhaseReport, decode_rep
 from engine.executor.rank_line import KERNEL_STATES, RankLine
 from engine.executor.roster import Roster
 from engine.placement import RankSpec
+from engine.usage import RankUsage
+
+_MOST = 1 << 62
+"""Beyond any count of bytes or seconds; also what is not finite is."""
 
 
 class RemoteNode:
@@ -33,7 +38,7 @@ class RemoteNode:
         self._roster = roster
         self._results: SimpleQueue[bytes | None] = SimpleQueue()
         self._states: SimpleQueue[list[RankLine]] = SimpleQueue()
-        self._usage: tuple[list[RankLine], RdmaTraffic | None] = ([], None)
+        self._told: tuple[float, list[RankUsage], RdmaTraffic | None] = (0.0, [], None)
         self._gone = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -80,9 +85,10 @@ class RemoteNode:
             return self._states.get(timeout=timeout_seconds)
         return []
 
-    def usage(self) -> tuple[list[RankLine], RdmaTraffic | None]:
-        """What the host said last, about a second ago: of its ranks, and of its node's RDMA ports."""
-        return self._usage
+    def usage(self) -> tuple[list[RankUsage], RdmaTraffic | None]:
+        """What the host said last of its ranks and of its node's RDMA ports: about a second ago, or they are silent."""
+        at, ranks, traffic = self._told
+        return [rank.aged(time.monotonic() - at) for rank in ranks], traffic
 
     def dump_stacks(self) -> None:
         """Have the host put the stacks of its ranks into its log."""
@@ -120,19 +126,27 @@ class RemoteNode:
                     self._states.put(self._lines(decode(body, RankStates)))
                 elif kind == NodeKind.USAGE:
                     said = decode(body, RankStates)
-                    self._usage = (self._lines(said), said.traffic)
+                    ranks = [line.usage() for line in self._lines(said)]
+                    self._told = (time.monotonic(), ranks, _checked(said.traffic))
                 else:
                     self._hear(kind, body)
         except (NodeLinkError, MessageError) as error:
             self._lose(error)
 
     def _lines(self, said: RankStates) -> list[RankLine]:
-        by_rank = {rank.rank: rank for rank in self.ranks}
-        for state, kernel in said.ranks:
+        missing = {rank.rank: rank for rank in self.ranks}
+        lines = []
+        for state, kernel, kernel_seconds in said.ranks:
+            spec = missing.pop(state.rank, None)
+            if spec is None:
+                raise MessageError(f"the state of rank {state.rank}, which is not its own or was told already")
             _check_phase(state.phase)
             if kernel and kernel not in KERNEL_STATES.values():
                 raise MessageError(f"a rank kept from running by {kernel[:40]!r}, which there is not")
-        return [RankLine(by_rank[state.rank], state, kernel) for state, kernel in said.ranks if state.rank in by_rank]
+            spent = (state.idle_seconds, state.computing_seconds, state.waiting_seconds)
+            _check_figures(state.seconds, kernel_seconds, *spent, state.memory_bytes, state.watts)
+            lines.append(RankLine(spec, state, kernel, kernel_seconds))
+        return lines
 
     def _hear(self, kind: int, body: bytes) -> None:
         report = decode_report(kind, body)
@@ -153,6 +167,17 @@ class RemoteNode:
 def _check_phase(phase: str) -> None:
     if phase not in PHASES:
         raise MessageError(f"a report of phase {phase[:40]!r}, which there is not")
+
+
+def _check_figures(*figures: float) -> None:
+    if not all(0 <= figure < _MOST for figure in figures):
+        raise MessageError(f"figures that cannot be: {figures}")
+
+
+def _checked(traffic: RdmaTraffic | None) -> RdmaTraffic | None:
+    if traffic is not None:
+        _check_figures(traffic.seconds, traffic.sent_bytes, traffic.received_bytes)
+    return traffic
 
 
 def _fault_of(kind: int, body: bytes) -> str:

@@ -27,7 +27,10 @@ class GpuMeter:
             self._opened = _open(self._index)
         nvml, handle = self._opened
         if nvml is None:
-            free, total = torch.cuda.mem_get_info(self._index)
+            try:
+                free, total = torch.cuda.mem_get_info(self._index)
+            except RuntimeError:  # after a fault of the device nothing answers any more
+                return DeviceUsage()
             return DeviceUsage(total - free)
         memory = _ask(nvml, "nvmlDeviceGetMemoryInfo", handle)
         milliwatts = _ask(nvml, "nvmlDeviceGetPowerUsage", handle)

@@ -105,6 +105,7 @@ class Watch:
         """Take a reading made at `at` (seconds, rising) and return the picture it makes with those before."""
         if self._readings and _went_back(self._readings[-1][1], reading):
             self._readings.clear()
+            self._ranks = RankPicture()
             self.num_restarts += 1
         while len(self._readings) > 1 and at - self._readings[1][0] >= self.window_seconds:
             self._readings.popleft()

@@ -5,7 +5,6 @@ Knows: hlaunch's own `hlaunch_rank_…` and `hlaunch_node_…`, which no other s
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -26,6 +25,8 @@ _TRAFFIC: Mapping[str, str] = {
     "sent": "hlaunch_node_rdma_sent_bytes_total",
     "received": "hlaunch_node_rdma_received_bytes_total",
 }
+_MOST = 1e18
+"""Beyond any count of bytes or seconds: also what is not finite is."""
 Key = tuple[str, str]
 
 
@@ -91,10 +92,10 @@ def read_ranks(samples: Mapping[str, Sequence[Sample]]) -> RankReading:
     values: dict[Key, dict[str, float]] = {}
     for word, name in _VALUES.items():
         for key, sample in _of_ranks(samples, name):
-            if math.isfinite(sample.value) and sample.value >= 0:
+            if 0 <= sample.value < _MOST:
                 values.setdefault(key, {})[word] = sample.value
-    ranks = [
-        Rank(
+    ranks = {
+        key: Rank(
             *key,
             sample.labels.get("node", ""),
             sample.labels.get("device", ""),
@@ -103,13 +104,13 @@ def read_ranks(samples: Mapping[str, Sequence[Sample]]) -> RankReading:
         )
         for key, sample in _of_ranks(samples, "hlaunch_rank_state")
         if sample.value == 1
-    ]
+    }
     traffic: dict[str, dict[str, float]] = {}
     for word, name in _TRAFFIC.items():
         for sample in samples.get(name, ()):
-            if math.isfinite(sample.value) and sample.labels.get("node"):
+            if 0 <= sample.value < _MOST and sample.labels.get("node"):
                 traffic.setdefault(sample.labels["node"], {})[word] = sample.value
-    return RankReading(tuple(sorted(ranks, key=lambda rank: tuple(map(_number, rank.key)))), traffic)
+    return RankReading(tuple(sorted(ranks.values(), key=lambda rank: tuple(map(_number, rank.key)))), traffic)
 
 
 def compare(before: RankReading, now: RankReading, last: RankPicture) -> RankPicture:

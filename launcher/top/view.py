@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from launcher.console import Line, layout_table
+from launcher.console import Line, clip, layout_table
 from launcher.top.figures import Figures, Quantiles
 from launcher.top.rank_view import rank_lines
 
@@ -32,13 +32,13 @@ def screen(
     state = reading.state or "serving"
     lines: list[Line] = [
         [
-            (_cut(title, width - len(state) - 2), "bold"),
+            (clip(title, width - len(state) - 2), "bold"),
             ("  ", ""),
             (state, "green" if state in ("ready", "serving") else "yellow"),
         ]
     ]
     if trouble:
-        lines.append([("! ", "bold red"), (_cut(trouble, width - 2), "red")])
+        lines.append([("! ", "bold red"), (clip(trouble, width - 2), "red")])
     if figures.num_restarts:
         lines.append([(f"restarts while watched: {figures.num_restarts}", "yellow")])
     lines.append([])
@@ -61,7 +61,7 @@ def screen(
     lines += _latencies(figures, width)
     lines += _rows(figures, width)
     lines += rank_lines(figures.ranks, width)
-    lines += [[], [(_cut(f"every {interval:g} s; Ctrl-C leaves", width), "dim")]]
+    lines += [[], [(clip(f"every {interval:g} s; Ctrl-C leaves", width), "dim")]]
     return lines
 
 
@@ -210,7 +210,3 @@ def duration(seconds: float) -> str:
     if seconds < 0.999_5:
         return f"{seconds * 1e3:.0f}ms"
     return f"{seconds:.1f}s" if seconds < 99.95 else f"{seconds:,.0f}s"
-
-
-def _cut(text: str, width: int) -> str:
-    return text if len(text) <= width else text[: max(0, width - 3)] + "..."

@@ -29,11 +29,11 @@ def ended(threads: set[threading.Thread]) -> None:
 
 
 def test_steps_are_answered_in_order_while_more_are_launched() -> None:
-    answered: list[tuple[int, bool]] = []
+    answered: list[int] = []
     all_there = threading.Event()
 
-    def answer(result: StepResult, is_last: bool) -> None:
-        answered.append((result.step_id, is_last))
+    def answer(result: StepResult) -> None:
+        answered.append(result.step_id)
         if len(answered) == 3:
             all_there.set()
 
@@ -46,7 +46,7 @@ def test_steps_are_answered_in_order_while_more_are_launched() -> None:
     steps[0].over.set()
     steps[2].over.set()
     assert all_there.wait(10)
-    assert answered == [(0, False), (1, False), (2, True)]
+    assert answered == [0, 1, 2]
 
 
 def test_a_step_that_fails_is_told_once_and_nothing_follows() -> None:
@@ -59,7 +59,7 @@ def test_a_step_that_fails_is_told_once_and_nothing_follows() -> None:
         failed.set()
 
     before = set(threading.enumerate())
-    answers = Answers(lambda result, _: answered.append(result.step_id), fail)
+    answers = Answers(lambda result: answered.append(result.step_id), fail)
     threads = set(threading.enumerate()) - before
     steps = [Step(0), Step(1, RuntimeError("an illegal address")), Step(2)]
     for step in steps:

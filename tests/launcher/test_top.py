@@ -23,7 +23,7 @@ from metrics_text import SGLANG, ranks, vllm
 from stub_server import Stub, serving
 
 from launcher.client import Client
-from launcher.console import Console
+from launcher.console import Console, clip
 from launcher.errors import EngineFailed
 from launcher.top import exposition
 from launcher.top.exposition import MetricsInvalid, parse
@@ -263,6 +263,28 @@ def test_every_rank_has_a_row_with_its_shares_of_the_last_interval() -> None:
     assert rank_lines(pair(vllm(), vllm()).ranks, 80) == []
 
 
+def test_shares_of_a_process_that_is_gone_are_not_shown_for_the_next() -> None:
+    state = Watch()
+    for at in (0.0, 1.0):
+        state.add(at, read(parse(vllm() + ranks(10.0 + at))))
+    figures = state.add(2.0, read(parse(vllm((1, 0)) + ranks(1.0))))
+    assert figures.num_restarts == 1
+    assert {rank.computing for rank in figures.ranks.ranks} == {None}
+    assert figures.ranks.traffic == {}
+
+
+def test_what_a_server_says_of_ranks_is_held_within_bounds() -> None:
+    place = 'engine="0",rank="0",node="n",device="cpu"'
+    said = "".join(f"hlaunch_rank_{name}{{{place}}} {value}\n" for name, value in (
+        ("memory_bytes", "1.7e308"), ("power_watts", "NaN"), ("state_seconds", "-5"),
+    ))  # fmt: skip
+    said += f'hlaunch_rank_state{{{place},state="a"}} 1\nhlaunch_rank_state{{{place},state="b"}} 1\n'
+    said += 'hlaunch_rank_state{engine="0",state="c"} 1\nhlaunch_node_rdma_sent_bytes_total{node="n"} 1.7e308\n'
+    (rank,) = read(parse(vllm() + said)).ranks.ranks
+    assert (rank.state, rank.values) == ("b", {})
+    assert read(parse(vllm() + said)).ranks.traffic == {}
+
+
 def test_ranks_as_json() -> None:
     shown = pair(vllm() + ranks(10.0), vllm() + ranks(12.0)).to_json()
     assert shown["ranks"][3] == {
@@ -281,6 +303,12 @@ def test_ranks_are_not_wider_than_the_terminal_and_many_are_counted() -> None:
         lines = rank_picture(width, num_ranks=64, num_engines=8)
         assert max(len(line) for line in lines) <= width
         assert "… and 32 more" in lines
+    assert rank_picture(40)[1:4] == [
+        "RANK  NODE   STATE                  BUSY",
+        "0     node0  computing               90%",
+        "1     node0  computing               85%",
+    ]
+    assert clip("ノード" * 20, 10) == "ノード..."
 
 
 def test_no_line_is_wider_than_the_terminal() -> None:
