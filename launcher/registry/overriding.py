@@ -6,7 +6,7 @@ Knows: how both are written and what they may set. Refuses to know: the file, th
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from launcher.errors import Issue, Severity
@@ -31,6 +31,8 @@ from launcher.registry.values import BadValue, show_text
 
 _VARIABLE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
 _NO_MARK = Mark(0, 0)
+_ITEM = re.compile(r"""\s*+(?:"((?:[^"\\]|\\.)*+)"|'((?:[^']|'')*+)'|(?!['"])([^,"]*+))\s*+(?=,|\Z)""", re.DOTALL)
+"""One item of a list, possessive: nothing is tried twice, so a hostile text costs no time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,13 +158,33 @@ def _read_override_variable(name: str, value: str) -> str | None:
     return read_variable(Scalar(value, "argument", _NO_MARK)) if value else None
 
 
+def list_text(items: Sequence[str]) -> str:
+    """Write items as the text of one flag, so that `read_text` gives them back."""
+    return ", ".join('"' + re.sub(r'(["\\])', r"\\\1", item) + '"' for item in items)
+
+
+def _items(text: str) -> Iterator[str]:
+    """Give the items between commas; one in quotes may hold commas, as in YAML. Raises: BadValue."""
+    position = 0
+    while position <= len(text):
+        item = _ITEM.match(text, position)
+        if item is None:
+            raise BadValue("bad-text", "a quote is missing, or stands inside an item", 'write [x, "y z"]')
+        double, single, plain = item.groups()
+        if double is not None:
+            yield re.sub(r"\\([\"\\])", r"\1", double)
+        else:
+            yield plain.rstrip() if single is None else single.replace("''", "'")
+        position = item.end() + 1
+
+
 def read_text(spec: KeySpec, text: str) -> Value:
     """Type the text of a flag or a variable; empty or `null` leaves the layer silent."""
     scalar = Scalar(text, "argument", _NO_MARK)
     if scalar.is_null:
         return None
     if spec.kind is Kind.TEXTS:
-        items = [part.strip() for part in text.removeprefix("[").removesuffix("]").split(",")]
+        items = _items(text.strip().removeprefix("[").removesuffix("]"))
         return tuple(str(read_scalar(spec, Scalar(item, "argument", _NO_MARK))) for item in items)
     value: Value = read_scalar(spec, scalar)  # type: ignore[assignment]
     return value

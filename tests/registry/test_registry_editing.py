@@ -67,6 +67,7 @@ CASES = [
     ("a", "placement.nodes", "n1,n2", ["+     placement: {nodes: [n1, n2]}"]),
     ("a", "env.B", "x y: #z", ['+       B: "x y: #z"']),
     ("a", "env.A", "2", ["-       A: 1", '+       A: "2"']),
+    ("a", "tags", '[p, "q r"]', ["-     tags:", "-       - x", "-       - y", "+     tags: [p, q r]"]),
     ("a", "tags", "p,q", ["-     tags:", "-       - x", "-       - y", "+     tags: [p, q]"]),
     (
         "a",

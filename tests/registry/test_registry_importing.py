@@ -182,6 +182,11 @@ def test_the_seeds_registry_and_its_env() -> None:
     assert set(names) <= set(actions)
 
 
+def test_items_of_a_list_stay_whole() -> None:
+    imported = from_model_registry("models: {m: {model: org/m, tags: ['a, b', 'say \"c\"', d]}}", "r.yml")
+    assert only(imported).texts("tags") == ("a, b", 'say "c"', "d")
+
+
 def test_a_registry_with_unusable_parts() -> None:
     text = "x: 1\nmodels:\n  a b: {model: org/a, temperature: 1}\n  c: {dtype: auto}\n  d: [x]\n"
     imported = from_model_registry(text, "r.yml")

@@ -12,6 +12,7 @@ from registry_support import REGISTRY, ROOT, SEED, one
 from launcher.errors import Issue, OverrideError, RegistryInvalid, UnknownModel
 from launcher.registry import Layer, SecretRef, Value, load_registry, parse_registry, resolve
 from launcher.registry.keys import DASHED, ENVIRONMENT, ENVIRONMENT_ALIASES, KEYS, Kind
+from launcher.registry.overriding import list_text, read_text
 
 
 def wrong(text: str) -> list[Issue]:
@@ -121,6 +122,7 @@ TYPED: list[tuple[str, Value]] = [
     ("dtype=bfloat16", "bfloat16"),
     ("served-model-name=a,b", ("a", "b")),
     ("served-model-name=[a, b]", ("a", "b")),
+    ("served-model-name=[a, 'b', \"c\"]", ("a", "b", "c")),
     ("tool-call-parser=a=b", None),
     (" port =1", 1),
 ]
@@ -167,6 +169,28 @@ def test_two_variables_of_one_option_must_agree() -> None:
     issue = refused(**{**both, "HLAUNCH_TENSOR_PARALLEL_SIZE": "4"})
     assert (issue.code, issue.source, issue.path) == ("two-spellings", "$HLAUNCH_TP", "tensor-parallel-size")
     assert "$HLAUNCH_TENSOR_PARALLEL_SIZE" in issue.message
+
+
+LISTS = [
+    ('[x, "y z"]', ("x", "y z")),
+    ('x,"a, b"', ("x", "a, b")),
+    ("['it''s', don't]", ("it's", "don't")),
+    (r'"a \"b\" \\", c', ('a "b" \\', "c")),
+    ('["x", y: #z]', ("x", "y: #z")),
+]
+
+
+@pytest.mark.parametrize(("text", "items"), LISTS)
+def test_quotes_in_a_list_enclose_an_item(text: str, items: tuple[str, ...]) -> None:
+    assert read_text(KEYS["tags"], text) == items
+    assert read_text(KEYS["tags"], list_text(items)) == items
+
+
+@pytest.mark.parametrize("text", ['["x, y]', '[x", y]', '["x" y, z]', "['x]", '"""'])
+def test_quotes_that_do_not_match_are_one_error(text: str) -> None:
+    issue = refused(f"served-model-name={text}")
+    assert (issue.code, issue.message) == ("bad-text", "a quote is missing, or stands inside an item")
+    assert issue.hint == 'write [x, "y z"]'
 
 
 OVERRIDES = [

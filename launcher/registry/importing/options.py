@@ -11,6 +11,7 @@ from launcher.registry.editing.writing import yaml_value
 from launcher.registry.flags import find_flag, find_negated, flags
 from launcher.registry.importing.changes import Change, Entry
 from launcher.registry.keys import KEYS, KeySpec, Kind
+from launcher.registry.overriding import list_text
 from launcher.registry.suggest import did_you_mean
 from launcher.registry.values import BadValue, is_secret_name, show_text
 
@@ -59,6 +60,8 @@ def _take(entry: Entry, spec: KeySpec, value: str | list[str] | None, written: s
         return Change("dropped", source, "", "hlaunch never runs code that comes with a model", entry.name)
     if spec.kind in (Kind.TOKENS, Kind.INTEGER, Kind.SIZE):
         text = _number(text)
+    if spec.kind is Kind.TEXTS and isinstance(value, list):
+        text = list_text(value)
     try:
         taken = yaml_value(spec, text)
     except BadValue as error:
