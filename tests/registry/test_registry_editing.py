@@ -251,6 +251,50 @@ def test_a_new_registry_begins_with_its_first_entry() -> None:
             add_entry(text, "r.yml", taken, [("model", "x")])
 
 
+FIRST = "  m:\n    model: org/m\n    port: 1"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected", "line"),
+    [
+        ("", f"models:\n{FIRST}\n", 2),
+        ("# only\n", f"# only\nmodels:\n{FIRST}\n", 3),
+        ("models: {}", f"models:\n{FIRST}", 2),
+        ("models: {}  # none yet\n# end\n", f"models:  # none yet\n{FIRST}\n# end\n", 2),
+        ("version: 1\nmodels:\n", f"version: 1\nmodels:\n{FIRST}\n", 3),
+        ("models: # none\ndefaults: {tp: 2}\n", f"models: # none\n{FIRST}\ndefaults: {{tp: 2}}\n", 2),
+        ("models: ~\n\nversion: 1\n", f"models:\n{FIRST}\n\nversion: 1\n", 2),
+        ("version: 1", f"version: 1\nmodels:\n{FIRST}\n", 3),
+        ("version: 1\r\nmodels: {}\r\n", "version: 1\r\nmodels:\r\n" + FIRST.replace("\n", "\r\n") + "\r\n", 3),
+        ("{version: 1, models: {}}\n", "{version: 1, models: {m: {model: org/m, port: 1}}}\n", 1),
+        ("{version: 1, models: }\n", "{version: 1, models: {m: {model: org/m, port: 1}}}\n", 1),
+        ("{version: 1}\n", "{version: 1, models: {m: {model: org/m, port: 1}}}\n", 1),
+        ("{}\n", "{models: {m: {model: org/m, port: 1}}}\n", 1),
+    ],
+)
+def test_a_registry_without_models_gets_its_first(text: str, expected: str, line: int) -> None:
+    edit = add_entry(text, "r.yml", "m", [("model", "org/m"), ("port", "1")])
+    assert (edit.text, edit.line) == (expected, line)
+    assert resolve(parse_registry(edit.text), "m").integer("port") == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "models: []\n",
+        "models: {}\ndefaults: {prot: 1}\n",
+        "models: {}\ndefaults: {max-num-seqs: 5000}\n",
+        "x-m: &m {}\nmodels: *m\n",
+        "models: { # why\n}\n",
+        "models: &m {}\nx-m: *m\n",
+        "~\n",
+    ],
+)
+def test_a_registry_that_lacks_more_than_models_is_not_begun(text: str) -> None:
+    with pytest.raises((RegistryInvalid, EditRefused)):
+        add_entry(text, "r.yml", "m", [("model", "org/m"), ("port", "1")])
+
+
 TEXTS = st.one_of(
     st.text(max_size=30),
     st.sampled_from(
@@ -454,6 +498,15 @@ def test_without_a_registry_of_ones_own_add_begins_one(here: Here) -> None:
     assert here("registry", "add", "mine", "--model", "org/x").code == 0
     assert here("validate").out == "model_registry.yml: valid, 1 model\n"
     assert (ROOT / "model_registry.yml").read_bytes() == packaged
+
+
+@pytest.mark.parametrize("text", ["models: {}\n", "", "# mine\n"])
+def test_add_begins_a_registry_that_has_no_models(here: Here, text: str) -> None:
+    here.write(text)
+    assert here("registry", "add", "mine", "--model", "org/x").code == 0
+    assert here("validate").out == "model_registry.yml: valid, 1 model\n"
+    assert here("registry", "add", "more", "--model", "org/y").code == 0
+    assert here("validate").out == "model_registry.yml: valid, 2 models\n"
 
 
 def test_init_writes_a_registry_that_is_valid_and_never_replaces_one(here: Here) -> None:

@@ -17,6 +17,7 @@ from launcher.registry.editing.ranges import (
     EditRefused,
     after_line,
     change,
+    first_entry,
     flow_of,
     has_gap,
     indent_of,
@@ -36,6 +37,8 @@ from launcher.registry.shapes import NAME_PATTERN, NAME_RULE
 from launcher.registry.values import BadValue
 
 _HEADER = "# hlaunch's model registry: `hlaunch schema --keys` lists what an entry may hold.\nversion: 1\n\nmodels:\n"
+_WITHOUT_MODELS = frozenset({("empty", ""), ("missing-key", "models"), ("no-models", "models")})
+"""Codes and paths of what is wrong with a registry that only lacks its first model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,12 +110,17 @@ def _block(text: str, place: Path, name: str) -> Span:
 
 
 def add_entry(text: str, source: str, name: str, settings: Sequence[tuple[str, str]]) -> Edit:
-    """Add an entry at the end of `models`. `settings` has `model`; values are as `--set` takes them.
+    """Add an entry at the end of `models`, or the first one. `settings` has `model`; values are as `--set` takes them.
 
     Raises: as `set_value`; EditRefused when the name is taken.
     """
     _check_name(name)
-    registry = parse_registry(text, source)
+    try:
+        registry = parse_registry(text, source)
+    except RegistryInvalid as error:
+        if {(issue.code, issue.path) for issue in error.issues if issue.severity == "error"} <= _WITHOUT_MODELS:
+            return _add_first(text, source, name, settings)
+        raise
     taken = {word.casefold(): entry for entry in registry.models.values() for word in (entry.name, *entry.aliases)}
     if (owner := taken.get(name.casefold())) is not None:
         hint = f"it stands at {source}:{owner.mark.line}; change it: hlaunch registry set {owner.name} KEY=VALUE"
@@ -136,6 +144,19 @@ def add_entry(text: str, source: str, name: str, settings: Sequence[tuple[str, s
     _prove(edited, source, with_value(content_of(text, source), ("models", name), leaf), registry.issues)
     line = edited.count("\n", 0, start + len(new) - len(new.lstrip())) + 1
     return Edit(edited, name, line)
+
+
+def _add_first(text: str, source: str, name: str, settings: Sequence[tuple[str, str]]) -> Edit:
+    pairs = _nested(settings)
+    body = [f"  {yaml_text(name)}:", *(f"    {key}: {value}" for key, value in pairs)]
+    flow = f"{yaml_text(name)}: {{{', '.join(f'{key}: {value}' for key, value in pairs)}}}"
+    start, end, new = first_entry(text, read_spans(text), body, flow)
+    edited = text[:start] + new + text[end:]
+    leaf = value_at(content_of(f"models: {{{flow}}}"), ("models", name))
+    _prove(edited, source, with_value(content_of(text, source), ("models", name), leaf), ())
+    # Inside braces the entry has no lines of its own.
+    at = edited.find(line_break(text).join(body), start)
+    return Edit(edited, name, edited.count("\n", 0, max(at, start)) + 1)
 
 
 def begin_registry(source: str, name: str, settings: Sequence[tuple[str, str]]) -> Edit:

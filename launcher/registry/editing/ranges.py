@@ -80,6 +80,30 @@ def into_flow(text: str, node: Span, pair: str) -> tuple[int, str]:
     return opening, f"{pair}, " if node.pairs else pair
 
 
+def first_entry(text: str, root: Span | None, body: list[str], flow: str) -> tuple[int, int, str]:
+    """Return the range to replace and its new text, so that a registry without models has one.
+
+    The entry is `body`, lines of a block, or `flow` where the registry itself stands in braces.
+    Raises: EditRefused where the place of the models holds something else.
+    """
+    newline = line_break(text)
+    block = newline + newline.join(body)
+    models = value_of(root, "models")
+    if root is not None and root.kind == "mapping" and not root.is_block:
+        if models is None:
+            start, new = into_flow(text, root, f"models: {{{flow}}}")
+            return start, start, new
+        return _replacement(text, models, models, f"{{{flow}}}")
+    if models is None:
+        gap = newline if text and not text.endswith("\n") else ""
+        return len(text), len(text), f"{gap}models:{block}{newline}"
+    if models.kind == "alias" or "#" in text[models.start : models.end]:
+        raise EditRefused("models is written by reference, or with comments", hint="edit the file by hand")
+    # A comment behind the braces stays on the line of the key.
+    comment = text[models.end :].partition("\n")[0].rstrip()
+    return len(text[: models.start].rstrip(" ")), models.end + len(comment), comment + block
+
+
 def after_line(text: str, leaf: Span, lines: list[str]) -> tuple[int, str]:
     """Insert whole lines behind the one on which a node ends, its comment included."""
     newline = line_break(text)
