@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from engine.config import EngineConfig, ModelConfig
@@ -27,10 +28,14 @@ from engine.memory import (
     should_expand_experts,
 )
 from engine.placement import RankSpec, embedding_rows, shard
+from launcher.plan.inventory import Inventory
 from launcher.sizes import GIB
 
 MAX_SHARE = 0.97
 """Largest gpu-memory-utilization to suggest: drivers keep a little for themselves."""
+
+LIVE_MARGIN_BYTES = 256 << 20
+"""Most that suggestions leave of memory that is free just now: seconds later a little less may be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +62,13 @@ class Suggestion:
 
 @dataclass(frozen=True, slots=True)
 class FitReport:
-    """The fit of one rank with what led to it. `full_request_bytes` is the KV of one request of full length."""
+    """The fit of one rank with what led to it. `full_request_bytes` is the KV of one request of full length.
+
+    `minimum_bytes`: what the budget must hold to serve one of them, which is no longer than the model takes.
+    """
 
     memory: MemoryFit
+    minimum_bytes: int
     limits: Limits
     checkpoint_bytes: int
     is_from_files: bool
@@ -77,12 +86,6 @@ class FitReport:
     @property
     def full_request_bytes(self) -> int:
         return self.memory.blocks_per_full_request * self.memory.kv_block_bytes
-
-    @property
-    def minimum_bytes(self) -> int:
-        """What the budget must hold to serve one request of full length."""
-        serving = self.memory.fixed_bytes + self.full_request_bytes + self.memory.kv_block_bytes
-        return max(serving, self.memory.weight_bytes + self.memory.load_bytes + self.memory.runtime_bytes)
 
     def cause(self) -> str:
         """Say in one line why it does not fit."""
@@ -110,6 +113,16 @@ class FitReport:
         )
 
 
+def live_margin(inventory: Inventory, budget_bytes: int, share_bytes: int = 0) -> int:
+    """Give the bytes of a budget that suggestions leave alone: some, where it is what this host has free just now.
+
+    `share_bytes` of a GPU were asked: a budget that reaches them does not depend on the moment.
+    """
+    if not inventory.is_this_host or 0 < share_bytes <= budget_bytes:
+        return 0
+    return min(LIVE_MARGIN_BYTES, budget_bytes // 50)
+
+
 def limits_of(config: EngineConfig, model: ModelConfig) -> Limits:
     """Read the limits out of an engine configuration, with the model's own where that leaves them open."""
     return Limits(
@@ -130,11 +143,13 @@ def report_fit(
     *,
     rank: RankSpec | None = None,
     total_bytes: int = 0,
+    margin_bytes: int = 0,
 ) -> FitReport:
     """Fit one rank whose budget is `budget_bytes`: `rank`'s share, else the whole model on `config.device`.
 
     `folder` None counts the checkpoint from the shape alone. `total_bytes` of a GPU lets the report suggest a larger
-    share of it. Raises: ConfigError when a safetensors header on disk is malformed.
+    share of it. What is suggested leaves `margin_bytes` of the budget if it can. Raises: ConfigError when a safetensors
+    header on disk is malformed.
     """
     is_gpu = (rank.device if rank is not None else config.device).startswith("cuda")
     dtype = "bfloat16" if is_gpu else cpu_dtype(config.dtype)
@@ -147,10 +162,6 @@ def report_fit(
         heads = rank.kv_heads[1] - rank.kv_heads[0]
         block_bytes = share_block_bytes(model, rank.layers, heads, limits.block_size, kv_dtype)
     is_expanded = not is_gpu and should_expand_experts(own, dtype, budget_bytes)
-    weight_bytes = rank_weight_bytes(
-        model, rank, is_gpu=is_gpu, dtype=dtype, is_expanded=is_expanded, num_positions=limits.max_model_len
-    )
-
     half_exact = HalfExact() if is_gpu else half_exact_of(config, model, folder)
 
     def cpu_of(tried: Limits) -> CpuMemory | None:
@@ -160,10 +171,14 @@ def report_fit(
         seqs, tokens = tried.max_num_seqs, tried.max_num_batched_tokens
         return cpu_memory(own, replace(wanted, max_num_seqs=seqs, max_num_batched_tokens=tokens))
 
-    def try_fit(tried: Limits) -> MemoryFit:
+    def fit_in(bytes_in_all: int, tried: Limits) -> MemoryFit:
+        # The rotary table is as long as the context, so weights are counted anew for each one that is tried.
+        weight_bytes = rank_weight_bytes(
+            model, rank, is_gpu=is_gpu, dtype=dtype, is_expanded=is_expanded, num_positions=tried.max_model_len
+        )
         return fit(
             model,
-            budget_bytes=budget_bytes,
+            budget_bytes=bytes_in_all,
             weight_bytes=weight_bytes,
             kv_dtype=kv_dtype,
             block_size=tried.block_size,
@@ -177,9 +192,11 @@ def report_fit(
             share=own,
         )
 
-    memory = try_fit(limits)
+    memory = fit_in(budget_bytes, limits)
+    longest = replace(limits, max_model_len=min(limits.max_model_len, model.max_position_embeddings))
     report = FitReport(
         memory=memory,
+        minimum_bytes=_minimum(fit_in(budget_bytes, longest)),
         limits=limits,
         checkpoint_bytes=on_disk or model_bytes(model),
         is_from_files=on_disk > 0,
@@ -192,14 +209,26 @@ def report_fit(
     )
     if memory.fits:
         return report
-    if limits.max_model_len > model.max_position_embeddings:
-        # Whatever else is changed, no model takes more; so this is what to change, and the rest goes by it.
-        found = _suggest_context(
-            replace(limits, max_model_len=model.max_position_embeddings), lambda tried: try_fit(tried).fits
-        )
-        return replace(report, suggestions=found)
-    found = suggest(limits, try_fit, can_fix_pool=not is_gpu)
-    return replace(report, suggestions=(*_larger_share(report, config, total_bytes), *found))
+
+    def suggestions(bytes_in_all: int) -> tuple[Suggestion, ...]:
+        try_fit = partial(fit_in, bytes_in_all)
+        if longest != limits:
+            # Whatever else is changed, no model takes more; so this is what to change, and the rest goes by it.
+            return _suggest_context(longest, lambda tried: try_fit(tried).fits)
+        return suggest(limits, try_fit, can_fix_pool=not is_gpu)
+
+    found = suggestions(budget_bytes - margin_bytes)
+    if not found and margin_bytes:
+        # Better what just fits than nothing.
+        found = suggestions(budget_bytes)
+    larger = _larger_share(report, config, total_bytes) if longest == limits else ()
+    return replace(report, suggestions=(*larger, *found))
+
+
+def _minimum(memory: MemoryFit) -> int:
+    """Bytes with which one request of full length can be served, and the weights be loaded."""
+    serving = memory.fixed_bytes + (memory.blocks_per_full_request + 1) * memory.kv_block_bytes
+    return max(serving, memory.weight_bytes + memory.load_bytes + memory.runtime_bytes)
 
 
 def rank_weight_bytes(

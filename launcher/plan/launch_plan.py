@@ -18,7 +18,7 @@ from launcher.errors import DoesNotFit, HlaunchError, Issue, PreflightError
 from launcher.fabric.declared import launch_findings, problem_of, warnings_of
 from launcher.plan import settings
 from launcher.plan.environment import Variable, as_mapping, engine_environment, engine_packages_missing
-from launcher.plan.fit import FitReport, report_fit
+from launcher.plan.fit import FitReport, live_margin, report_fit
 from launcher.plan.gpus import DeviceChoice, choose_device, memory_note, usable_gpus, visible_gpus
 from launcher.plan.inventory import Gpu, Inventory
 from launcher.plan.joined_nodes import (
@@ -294,11 +294,15 @@ def _fit_ranks(placement: Placement, sizing: Sizing, problems: list[HlaunchError
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """What a rank may take: `bytes`, of a GPU with `gpu_bytes` in all (0 on a CPU). `note`: who holds the rest."""
+    """What a rank may take: `bytes`, of a GPU with `gpu_bytes` in all (0 on a CPU). `note`: who holds the rest.
+
+    `margin_bytes` of it are free only now, and no suggestion counts on them.
+    """
 
     bytes: int
     gpu_bytes: int = 0
     note: str = ""
+    margin_bytes: int = 0
 
 
 def rank_budget(entry: ResolvedEntry, config: EngineConfig, inventory: Inventory, choice: DeviceChoice) -> Budget:
@@ -308,13 +312,15 @@ def rank_budget(entry: ResolvedEntry, config: EngineConfig, inventory: Inventory
     """
     gpu = choice.gpu
     if gpu is None:
-        return Budget(inventory.memory_available_bytes)
+        free = inventory.memory_available_bytes
+        return Budget(free, margin_bytes=live_margin(inventory, free))
     share = int(config.cache.gpu_memory_utilization * gpu.memory_bytes)
     free = gpu.free_bytes or gpu.memory_bytes
     if gpu.is_unified:
         spare = entry.values.get("ready.min-free-memory")
         free = inventory.memory_available_bytes - (spare.value if spare and isinstance(spare.value, int) else 0)
-    return Budget(max(0, min(share, free)), gpu.memory_bytes, memory_note(gpu, share) or "")
+    budget = max(0, min(share, free))
+    return Budget(budget, gpu.memory_bytes, memory_note(gpu, share) or "", live_margin(inventory, budget, share))
 
 
 def _fit(
@@ -322,7 +328,9 @@ def _fit(
 ) -> FitReport | None:
     folder = files.folder if config.load_format != "dummy" else None
     try:
-        report = report_fit(config, model, folder, budget.bytes, total_bytes=budget.gpu_bytes)
+        report = report_fit(
+            config, model, folder, budget.bytes, total_bytes=budget.gpu_bytes, margin_bytes=budget.margin_bytes
+        )
     except ConfigError as error:
         problems.append(PreflightError(str(error), hint=error.hint))
         return None

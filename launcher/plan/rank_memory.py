@@ -31,7 +31,7 @@ from engine.placement import (
     shard,
 )
 from launcher.errors import DoesNotFit
-from launcher.plan.fit import FitReport, Suggestion, limits_of, rank_weight_bytes, report_fit
+from launcher.plan.fit import FitReport, Suggestion, limits_of, live_margin, rank_weight_bytes, report_fit
 from launcher.plan.inventory import Inventory
 from launcher.sizes import GIB
 
@@ -99,17 +99,22 @@ class Sizing:
     folder: Path | None = None
     spare_bytes: int = 0
 
-    def budget(self, rank: RankSpec, num_cpu_ranks: int) -> tuple[int, int]:
-        """Give (bytes that a rank may take, bytes of its GPU in all); CPU ranks share their node's free memory."""
+    def budget(self, rank: RankSpec, num_cpu_ranks: int) -> tuple[int, int, int]:
+        """Give (bytes that a rank may take, bytes of its GPU in all, bytes that no suggestion counts on).
+
+        CPU ranks share their node's free memory.
+        """
         inventory = self.inventories[rank.node]
         if rank.backend != "cuda":
-            return inventory.memory_available_bytes // max(1, num_cpu_ranks), 0
+            budget = inventory.memory_available_bytes // max(1, num_cpu_ranks)
+            return budget, 0, live_margin(inventory, budget)
         gpu = inventory.gpus[int(rank.device.partition(":")[2])]
         share = int(self.config.cache.gpu_memory_utilization * gpu.memory_bytes)
         free = gpu.free_bytes or gpu.memory_bytes
         if gpu.is_unified:
             free = inventory.memory_available_bytes - self.spare_bytes
-        return max(0, min(share, free)), gpu.memory_bytes
+        budget = max(0, min(share, free))
+        return budget, gpu.memory_bytes, live_margin(inventory, budget, share)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,10 +141,10 @@ def report_memory(placement: Placement, sizing: Sizing) -> MemoryReport:
     worst: FitReport | None = None
     for rank in placement.ranks:
         same = [other for other in placement.on_node(rank.node) if other.backend != "cuda"]
-        budget, total = sizing.budget(rank, len(same))
-        key = (_share(rank), rank.backend, budget, total)
+        budget, total, margin = sizing.budget(rank, len(same))
+        key = (_share(rank), rank.backend, budget, total, margin)
         if key not in known:
-            known[key] = _size(rank, sizing, budget, total)
+            known[key] = _size(rank, sizing, budget, total, margin)
         found, report = known[key]
         if report is not None and not report.fits and (worst is None or report.minimum_bytes > worst.minimum_bytes):
             worst = report
@@ -174,10 +179,12 @@ def _share(rank: RankSpec) -> tuple[object, ...]:
     return rank.layers, rank.kv_heads, rank.mlp_units, rank.experts, rank.copied_experts, rank.vocab, rank.has_embedding
 
 
-def _size(rank: RankSpec, sizing: Sizing, budget: int, total: int) -> tuple[RankMemory, FitReport | None]:
+def _size(rank: RankSpec, sizing: Sizing, budget: int, total: int, margin: int) -> tuple[RankMemory, FitReport | None]:
     if rank.kv_heads[0] == rank.kv_heads[1]:
         return _without_cache(rank, sizing, budget), None
-    report = report_fit(sizing.config, sizing.model, sizing.folder, budget, rank=rank, total_bytes=total)
+    report = report_fit(
+        sizing.config, sizing.model, sizing.folder, budget, rank=rank, total_bytes=total, margin_bytes=margin
+    )
     return memory_of(report, rank.rank, rank.device), report
 
 

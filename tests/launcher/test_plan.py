@@ -78,6 +78,43 @@ def test_every_suggestion_fits_and_is_the_largest(tmp_path: Path) -> None:
     assert not beyond.fit.fits
 
 
+def longest_offered(plan: LaunchPlan) -> int:
+    assert plan.fit is not None
+    return next(int(value) for item in plan.fit.suggestions for key, value in item.settings if key == "max-model-len")
+
+
+def test_the_longest_context_is_counted_with_its_own_rotary_table(tmp_path: Path) -> None:
+    saved = replace(BIG, memory_available_bytes=22_836_436_992, source="saved in a file")
+    longest = longest_offered(plan_of(tmp_path, "gpt-oss-20b", "max-model-len=128k", inventory=saved))
+    for tokens, fits in ((longest, True), (longest + 16, False)):
+        plan = plan_of(tmp_path, "gpt-oss-20b", f"max-model-len={tokens}", inventory=saved)
+        assert plan.fit is not None
+        assert plan.fit.fits is fits, tokens
+    # As long as four billion tokens, the table alone fills any machine: that is no reason to call it too small.
+    far = plan_of(tmp_path, "tiny-oss", "max-model-len=4294967296", inventory=saved)
+    assert longest_offered(far) == 2048
+    assert not any("no setting helps" in problem.hint for problem in far.problems)
+    tight = plan_of(
+        tmp_path, "tiny-oss", "max-model-len=4294967296", inventory=replace(saved, memory_available_bytes=1)
+    )
+    (hint,) = (problem.hint for problem in tight.problems if "no setting helps" in problem.hint)
+    assert hint.endswith(" 0.3 GiB free"), "for what the model takes, not for what was asked"
+
+
+def test_suggestions_leave_some_of_the_memory_that_is_free_just_now(tmp_path: Path) -> None:
+    def offered(**fields: object) -> int:
+        plan = plan_of(tmp_path, "gpt-oss-20b", "max-model-len=128k", inventory=replace(BIG, **fields))
+        return longest_offered(plan)
+
+    free = 22_836_436_992
+    live = offered(memory_available_bytes=free)
+    assert live < offered(memory_available_bytes=free, source="saved in a file")
+    less = replace(BIG, memory_available_bytes=free - (200 << 20))
+    again = plan_of(tmp_path, "gpt-oss-20b", f"max-model-len={live}", inventory=less)
+    assert again.fit is not None
+    assert again.fit.fits, "what was suggested still fits when a little of it has gone"
+
+
 def test_a_machine_that_is_barely_large_enough_gets_all_settings_together(tmp_path: Path) -> None:
     model = known_model("openai/gpt-oss-20b")
     assert model is not None
