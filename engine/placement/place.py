@@ -33,9 +33,9 @@ class PlacementOptions:
     """Wishes beside the sizes.
 
     `strategy`: pack fills a node before the next; spread puts the stages of an engine on different nodes while there
-    are any; the strict forms refuse where they cannot. `nodes` restricts and orders the nodes; `exact` forbids idle
-    devices; `cpu_ranks` ranks of every engine run on CPUs beside its GPU ranks: the first stages, or with one stage
-    the last tensor ranks (lm_head stays on a GPU either way).
+    are any, and keeps a tensor group together; the strict forms refuse where they cannot. `nodes` restricts and orders
+    the nodes; `exact` forbids idle devices; `cpu_ranks` ranks of every engine run on CPUs beside its GPU ranks: the
+    first stages, or with one stage the last tensor ranks (lm_head stays on a GPU either way).
     """
 
     strategy: Strategy = "pack"
@@ -227,6 +227,11 @@ class _Seating:
         need = self._sizes.data * sum(stage.get(self._main, 0) for stage in self._stages)
         if need > total:
             raise PlacementError(f"{self._sizes} needs {need} {_kind(self._main, need)}, {self._have()}")
+        if self._options.strategy == "strict-spread" and self._sizes.pipeline == 1 and self._sizes.tensor > 1:
+            raise PlacementError(
+                f"{self._sizes}: strict-spread puts the stages of an engine on different nodes, and with pp 1 there is "
+                f"one: its {self._sizes.tensor} tensor ranks stay together (use pp, or spread)"
+            )
         seats: list[Seat] = []
         for engine in range(self._sizes.data):
             taken = self._take_engine()

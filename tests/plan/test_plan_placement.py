@@ -246,6 +246,12 @@ def test_strategies_choose_different_nodes() -> None:
     assert place(shape(), sizes, hosts, PlacementOptions(nodes=("n2", "n0"))).nodes == ("n2",)
     with pytest.raises(PlacementError, match="no node is called n9: there are n0, n1, n2"):
         place(shape(), sizes, hosts, PlacementOptions(nodes=("n9",)))
+    # One stage is nothing to spread: its tensor ranks would stay on one node, whatever was asked.
+    with pytest.raises(PlacementError, match=r"its 4 tensor ranks stay together \(use pp, or spread\)") as caught:
+        place(shape(), ParallelSizes(tensor=4), gpu_hosts(8, 8), PlacementOptions("strict-spread"))
+    assert ParallelSizes(pipeline=2, tensor=4) in caught.value.alternatives
+    assert place(shape(), ParallelSizes(tensor=4), gpu_hosts(8, 8), PlacementOptions("spread")).nodes == ("n0",)
+    assert place(shape(), caught.value.alternatives[0], gpu_hosts(8, 8), PlacementOptions("strict-spread"))
     with pytest.raises(PlacementError, match="leaves 8 GPUs idle"):
         place(shape(), sizes, hosts, PlacementOptions(exact=True))
 

@@ -21,7 +21,7 @@ LAUNCHING: tuple[KeySpec, ...] = (
     KeySpec(
         "placement.strategy",
         Kind.CHOICE,
-        "How ranks fill nodes: pack few, spread over many; the strict forms refuse what they cannot keep",
+        "How stages fill nodes: pack few, spread over many (tensor groups never); strict forms refuse what they cannot",
         default="pack",
         choices=("pack", "spread", "strict-pack", "strict-spread"),
         is_launcher_only=True,
