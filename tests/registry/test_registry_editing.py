@@ -223,6 +223,15 @@ def test_what_the_schema_refuses_is_not_written() -> None:
         set_value("models: {a: {}}", "r.yml", "a", "model", "x")
 
 
+@pytest.mark.parametrize(("key", "value"), [("dtype", "half"), ("kv-cache-dtype", "fp8"), ("tokenizer", "org/t")])
+def test_what_every_plan_refuses_is_not_written(key: str, value: str) -> None:
+    with pytest.raises(OverrideError) as caught:
+        set_value(BLOCK, "r.yml", "a", key, value)
+    assert [issue.code for issue in caught.value.issues] == ["unsupported-value"]
+    with pytest.raises(OverrideError):
+        add_entry(BLOCK, "r.yml", "c", [("model", "org/c"), (key, value)])
+
+
 def test_an_entry_is_added_in_the_files_own_style() -> None:
     pairs = [("model", "org/c"), ("tp", "2"), ("ready.timeout", "3m"), ("ready.path", "/x"), ("env.A", "b")]
     body = ["    model: org/c", "    tensor-parallel-size: 2", "    ready: {timeout: 3m, path: /x}", "    env: {A: b}"]

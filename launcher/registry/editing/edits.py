@@ -192,6 +192,8 @@ def _typed(key: str, value: str) -> tuple[tuple[str, ...], str]:
         written = yaml_value(spec, value)
         if not written:
             raise BadValue("wrong-type", "there is no value", "write KEY=VALUE; remove a line by hand")
+        if (refused := spec.refusal_of(value)) is not None:
+            raise BadValue("unsupported-value", refused, "leave it out")
     except BadValue as error:
         issue = Issue("error", error.code, issue_source, None, None, "", error.message, error.hint)
         raise OverrideError("the value was not accepted", issues=[issue]) from error
