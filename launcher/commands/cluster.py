@@ -211,7 +211,9 @@ def _count(run: ClusterRun) -> str:
 
 def facts(run: ClusterRun, environ: Mapping[str, str]) -> dict[str, Any]:
     """One launch with what each of its nodes says now, and what connects its ranks by the record."""
+    from launcher.footprint import cpu_share
     from launcher.supervise.cluster_run import ask_all
+    from launcher.supervise.status import Ready
 
     reports = ask_all(run, environ)
     nodes = [{"name": node.name, "role": node.role, "ip": node.ip, **_of(reports[node.name])} for node in run.nodes]
@@ -223,9 +225,12 @@ def facts(run: ClusterRun, environ: Mapping[str, str]) -> dict[str, Any]:
         state = str(head["state"])
     else:
         state = "degraded" if head.get("url") else "down"
+    ready = Ready(run.url, run.model, 0.0, head.get("facts") or {})
     return {
         "name": run.name, "model": run.model, "cluster": run.cluster, "runtime": run.runtime, "state": state,
         "url": run.url, "plan": run.plan, "nodes": nodes, "transports": [pair.to_data() for pair in run.transports],
+        "num_nodes": len(run.nodes), "cpu_share": cpu_share(run.placement), "context_tokens": ready.context_tokens,
+        "uptime_seconds": head.get("uptime_seconds"),
     }  # fmt: skip
 
 

@@ -42,6 +42,8 @@ class InstanceState:
     """Its engine is being started again; its launcher lives."""
     events: tuple[tuple[float, str], ...] = ()
     """What happened since it was ready, oldest first."""
+    context_tokens: int | None = None
+    """The longest context, by the engine's word when it was ready."""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2, sort_keys=True)

@@ -48,6 +48,12 @@ class Ready:
     at: float
     facts: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def context_tokens(self) -> int | None:
+        """The longest context, None where the engine does not tell."""
+        told = self.facts.get("max_model_len")
+        return told if isinstance(told, int) and told > 0 else None
+
     def to_json(self) -> dict[str, Any]:
         return {"kind": "ready", "url": self.url, "model": self.model, "facts": self.facts, "at": self.at}
 

@@ -99,6 +99,7 @@ class Supervisor:
         self._was_ready = False
         self._is_restarting = False
         self._events: deque[tuple[float, str]] = deque(maxlen=MAX_EVENTS)
+        self._context_tokens: int | None = None
         self._stop_signals: list[int] = []
         self._verdict: Outcome | None = None
         self._deadline: float | None = None
@@ -204,6 +205,7 @@ class Supervisor:
                 self._stage, self._was_ready = Stage.READY, True
                 self._deadline = None
                 self._timeline.finish(record.at)
+                self._context_tokens = record.context_tokens
                 self._write_state(record.url)
                 self._listener.ready(record, self._timeline)
         else:
@@ -320,6 +322,7 @@ class Supervisor:
                 ready_seconds=round(self._timeline.total_seconds, 3) if self._was_ready else None,
                 is_restarting=self._is_restarting,
                 events=tuple(self._events),
+                context_tokens=self._context_tokens,
             )
         )
 

@@ -96,7 +96,7 @@ def main() -> int:
 
     signal.signal(signal.SIGUSR2, turn)
     port = server.server_address[1]
-    say(kind="ready", url=f"http://127.0.0.1:{port}", model="m", facts={}, at=time.monotonic())
+    say(kind="ready", url=f"http://127.0.0.1:{port}", model="m", facts={"max_model_len": 2048}, at=time.monotonic())
     return serve(options.mode, stops, options.status_fd)
 
 

@@ -46,6 +46,8 @@ def phase(name: str, seconds: float, detail: str = "") -> dict[str, Any]:
 
 HEAD = {
     "url": "http://192.168.100.1:8000",
+    "uptime_seconds": 11520.0,
+    "facts": {"max_model_len": 131072},
     "phases": [
         phase("ray", 2.31, "192.168.100.1 joined"),
         phase("nodes", 1.87, "2 of 2"),

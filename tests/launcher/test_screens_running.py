@@ -164,7 +164,7 @@ SIMPLE = {
     "chat": (["chat", "tiny", "-m", "Hello!", "--temperature", "0", "--max-tokens", "16"], 0),
     "chat-no-server": (["chat", "tiny", "--url", "http://127.0.0.1:1", "-m", "Hello!"], 1),
 }
-TABLE = (column("PID", "N", 7), column("MEMORY", "N MiB", 9), column("UPTIME", "N s", 6))
+TABLE = (column("PID", "N", 7), column("MEM", "N MiB", 9), column("UPTIME", "N s", 6))
 DIFF = masked(r'"port": \d{5}', '"port": NNNNN')
 FIGURES = [
     column(name, "N", max(6, len(name)))

@@ -174,9 +174,15 @@ def test_detached_round_trip(hlaunch: Launcher) -> None:
     (fact,) = json.loads(hlaunch.cli("ps", "--json").stdout)
     assert (fact["name"], fact["state"], fact["url"]) == ("tiny-oss", "ready", record["url"])
     assert fact["memory_bytes"] > 1 << 20
+    assert (fact["pid"], fact["num_nodes"], fact["context_tokens"]) == (record["launcher"]["pid"], 1, 2048)
+    assert (fact["cpu_share"], fact["rank_memory_bytes"]) == (1.0, None)
     table = hlaunch.cli("ps").stdout.splitlines()
-    assert table[0].split() == ["NAME", "MODEL", "STATE", "PID", "ENDPOINT", "MEMORY", "UPTIME"]
-    assert str(record["launcher"]["pid"]) in table[1]
+    assert table[0].split() == ["NAME", "MODEL", "STATE", "ENDPOINT", "UPTIME"]
+    assert table[1].split()[:4] == ["tiny-oss", fact["model"], "ready", record["url"]]
+    assert table[3].split() == ["NAME", "NODES", "PROCESSOR", "MEM", "CONTEXT"]
+    told = table[4].split()
+    assert (told[:4], told[-1]) == (["tiny-oss", "1", "100%", "CPU"], "2048")
+    assert str(record["launcher"]["pid"]) in hlaunch.cli("status", "tiny-oss").stdout
     assert "stand-in: hello" in hlaunch.cli("logs", "tiny").stdout, "an alias works"
 
     down = hlaunch.cli("down", "tiny-oss")
