@@ -22,6 +22,7 @@ from typing import Any, Protocol
 from engine import ipc
 from engine.config import ConfigError, EngineConfig, ModelConfig, load_model_config, resolve_model_folder
 from engine.core.request import EngineRequest, FinishReason, RequestOutput, SchedulerStats
+from engine.placement import Placement
 from engine.process import ask_for_stacks, say, signal_name
 from engine.usage import EngineUsage
 
@@ -182,6 +183,7 @@ class AsyncEngine:
         self._on_fatal = on_fatal
         self._on_stats = on_stats
         self._streams: dict[str, OutputStream] = {}
+        self._rank_in_core = _rank_in_core(config)
         self._stats = SchedulerStats()
         self._usage, self._usage_at = EngineUsage(), 0.0
         self._last_heard = time.monotonic()
@@ -343,6 +345,7 @@ class AsyncEngine:
         for stream in list(self._streams.values()):
             stream.put(RequestOutput(stream.request_id, [], finish_reason=FinishReason.ERROR, error=ENGINE_DEAD))
         self._streams.clear()
+        self.load_fraction = 0.0
         # What it counted stays true; what it held is gone.
         self._stats = replace(self._stats, num_running=0, num_waiting=0, num_used_blocks=0, num_cached_blocks=0)
         self._usage = EngineUsage()
@@ -354,14 +357,20 @@ class AsyncEngine:
         deadline = time.monotonic() + STOP_GRACE_SECONDS
         while (code := self._process.poll()) is None and time.monotonic() < deadline:
             await asyncio.sleep(0.01)
-        self._on_fatal(self._fatal or ipc.FatalMessage(self._phase, "EngineDied", _describe_exit(code), exit_code=1))
+        how = _describe_exit(code) + self._with_rank()
+        self._on_fatal(self._fatal or ipc.FatalMessage(self._phase, "EngineDied", how, exit_code=1))
+
+    def _with_rank(self) -> str:
+        """Say which rank is lost with the core, and in which phase."""
+        with_it = f", and {self._rank_in_core} with it" if self._rank_in_core else ""
+        return f"{with_it}; phase {self._phase}"
 
     async def _run_watchdog(self) -> None:
         """Ping the core while it serves; a core silent for `step_timeout_seconds` dumps its stacks and is killed."""
         await self.ready.wait()
         self._last_heard = time.monotonic()
         limit = self.config.step_timeout_seconds
-        if self.config.has_several_ranks:
+        if not self._rank_in_core:
             limit += RANK_GRACE_SECONDS
         interval = min(PING_INTERVAL_SECONDS, limit / 4)
         number = 0
@@ -380,8 +389,8 @@ class AsyncEngine:
                 self._fatal = self._fatal or ipc.FatalMessage(
                     self._phase,
                     "EngineHung",
-                    f"the engine core (pid {self._process.pid}) gave no sign of life for {silent:.0f} s; "
-                    "its stacks are in the log",
+                    f"the engine core (pid {self._process.pid}) gave no sign of life for {silent:.0f} s"
+                    f"{self._with_rank()}; its stacks are in the log",
                 )
                 # Before it is woken for its stacks: what it says then comes too late.
                 self._end_streams()
@@ -390,6 +399,18 @@ class AsyncEngine:
                 await asyncio.sleep(0.5)
                 self._process.kill()
                 return
+
+
+def _rank_in_core(config: EngineConfig) -> str:
+    """Name the rank that computes in the core's own process; empty where ranks are processes of their own."""
+    index = config.data_parallel_rank
+    if not config.placement:
+        is_alone = config.tensor_parallel_size * config.pipeline_parallel_size == 1
+        return f"rank {index} (node localhost, {config.device})" if is_alone else ""
+    ranks = Placement.from_json(config.placement).engine(index)
+    if len(ranks) != 1 or (config.has_other_nodes and ranks[0].node != config.nodes.names[0]):
+        return ""
+    return f"rank {ranks[0].rank} (node {ranks[0].node}, {ranks[0].device})"
 
 
 def _describe_exit(code: int | None) -> str:

@@ -177,15 +177,15 @@ class NodeDesk:
         """Let a node join, or say why not."""
         hello, link = arrival.hello, arrival.link
         node = _Node(hello.node, hello.facts.hostname or link.peer, link)
+        hint = "the same --nnodes on all nodes, and a --node-rank of its own for each"
         try:
             if hello.node not in self._names:
                 raise LinkRefused(f"no node is called {hello.node}; expected: {', '.join(self._names)}")
+            hint = "the same hlaunch, torch, model files and NCCL settings on all nodes"
             check_facts(facts, hello.node, hello.facts)
         except LinkRefused as error:
             _say(f"{link.peer} cannot join: {error}")
-            return refuse(
-                link, Refusal(str(error), "the same hlaunch, torch, model files and NCCL settings on all nodes")
-            )
+            return refuse(link, Refusal(str(error), hint))
         with self._lock:
             there = self._nodes.get(hello.node)
         if there is not None:

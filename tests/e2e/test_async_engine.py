@@ -52,6 +52,8 @@ def test_a_core_that_stands_still_ends_its_streams_and_is_killed() -> None:
             assert (outputs[-1].error or "").startswith("engine_dead")
             fatal = await asyncio.wait_for(fatals.get(), 10)
             assert fatal.error_type == "EngineHung"
+            assert ", and rank 0 (node localhost, cpu) with it; phase serve; its stacks are in the log" in fatal.message
+            assert engine.load_fraction == 0.0
             assert engine.state is EngineState.FAILED
             assert engine.num_unfinished == 0
             with pytest.raises(EngineUnavailable):

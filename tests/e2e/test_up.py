@@ -143,7 +143,9 @@ def test_an_engine_whose_core_is_killed_is_started_again(up: Up) -> None:
     up.process.send_signal(signal.SIGINT)
     code, _, errors = up.ended()
     assert code == 0, errors
-    assert any("the engine core was killed by SIGKILL" in line and "started again in 1 s" in line for line in errors)
+    told = next(line for line in errors if "the engine core was killed by SIGKILL" in line)
+    assert ", and rank 0 (node localhost, cpu) with it; phase serve" in told
+    assert "started again in 1 s" in told
     wait_for(lambda: not session(server), 5)
 
 

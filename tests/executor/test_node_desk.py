@@ -209,6 +209,7 @@ def test_who_does_not_belong_is_told_why(desk: NodeDesk, hello: Hello, expected:
     assert kind == NodeKind.REFUSED
     assert expected in decode(body, Refusal).message
     assert decode(body, Refusal).is_final
+    assert ("--node-rank" in decode(body, Refusal).hint) is expected.startswith("no node is called")
     assert desk.joined == ()
     link.dispose()
 

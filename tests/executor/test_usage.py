@@ -243,11 +243,19 @@ def test_a_servers_ranks_are_known_to_the_api_process_until_it_fails(monkeypatch
         engine.start()
         try:
             await asyncio.wait_for(engine.ready.wait(), 60)
-            request = EngineRequest("a", [7] * 20, SamplingParams(temperature=0.0), max_tokens=400, seed=1)
             seen: list[EngineUsage] = []
-            async for _ in engine.submit(request):
-                seen += engine.usage_by_engine()
-            assert {"computing", "waiting"} & {rank.state for usage in seen for rank in usage.ranks}
+
+            def is_seen_busy() -> bool:
+                return bool({"computing", "waiting"} & {rank.state for usage in seen for rank in usage.ranks})
+
+            # Figures come once a second: requests follow each other until some have come in the middle of one.
+            deadline = time.monotonic() + 30
+            while not is_seen_busy() and time.monotonic() < deadline:
+                name = f"request {len(seen)}"
+                request = EngineRequest(name, [7] * 20, SamplingParams(temperature=0.0), max_tokens=400, seed=1)
+                async for _ in engine.submit(request):
+                    seen += engine.usage_by_engine()
+            assert is_seen_busy()
             await asyncio.sleep(2.5)
             (usage,) = engine.usage_by_engine()
             assert [(rank.rank, rank.device, rank.state) for rank in usage.ranks] == [
