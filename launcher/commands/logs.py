@@ -38,7 +38,6 @@ def register(app: typer.Typer) -> None:
                 invocation.console,
                 invocation.environ,
                 as_json=as_json,
-                is_live=is_following,
                 is_about_fabric=is_about_fabric,
                 width=width,
             )
@@ -46,6 +45,8 @@ def register(app: typer.Typer) -> None:
         launch = _find(invocation, name)
         if (run := launch.run) is not None:
             view = made_view(max(len(node.name) for node in run.nodes))
+            if is_following:
+                view.go_live()
             cluster.logs(invocation.console, view, run, invocation.environ, num_lines, follow=is_following)
             view.conclude()
             return
@@ -68,6 +69,7 @@ def register(app: typer.Typer) -> None:
             state = folder.read()
             return state is None or not state.is_alive
 
+        view.go_live()
         for line in follow(folder.log_file, position, is_over):
             view.show(line)
         view.conclude()

@@ -72,8 +72,13 @@ def tail(path: Path, num_lines: int, end: int | None = None) -> list[str]:
 def tail_of_run(path: Path, num_lines: int) -> list[str]:
     """Return the last lines of the newest run in a log, its separator left out."""
     lines = tail(path, num_lines)
-    marks = [index for index, line in enumerate(lines) if line.startswith(_RUN_MARK) and line.endswith(" ===")]
+    marks = [index for index, line in enumerate(lines) if begins_run(line)]
     return lines[marks[-1] + 1 :] if marks else lines
+
+
+def begins_run(line: str) -> bool:
+    """Tell whether a line separates a run from those before it."""
+    return line.startswith(_RUN_MARK) and line.endswith(" ===")
 
 
 def _tail_bytes(path: Path, num_lines: int, end: int | None) -> bytes:

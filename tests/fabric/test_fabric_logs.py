@@ -15,11 +15,14 @@ from hosts import Hosts
 from test_fabric_transports import StandIns
 
 from launcher.commands.launch_view import LaunchView
+from launcher.commands.log_view import LogView
 from launcher.commands.up import _conclude
 from launcher.console import Console
 from launcher.errors import EngineFailed, HlaunchError, PreflightError
+from launcher.fabric.log_lines import classify
 from launcher.redaction import Redaction
 from launcher.supervise.instance import InstanceFolder
+from launcher.supervise.kept_logs import keep
 from launcher.supervise.ports import check_port
 from launcher.supervise.supervisor import Outcome
 
@@ -136,6 +139,58 @@ def test_no_line_about_the_fabric_is_said(hosts: Hosts, form: tuple[str, ...]) -
     assert (done.code, done.out) == (0, "")
     assert done.err == "nothing about the fabric and no known failure in 2 lines; --lines N reads more\n"
     assert hosts.cli("logs", "tiny-oss", *form, HLAUNCH_STATE_DIR=str(state)).err == ""
+
+
+EARLIER_RUNS = [
+    "=== tiny-oss: 09:00 ===",
+    "socket.gaierror: [Errno -2] Name or service not known",
+    "NCCL INFO Channel 00/0 : 0[0] -> 1[1] via NET/Socket/0",
+    "=== tiny-oss: 09:05 ===",
+    "a: Too many open files",
+    "=== tiny-oss: 09:10 ===",
+]
+OPEN_FILES = [
+    "error[open-files]: the limit of open files is too low",
+    "  fix: ulimit -n 1048576; container: {nofile: 1048576}",
+]
+
+
+@pytest.mark.parametrize("form", [(), ("-f",), ("--transport",), ("--transport", "-f")])
+def test_only_the_last_run_is_judged(hosts: Hosts, form: tuple[str, ...]) -> None:
+    state = hosts.folder / "state"
+    log = InstanceFolder(state, "tiny-oss").log_file
+    for last, told in (([*EARLIER_RUNS, "ready"], []), ([*EARLIER_RUNS, "b: Too many open files"], OPEN_FILES)):
+        log.write_text("\n".join(last) + "\n")
+        done = hosts.cli("logs", "tiny-oss", *form, HLAUNCH_STATE_DIR=str(state))
+        assert (done.code, done.err.splitlines()) == (0, told)
+        shown = [line for line in last if "--transport" not in form or classify(line) is not None]
+        assert done.out.splitlines() == shown, "lines of earlier runs stay"
+
+
+@pytest.mark.parametrize("form", [(), ("-f",)])
+def test_only_the_last_run_of_each_kept_node_is_judged(hosts: Hosts, form: tuple[str, ...]) -> None:
+    folder = InstanceFolder(hosts.folder / "state", "tiny-oss")
+    folder.log_file.unlink()
+    keep(folder, {"one": [*EARLIER_RUNS, "b: Too many open files"], "two": [*EARLIER_RUNS, "ready"]}, {})
+    done = hosts.cli("logs", "tiny-oss", *form, HLAUNCH_STATE_DIR=str(hosts.folder / "state"))
+    assert done.err.splitlines() == ["error[open-files] on one: the limit of open files is too low", OPEN_FILES[1]]
+    assert len(done.out.splitlines()) == 2 * len(EARLIER_RUNS) + 2
+
+
+def test_who_follows_is_told_once_a_run(capsys: pytest.CaptureFixture[str]) -> None:
+    view = LogView(Console(is_plain=True), {}, as_json=False)
+    for line in EARLIER_RUNS:
+        view.show(line)
+    view.go_live()
+    assert capsys.readouterr().err == ""
+    for line in ("a: Too many open files", "b: Too many open files"):
+        view.show(line)
+    assert capsys.readouterr().err.splitlines() == OPEN_FILES
+    for line in ("=== tiny-oss: 09:20 ===", "a: Too many open files"):
+        view.show(line)
+    assert capsys.readouterr().err.splitlines() == OPEN_FILES
+    view.conclude()
+    assert capsys.readouterr().err == ""
 
 
 def test_only_what_concerns_the_fabric(hosts: Hosts) -> None:
