@@ -33,6 +33,7 @@ from launcher.plan.joined_nodes import (
 from launcher.plan.known_models import known_model
 from launcher.plan.placing import (
     entry_sizes,
+    expert_notes,
     no_placement,
     placement_options,
     this_host,
@@ -154,6 +155,7 @@ def make_plan(
     # What is placed where, the head decides for all.
     if model is not None and is_head:
         problems += _context_problem(config, model)
+        notes += expert_notes(entry, sizes)
         if sizes.world > 1 or nodes is not None:
             hosts = (
                 (this_host(inventory, gpus, sizes.world),)

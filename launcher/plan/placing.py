@@ -22,7 +22,7 @@ from engine.placement import (
 from launcher.errors import DoesNotFit
 from launcher.plan.inventory import Gpu, Inventory
 from launcher.registry.cluster import Cluster
-from launcher.registry.types import ResolvedEntry
+from launcher.registry.types import Layer, ResolvedEntry
 
 
 def whole_value(entry: ResolvedEntry, key: str, otherwise: int) -> int:
@@ -35,6 +35,16 @@ def entry_sizes(entry: ResolvedEntry) -> ParallelSizes:
     """Read the parallel sizes that an entry asks for."""
     data, pipeline, tensor = (entry.integer(f"{axis}-parallel-size") for axis in ("data", "pipeline", "tensor"))
     return ParallelSizes(data, pipeline, tensor, bool(whole_value(entry, "enable-expert-parallel", False)))
+
+
+def expert_notes(entry: ResolvedEntry, sizes: ParallelSizes) -> list[str]:
+    """Say that expert parallel has no effect without tensor ranks; elsewhere data parallel engines share experts."""
+    if not sizes.expert_parallel or sizes.tensor > 1:
+        return []
+    # A general `defaults:` is not a statement about this model.
+    if entry.origin("enable-expert-parallel").layer is Layer.DEFAULTS:
+        return []
+    return ["expert parallel shares experts within a tensor group, and tp is 1: it changes nothing; set tp"]
 
 
 _STRATEGIES: Mapping[str, Strategy] = {name: name for name in ("pack", "spread", "strict-pack", "strict-spread")}

@@ -171,6 +171,32 @@ def test_cores_are_shared_out(tmp_path: Path, inventory: Inventory, overrides: t
     assert ("more threads than cores" in note) == (threads * len(plan.memory) > inventory.cpu_cores)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "is_told"),
+    [
+        (("ep=true",), True),
+        (("ep=true", "dp=2"), True),
+        (("ep=true", "pp=2"), True),
+        (("ep=true", "tp=2"), False),
+        (("dp=2",), False),
+    ],
+)
+def test_expert_parallel_without_tensor_ranks_is_told(
+    tmp_path: Path, overrides: tuple[str, ...], is_told: bool
+) -> None:
+    told = "expert parallel shares experts within a tensor group, and tp is 1: it changes nothing; set tp"
+    plan = plan_of(tmp_path, *overrides)
+    plan.check()
+    assert plan.notes.count(told) == is_told
+
+
+def test_expert_parallel_for_all_models_is_no_word_about_one(tmp_path: Path) -> None:
+    path = tmp_path / "model_registry.yml"
+    path.write_text("defaults: {enable-expert-parallel: true}\nmodels: {tiny: {model: tiny-oss}}\n")
+    entry = resolve(load_registry(path), "tiny", {})
+    assert not any("expert" in note for note in make_plan(entry, CPU, {}, tmp_path / "state").notes)
+
+
 def test_ranks_take_sockets_in_turn(tmp_path: Path) -> None:
     placement = plan_of(tmp_path, "tp=4", inventory=TWO_SOCKETS).placement
     assert placement is not None
