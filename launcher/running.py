@@ -69,13 +69,18 @@ def running_server(invocation: Invocation, name: str | None, url: str | None = N
 
 
 def server_of(invocation: Invocation, launch: Launch) -> RunningServer:
-    """Say where a launch that runs is served. Raises: EngineFailed when it is not ready."""
+    """Say where a launch that runs is served. Raises: EngineFailed when it is not ready, or only joins its head."""
     name, folder, state = launch.name, launch.folder, launch.state
     if state is None:
         url = "" if launch.run is None else launch.run.url
         if not url:
             raise EngineFailed(f"{name} is not ready yet", hint=f"see: hlaunch status {name}")
         return RunningServer(name, url, _key(invocation, name), lambda: read_run(folder) is not None)
+    if state.head_addr:
+        raise EngineFailed(
+            f"{name} here is a node of the head at {state.head_addr}, which serves it",
+            hint="run this on the head, or give the address of its API: --url http://HOST:PORT",
+        )
     if state.state not in ("ready", "draining"):
         raise EngineFailed(f"{name} is {state.state}", hint="try again in a moment, or see: hlaunch ps")
 

@@ -37,6 +37,7 @@ def _print(console: Console, plan: LaunchPlan) -> None:
         show_topology,
     )
     from launcher.plan.drawing import base_url, fit_lines
+    from launcher.plan.joined_nodes import head_to_join
     from launcher.plan.settings import shown_config
 
     rows = entry_rows(plan.entry, with_defaults=True)
@@ -48,7 +49,8 @@ def _print(console: Console, plan: LaunchPlan) -> None:
     if plan.fit is None and plan.memory and picture is not None:
         show_memory(console, picture)
     elif plan.fit is None:
-        console.data("unknown: the problem stands below")
+        where = "the problem stands below" if plan.is_head else "the head places the ranks, and its dry run shows them"
+        console.data(f"unknown: {where}")
     else:
         for line in fit_lines(plan.fit):
             console.data(line)
@@ -75,4 +77,8 @@ def _print(console: Console, plan: LaunchPlan) -> None:
     console.heading(f"command (in {plan.working_folder}; N is the status pipe)")
     console.data(shlex.join(plan.argv))
     console.data()
-    console.data(f"address: {base_url(plan)}")
+    if plan.is_head:
+        console.data(f"address: {base_url(plan)}")
+    else:
+        nodes = plan.config.nodes
+        console.data(f"joins: head {head_to_join(nodes)}, as {nodes.names[nodes.rank]}; the head has the address")

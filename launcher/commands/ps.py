@@ -34,7 +34,8 @@ def register(app: typer.Typer) -> None:
         for launch in recorded_launches(state_root(invocation.environ)):
             if launch.run is not None:
                 facts = cluster.facts(launch.run, invocation.environ)
-                on_clusters.append({**facts, "rank_memory_bytes": _rank_memory(invocation, launch, facts["state"])})
+                memory = _rank_memory(invocation, launch, facts["state"])
+                on_clusters.append({**facts, "head_addr": None, "rank_memory_bytes": memory})
             elif launch.state is not None and launch.is_running:
                 here.append(_facts(invocation, launch, launch.state))
             elif (state := launch.state) is not None:
@@ -68,6 +69,7 @@ def _facts(invocation: Invocation, launch: Launch, state: InstanceState) -> dict
         "pid": state.launcher.pid,
         "engine_pid": None if state.engine is None else state.engine.pid,
         "url": state.url,
+        "head_addr": state.head_addr or None,
         "memory_bytes": procfs.memory_bytes([state.launcher.pid, *members]),
         "uptime_seconds": round(procfs.age_seconds(state.launcher), 1),
         "ready_seconds": state.ready_seconds,
@@ -94,10 +96,19 @@ def _rank_memory(invocation: Invocation, launch: Launch, state: str) -> int | No
     return rank_memory_bytes(server.url, server.reveal_key(invocation))
 
 
+_NODE_STATES = {"join": "waiting", "wait": "waiting", "serve": "serving"}
+"""A node beside the head waits for it, serves with it, or is on the way to that."""
+
+
 def state_now(state: InstanceState) -> str:
-    """Say how an instance is by its own word on /health: one that was ready once may not serve now."""
+    """Say how an instance is by its own word: one that was ready once may not serve now.
+
+    A server is asked on /health. A node that joins has none, and its port is the head's, or a stranger's.
+    """
     from launcher.supervise.health import ask_health
 
+    if state.head_addr and state.state != "stopping":
+        return _NODE_STATES.get(state.phase, "starting")
     if state.state != "ready":
         return state.state
     found = ask_health(state.url)
@@ -156,7 +167,12 @@ def _processor(cpu_share: float | None) -> str:
 
 def _where(fact: dict[str, Any]) -> tuple[str, str]:
     seconds = fact["uptime_seconds"]
-    return fact["url"], "-" if seconds is None else uptime(seconds)
+    return endpoint_of(fact), "-" if seconds is None else uptime(seconds)
+
+
+def endpoint_of(fact: dict[str, Any]) -> str:
+    """Where its API is; of a node that joins, whose API it is."""
+    return f"head {fact['head_addr']}" if fact["head_addr"] else str(fact["url"])
 
 
 def uptime(seconds: float) -> str:

@@ -84,6 +84,7 @@ def _here(launch: Launch) -> dict[str, Any]:
         "model": state.model,
         "state": state_now(state),
         "url": state.url,
+        "head_addr": state.head_addr or None,
         "pid": state.launcher.pid,
         "uptime_seconds": round(age_seconds(state.launcher), 1),
         "ready_seconds": state.ready_seconds,
@@ -94,9 +95,9 @@ def _here(launch: Launch) -> dict[str, Any]:
 
 def _show(console: Console, launch: dict[str, Any]) -> None:
     from launcher.commands import cluster
-    from launcher.commands.ps import uptime
+    from launcher.commands.ps import endpoint_of, uptime
 
-    row = (launch["name"], launch["model"], launch["state"], str(launch["pid"]), launch["url"])
+    row = (launch["name"], launch["model"], launch["state"], str(launch["pid"]), endpoint_of(launch))
     columns = ("NAME", "MODEL", "STATE", ">PID", "ENDPOINT", ">UPTIME")
     console.table(columns, [(*row, uptime(launch["uptime_seconds"]))])
     if launch["events"]:

@@ -170,7 +170,7 @@ def launch(
     Raises: HlaunchError; its message is the cause and the last thing to print.
     """
     from launcher.plan.drawing import base_url
-    from launcher.plan.joined_nodes import head_url
+    from launcher.plan.joined_nodes import head_to_join
     from launcher.supervise.instance import InstanceFolder
     from launcher.supervise.ports import check_port
     from launcher.supervise.procfs import own_age_seconds
@@ -193,13 +193,14 @@ def launch(
     spec = LaunchSpec(
         name=plan.name,
         model=plan.entry.model,
-        url=base_url(plan) if plan.is_head else head_url(plan.config.nodes, plan.config.server.port),
+        url=base_url(plan) if plan.is_head else "",
         argv=plan.argv[: plan.argv.index("--status-fd")],
         working_folder=str(plan.working_folder),
         config_text=plan.config.to_json(),
         ready_timeout_seconds=ready_timeout_seconds,
         drain_timeout_seconds=plan.config.server.drain_timeout_seconds,
         environment=plan.environment_mapping,
+        head_addr=head_to_join(plan.config.nodes),
     )
     view = LaunchView(console, plan, is_detached, is_transient=is_transient)
     try:
@@ -248,7 +249,7 @@ def _take_lock(console: Console, folder: InstanceFolder, is_replacing: bool) -> 
             time.sleep(0.05)
     state = folder.read()
     if lock_fd is None:
-        where = f" (pid {state.launcher.pid}, {state.url})" if state is not None else ""
+        where = f" (pid {state.launcher.pid}, {state.url or f'head {state.head_addr}'})" if state is not None else ""
         raise PreflightError(
             f"{folder.name} is already running{where}", hint=f"run: hlaunch down {folder.name}, or add --replace"
         )

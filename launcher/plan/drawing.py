@@ -13,6 +13,7 @@ from typing import Any
 from launcher.addresses import host_and_port
 from launcher.errors import HlaunchError
 from launcher.plan.fit import FitReport
+from launcher.plan.joined_nodes import head_to_join
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.picture import nics_of
 from launcher.plan.rank_memory import RankMemory
@@ -126,7 +127,8 @@ def plan_data(plan: LaunchPlan) -> dict[str, Any]:
             for rank in (plan.placement.ranks if plan.placement is not None else ())
         ],
         "environment": {item.name: {"value": item.shown, "origin": item.origin} for item in plan.environment},
-        "url": base_url(plan),
+        "url": base_url(plan) if plan.is_head else "",
+        "head_addr": head_to_join(plan.config.nodes) or None,
         "engine_config": json.loads(shown_config(plan.config)),
         "working_folder": str(plan.working_folder),
         "argv": list(plan.argv),

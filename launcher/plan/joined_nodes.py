@@ -61,9 +61,9 @@ def _split(address: str) -> tuple[str, int]:
     return host, int(port) if port else DEFAULT_HEAD_PORT
 
 
-def head_url(nodes: NodesConfig, port: int) -> str:
-    """Where the head serves, as another node sees it; only if it listens there, which is the head's choice."""
-    return f"http://{host_and_port(nodes.head_host, port)}"
+def head_to_join(nodes: NodesConfig) -> str:
+    """Write where this node joins the head, HOST:PORT; empty on the head, and where there is one node."""
+    return host_and_port(nodes.head_host, nodes.head_port) if nodes.rank else ""
 
 
 def hosts_of_nodes(

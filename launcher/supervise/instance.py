@@ -44,6 +44,10 @@ class InstanceState:
     """What happened since it was ready, oldest first."""
     context_tokens: int | None = None
     """The longest context, by the engine's word when it was ready."""
+    head_addr: str = ""
+    """HOST:PORT of the head that it joins as a node: it has ranks and no server, and `url` is empty."""
+    phase: str = ""
+    """Of a node that joins: what it does now, by its own word."""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2, sort_keys=True)

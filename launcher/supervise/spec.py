@@ -25,6 +25,8 @@ class LaunchSpec:
     ready_timeout_seconds: float = 900.0
     drain_timeout_seconds: float = 30.0
     environment: dict[str, str] = field(default_factory=dict, repr=False)
+    head_addr: str = ""
+    """HOST:PORT of the head that it joins; it then has no server, and `url` is empty."""
 
     def to_json(self) -> str:
         """Write all but the environment."""

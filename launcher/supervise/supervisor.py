@@ -100,6 +100,9 @@ class Supervisor:
         self._is_restarting = False
         self._events: deque[tuple[float, str]] = deque(maxlen=MAX_EVENTS)
         self._context_tokens: int | None = None
+        self._url = spec.url
+        self._started_at = time.time()
+        self._node_phase = ""
         self._stop_signals: list[int] = []
         self._verdict: Outcome | None = None
         self._deadline: float | None = None
@@ -206,13 +209,17 @@ class Supervisor:
                 self._deadline = None
                 self._timeline.finish(record.at)
                 self._context_tokens = record.context_tokens
-                self._write_state(record.url)
+                self._url = record.url or self._url
+                self._write_state()
                 self._listener.ready(record, self._timeline)
         else:
             if self._stage is Stage.STARTING:
                 self._timeline.add(record)
             elif record.name == RESTART_PHASE:
                 self._on_restart(record)
+            if self._spec.head_addr and record.state == "begin":
+                self._node_phase = record.name
+                self._write_state()
             self._listener.phase(record)
 
     def _on_restart(self, record: Phase) -> None:
@@ -303,26 +310,27 @@ class Supervisor:
         cause = f"the engine {self._process.describe_exit(status)} while it stopped"
         return Outcome(ExitCode.ENGINE_FAILED, cause, "", log_tail, True)
 
-    def _write_state(self, url: str | None = None) -> None:
+    def _write_state(self) -> None:
         launcher = ProcessIdentity.of(os.getpid())
         if launcher is None:
             return
-        previous = self._folder.read() if self._stage is not Stage.STARTING else None
         self._folder.write(
             InstanceState(
                 name=self._spec.name,
                 model=self._spec.model,
                 state=self._stage.value,
-                url=url or (previous.url if previous else self._spec.url),
+                url=self._url,
                 launcher=launcher,
                 engine=self._process.identity,
-                started_at=previous.started_at if previous else time.time(),
+                started_at=self._started_at,
                 drain_timeout_seconds=self._spec.drain_timeout_seconds,
                 is_detached=self._is_detached,
                 ready_seconds=round(self._timeline.total_seconds, 3) if self._was_ready else None,
                 is_restarting=self._is_restarting,
                 events=tuple(self._events),
                 context_tokens=self._context_tokens,
+                head_addr=self._spec.head_addr,
+                phase=self._node_phase,
             )
         )
 

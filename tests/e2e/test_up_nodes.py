@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
-from e2e_support import HLAUNCH, ROOT
+from e2e_support import HLAUNCH, ROOT, Running, free_port
 
 from engine.config import EngineConfig, NodesConfig
 from launcher.errors import UsageError
@@ -117,6 +118,63 @@ def test_the_dry_run_shows_both_nodes_and_hides_the_secret(tmp_path: Path) -> No
     assert "engine.server" in plan["argv"]
     assert secret not in done.stdout + done.stderr
     assert "HLAUNCH_NODE_SECRET" not in done.stderr  # it is no unknown option
+    assert (plan["url"], plan["head_addr"]) == ("http://127.0.0.1:8000", None)
     other = up(tmp_path, "--node-rank", "1", "--dry-run", "--json", secret=secret)
     assert other.returncode == 0, other.stderr
-    assert "engine.executor.node_agent" in json.loads(other.stdout)["argv"]
+    plan = json.loads(other.stdout)
+    assert "engine.executor.node_agent" in plan["argv"]
+    assert (plan["url"], plan["head_addr"]) == ("", f"127.0.0.1:{DEFAULT_HEAD_PORT}")
+    lines = up(tmp_path, "--node-rank", "1", "--dry-run", secret=secret).stdout.splitlines()
+    assert lines[-1] == f"joins: head 127.0.0.1:{DEFAULT_HEAD_PORT}, as node1; the head has the address"
+    assert "unknown: the head places the ranks, and its dry run shows them" in lines
+
+
+def test_a_node_that_joins_is_no_server_of_its_own(tmp_path: Path) -> None:
+    head, port = f"127.0.0.1:{free_port()}", free_port()
+    environ = {**os.environ, "NO_COLOR": "1", "HLAUNCH_NODE_SECRET": "a secret of the test, long enough"}
+    for name in ("MODEL_NAME", "HLAUNCH_NODE_SECRET_FILE"):
+        environ.pop(name, None)
+    first, second = (Running("", {**environ, "HLAUNCH_STATE_DIR": str(tmp_path / name)}) for name in ("head", "node"))
+
+    def start(server: Running, rank: int) -> subprocess.Popen[bytes]:
+        # The node's own port is where the head answers: it must not be taken for this node's.
+        options = ["--node-rank", str(rank), "--head-addr", head, "--port", str(port), "--set", "pp=2"]
+        argv = [*HLAUNCH, "up", "tiny-oss", "--nnodes", "2", "--set", "device=cpu", *options]
+        return subprocess.Popen(
+            argv, cwd=ROOT, env=server.environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+
+    def state() -> str:
+        done = second.hlaunch("status", "tiny-oss", "--json", check=False)
+        return str(json.loads(done.stdout)["state"]) if done.returncode == 0 else ""
+
+    def wait_for(word: str) -> None:
+        deadline = time.monotonic() + 60
+        while state() != word:
+            assert time.monotonic() < deadline, f"{state()!r} is not {word!r}"
+
+    started = [start(second, 1)]
+    try:
+        wait_for("waiting")
+        started.append(start(first, 0))
+        wait_for("serving")
+        (fact,) = json.loads(second.hlaunch("ps", "--json").stdout)
+        assert (fact["state"], fact["url"], fact["head_addr"]) == ("serving", "", head)
+        (own,) = json.loads(first.hlaunch("ps", "--json").stdout)
+        assert (own["url"], own["head_addr"]) == (f"http://127.0.0.1:{port}", None)
+        row = second.hlaunch("status", "tiny-oss").stdout.splitlines()[1].split()
+        assert (row[2], row[4:6]) == ("serving", ["head", head])
+        error = f"error: tiny-oss here is a node of the head at {head}, which serves it"
+        for words in (("top", "--once"), ("connect", "env"), ("chat", "tiny-oss", "-m", "hi"), ("bench", "tiny-oss")):
+            refused = second.hlaunch(*words, check=False)
+            assert (refused.returncode, refused.stderr.splitlines()[0]) == (1, error), words
+        again = second.hlaunch("up", "tiny-oss", check=False).stderr
+        assert f"is already running (pid {fact['pid']}, head {head})" in again
+        started[1].kill()
+        wait_for("waiting")
+    finally:
+        for server in (first, second):
+            server.hlaunch("down", "--all", check=False)
+        for process in started:
+            process.kill()
+            process.wait()

@@ -10,19 +10,23 @@ import pytest
 from stub_server import Stub, serving
 
 from engine.placement import single_rank
-from launcher.commands.ps import print_launches
+from launcher.commands.ps import print_launches, state_now
 from launcher.console import Console
 from launcher.footprint import cpu_share, rank_memory_bytes
+from launcher.supervise.instance import InstanceState
+from launcher.supervise.procfs import ProcessIdentity
 from launcher.supervise.status import Ready
 
 ONE = single_rank(node="a", device="cuda:0", num_layers=24, num_kv_heads=8, intermediate_size=2880, num_experts=32)
 HERE = {
     "name": "tiny", "model": "tiny-oss", "state": "ready", "url": "http://127.0.0.1:8000", "memory_bytes": 1 << 28,
     "uptime_seconds": 42.0, "num_nodes": 1, "cpu_share": 1.0, "context_tokens": 2048, "rank_memory_bytes": None,
+    "head_addr": None,
 }  # fmt: skip
 FAR = {
     "name": "gpt-oss-20b", "model": "openai/gpt-oss-20b", "state": "restarting", "url": "http://192.168.100.1:8000",
     "uptime_seconds": None, "num_nodes": 2, "cpu_share": 0.375, "context_tokens": None, "rank_memory_bytes": 13 << 30,
+    "head_addr": None,
 }  # fmt: skip
 
 
@@ -73,6 +77,31 @@ def test_a_narrow_terminal_breaks_no_address(monkeypatch: pytest.MonkeyPatch) ->
     assert lines[0] == ["NAME", "MODEL", "STATE", "ENDPOINT", "UPTIME"]
     assert lines[2] == ["gpt-oss-20b", "openai/gpt-oss-20b", "restarting", "http://192.168.100.1:8000", "-"]
     assert lines[3:5] == [[], ["NAME", "NODES", "PROCESSOR", "MEM", "CONTEXT"]]
+
+
+def test_a_node_that_joins_names_its_head_instead_of_an_endpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, line = shown([{**HERE, "state": "serving", "url": "", "head_addr": "10.0.0.1:29540"}], 140, monkeypatch)
+    assert " ".join(line[-4:]) == "2048 head 10.0.0.1:29540 42s"
+
+
+@pytest.mark.parametrize(
+    ("stage", "phase", "word"),
+    [
+        ("starting", "", "starting"),
+        ("starting", "join", "waiting"),
+        ("starting", "wait", "waiting"),
+        ("starting", "load", "starting"),
+        ("ready", "serve", "serving"),
+        ("ready", "join", "waiting"),
+        ("ready", "spawn", "starting"),
+        ("stopping", "serve", "stopping"),
+    ],
+)
+def test_a_node_that_joins_tells_its_state_itself_and_no_server_is_asked(stage: str, phase: str, word: str) -> None:
+    with serving(Stub({"/health": (200, b'{"status": "draining"}')})) as stub:
+        nobody = ProcessIdentity(1, 2, "b")
+        state = InstanceState("tiny", "tiny-oss", stage, stub.url, nobody, None, 0.0, 1.0, is_detached=True)
+        assert state_now(replace(state, head_addr="10.0.0.1:29540", phase=phase)) == word
 
 
 @pytest.mark.parametrize(("share", "word"), [(0.0, "100% GPU"), (0.001, "1%/99% CPU/GPU"), (0.999, "99%/1% CPU/GPU")])
