@@ -52,7 +52,7 @@ def register(app: typer.Typer) -> None:
             str | None, typer.Option("--head-addr", metavar="HOST[:PORT]", help="Where the others join the head.")
         ] = None,
         node_addr: Annotated[
-            str | None, typer.Option("--node-addr", metavar="HOST", help="This node's address on their network.")
+            str | None, typer.Option("--node-addr", metavar="HOST", help="This node's address there; never the head's.")
         ] = None,
     ) -> int:
         """Start a model and serve it until Ctrl-C."""

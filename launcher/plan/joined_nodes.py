@@ -38,6 +38,11 @@ def parse_nodes(nnodes: int, node_rank: int | None, head_addr: str | None, node_
         )
     if not 0 <= node_rank < nnodes:
         raise UsageError(f"--node-rank {node_rank}: the nodes of --nnodes {nnodes} are 0 to {nnodes - 1}")
+    if node_rank == 0 and node_addr is not None:
+        raise UsageError(
+            f"--node-addr {node_addr}: the head's own address is that of --head-addr",
+            hint="leave --node-addr away; where the head is reached otherwise, say so in --head-addr on every node",
+        )
     host, port = _split(head_addr)
     for option, address in (("--head-addr", host), ("--node-addr", node_addr)):
         if address in _ANY_ADDRESS:

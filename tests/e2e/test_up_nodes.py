@@ -52,6 +52,7 @@ def test_options_become_nodes(
         ((2, 0, "0.0.0.0", None), "--head-addr 0.0.0.0 is no address of one node"),
         ((2, 1, "[::]:700", None), "--head-addr :: is no address of one node"),
         ((2, 1, "10.0.0.1", "0.0.0.0"), "--node-addr 0.0.0.0 is no address of one node"),
+        ((2, 0, "10.0.0.1", "1.2.3.4"), "--node-addr 1.2.3.4: the head's own address is that of --head-addr"),
         ((1, None, None, "10.0.0.2"), "--nnodes 1: 2 to 64 nodes"),
     ],
 )
