@@ -35,7 +35,7 @@ from launcher.plan.inventory import Inventory, assumption, declared_inventories
 from launcher.plan.known_models import known_model
 from launcher.plan.links import between_link
 from launcher.plan.node_ports import Port, node_ports, port_clashes
-from launcher.plan.placing import entry_sizes, hosts_of, no_placement, placement_options, whole_value
+from launcher.plan.placing import entry_sizes, expert_notes, hosts_of, no_placement, placement_options, whole_value
 from launcher.plan.rank_memory import (
     MemoryReport,
     RankMemory,
@@ -343,7 +343,7 @@ def _assumption(cluster: Cluster, hardware: Mapping[str, Inventory], placement: 
 def _notes(
     entry: ResolvedEntry, config: EngineConfig, files: ModelFiles, model: ModelConfig | None, assumed: str
 ) -> tuple[str, ...]:
-    found = list(settings.notes(entry, config.device))
+    found = [*settings.notes(entry, config.device), *expert_notes(entry, entry_sizes(entry))]
     if files.folder is None and model is not None:
         found.append(f"{entry.model}: no files here, sizes come from the shape; every node needs the files")
     if assumed:

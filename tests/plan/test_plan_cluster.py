@@ -283,3 +283,12 @@ def test_cpu_ranks_on_two_nodes_are_handed_to_the_engine_with_their_addresses(tm
     bare = plan_of(tmp_path, "tiny", "pp=2", cluster=CPUS)
     assert bare.executor == "multinode"
     assert "are started by Ray" in bare.blockers[0].message
+
+
+def test_experts_shared_by_nobody_are_noted_on_clusters_too(tmp_path: Path) -> None:
+    def said(*overrides: str) -> bool:
+        return any("it changes nothing; set tp" in note for note in plan_of(tmp_path, "tiny", *overrides).notes)
+
+    assert said("pp=2", "ep=true")
+    assert not said("tp=2", "ep=true")
+    assert not said("pp=2")
