@@ -8,7 +8,7 @@ reading shows wrong rates.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from launcher.errors import HlaunchError
@@ -74,6 +74,15 @@ def parse(text: str) -> dict[str, list[Sample]]:
         seen.add(key)
         found.setdefault(name, []).append(Sample(labels, float(value_text)))
     return found
+
+
+def natural(labels: Iterable[str]) -> tuple[tuple[int, str], ...]:
+    """Order label values as people count: engine 2 before engine 10. A number of ten digits or more is a word."""
+    return tuple(
+        (int(word) if word.isascii() and word.isdigit() and len(word) < 10 else -1, word)
+        for label in labels
+        for word in label.split()
+    )
 
 
 def _labels(text: str, number: int) -> dict[str, str]:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from launcher.top.ranks import RankPicture, RankReading, compare
+from launcher.top.ranks import RankPicture, RankReading, compare, rounded
 from launcher.top.reading import COUNTERS, Reading
 
 WINDOW_SECONDS = 30.0
@@ -54,18 +54,18 @@ class Figures:
         return {
             "models": list(self.reading.models),
             "state": self.reading.state or None,
-            "generated_tokens_per_second": _rounded(self.rates.get("generated_tokens")),
-            "prompt_tokens_per_second": _rounded(self.rates.get("prompt_tokens")),
-            "finished_per_second": _rounded(self.rates.get("finished")),
-            **{name: _rounded(values.get(name)) for name in ("running", "waiting", "kv_usage", *COUNTERS)},
-            "prefix_hit_rate": _rounded(self.prefix_hit_rate),
+            "generated_tokens_per_second": rounded(self.rates.get("generated_tokens")),
+            "prompt_tokens_per_second": rounded(self.rates.get("prompt_tokens")),
+            "finished_per_second": rounded(self.rates.get("finished")),
+            **{name: rounded(values.get(name)) for name in ("running", "waiting", "kv_usage", *COUNTERS)},
+            "prefix_hit_rate": rounded(self.prefix_hit_rate),
             "latency_seconds": {
                 name: {
-                    "p50": _rounded(found.p50),
-                    "p99": _rounded(found.p99),
+                    "p50": rounded(found.p50),
+                    "p99": rounded(found.p99),
                     "is_capped": found.is_capped,
                     "count": found.count,
-                    "span_seconds": _rounded(found.span_seconds),
+                    "span_seconds": rounded(found.span_seconds),
                 }
                 for name, found in self.latencies.items()
             },
@@ -73,8 +73,8 @@ class Figures:
                 {
                     "engine": row.engine or None,
                     "rank": row.rank or None,
-                    "generated_tokens_per_second": _rounded(self.row_rates.get(row.name, {}).get("generated_tokens")),
-                    **{name: _rounded(value) for name, value in row.values.items()},
+                    "generated_tokens_per_second": rounded(self.row_rates.get(row.name, {}).get("generated_tokens")),
+                    **{name: rounded(value) for name, value in row.values.items()},
                 }
                 for row in self.reading.rows
             ],
@@ -85,10 +85,6 @@ class Figures:
             },
             "restarts": self.num_restarts,
         }
-
-
-def _rounded(value: float | None) -> float | None:
-    return None if value is None else round(value, 6)
 
 
 @dataclass(slots=True)

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from launcher.top.exposition import Sample
+from launcher.top.exposition import Sample, natural
 
 _VALUES: Mapping[str, str] = {
     "seconds": "hlaunch_rank_state_seconds",
@@ -71,11 +71,11 @@ class RankFigures:
             "node": rank.node or None,
             "device": rank.device or None,
             "state": rank.state or None,
-            "state_seconds": _rounded(values.get("seconds")),
-            "computing_share": _rounded(self.computing),
-            "waiting_share": _rounded(self.waiting),
-            "memory_bytes": _rounded(values.get("memory_bytes")),
-            "power_watts": _rounded(values.get("watts")),
+            "state_seconds": rounded(values.get("seconds")),
+            "computing_share": rounded(self.computing),
+            "waiting_share": rounded(self.waiting),
+            "memory_bytes": rounded(values.get("memory_bytes")),
+            "power_watts": rounded(values.get("watts")),
         }
 
 
@@ -110,7 +110,7 @@ def read_ranks(samples: Mapping[str, Sequence[Sample]]) -> RankReading:
         for sample in samples.get(name, ()):
             if 0 <= sample.value < _MOST and sample.labels.get("node"):
                 traffic.setdefault(sample.labels["node"], {})[word] = sample.value
-    return RankReading(tuple(sorted(ranks.values(), key=lambda rank: tuple(map(_number, rank.key)))), traffic)
+    return RankReading(tuple(sorted(ranks.values(), key=lambda rank: natural(rank.key))), traffic)
 
 
 def compare(before: RankReading, now: RankReading, last: RankPicture) -> RankPicture:
@@ -149,10 +149,6 @@ def _of_ranks(samples: Mapping[str, Sequence[Sample]], name: str) -> Iterator[tu
             yield (sample.labels.get("engine", ""), rank), sample
 
 
-def _number(text: str) -> tuple[int, str]:
-    """Order rank 2 before rank 10."""
-    return (int(text), "") if text.isascii() and text.isdigit() and len(text) < 10 else (-1, text)
-
-
-def _rounded(value: float | None) -> float | None:
+def rounded(value: float | None) -> float | None:
+    """Cut a figure to what `--json` tells."""
     return None if value is None else round(value, 6)

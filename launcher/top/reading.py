@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from launcher.errors import HlaunchError
-from launcher.top.exposition import Sample
+from launcher.top.exposition import Sample, natural
 from launcher.top.ranks import RankReading, read_ranks
 
 _ENGINE_LABELS = ("engine", "engine_index", "dp_rank")
@@ -108,7 +108,7 @@ def read(samples: Mapping[str, Sequence[Sample]]) -> Reading:
         )
     if len(by_row) > 1:
         by_row.pop(("", ""), None)
-    rows = tuple(Row(engine, rank, by_row[engine, rank]) for engine, rank in sorted(by_row, key=_natural))
+    rows = tuple(Row(engine, rank, by_row[engine, rank]) for engine, rank in sorted(by_row, key=natural))
     state = next((item.labels.get("state", "") for item in samples.get("hlaunch_state", ()) if item.value == 1), "")
     return Reading(tuple(models), totals, histograms, rows, state, read_ranks(samples))
 
@@ -126,13 +126,6 @@ def _place(labels: Mapping[str, str], names: Sequence[str]) -> str:
     if len(held) == 1 and names is _ENGINE_LABELS:
         return held[0][1]
     return " ".join(f"{name.removesuffix('_rank')} {value}" for name, value in held)
-
-
-def _natural(key: tuple[str, str]) -> tuple[tuple[int, str], ...]:
-    """Order engine 2 before engine 10."""
-    return tuple(
-        (int(word) if word.isascii() and word.isdigit() else -1, word) for part in key for word in part.split()
-    )
 
 
 def _histogram(samples: Mapping[str, Sequence[Sample]], names: Sequence[str]) -> dict[float, float]:

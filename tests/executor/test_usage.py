@@ -13,8 +13,9 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
+from executor_support import CONFIG as STAND_IN_CONFIG
 from executor_support import children_of, wait_until
-from nodes_support import start_on_nodes
+from nodes_support import nodes_placement, start_on_nodes
 from test_async_ranks import CONFIG
 from test_multinode import PP2, serve
 
@@ -27,7 +28,7 @@ from engine.core.request import EngineRequest
 from engine.core.sampling_params import SamplingParams
 from engine.executor.own_rank import OwnRank
 from engine.executor.steps_under_way import StepsUnderWay
-from engine.placement import ParallelSizes, RankSpec
+from engine.placement import ParallelSizes
 from engine.process import Repeating
 from engine.usage import DeviceUsage, EngineUsage, RankUsage
 
@@ -100,7 +101,7 @@ while True:
 
 
 def test_the_rank_of_this_process_is_one_like_others() -> None:
-    spec = RankSpec(**_spec())
+    spec = nodes_placement(STAND_IN_CONFIG, ParallelSizes(1, 1, 1), 1).ranks[0]
     held = threading.Event()
 
     def measure() -> DeviceUsage:
@@ -190,14 +191,6 @@ def test_a_gpu_is_measured_by_its_uuid_and_without_nvml_by_its_memory_alone(monk
 
     monkeypatch.setattr(torch.cuda, "mem_get_info", broken)
     assert GpuMeter(2).read() == DeviceUsage()
-
-
-def _spec() -> dict[str, object]:
-    from executor_support import CONFIG as config
-    from nodes_support import nodes_placement
-
-    first = nodes_placement(config, ParallelSizes(1, 1, 1), 1).ranks[0]
-    return {name: getattr(first, name) for name in first.__dataclass_fields__}
 
 
 def test_ranks_on_all_nodes_tell_what_they_do() -> None:

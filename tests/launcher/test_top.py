@@ -132,6 +132,9 @@ def test_ranks_of_one_engine_count_once() -> None:
 def test_engines_come_in_the_order_of_their_numbers() -> None:
     rows = read(parse(vllm([1.0] * 12))).rows
     assert [row.name for row in rows] == [str(engine) for engine in range(12)]
+    # Python reads no number of that many digits, and none is needed.
+    long = vllm([1.0]).replace('engine="0"', f'engine="{"9" * 5000}"')
+    assert [len(row.name) for row in read(parse(long)).rows] == [5000]
 
 
 def test_a_restart_is_no_negative_rate() -> None:

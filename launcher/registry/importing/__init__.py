@@ -5,8 +5,7 @@
 
 Sources: a vLLM `--config` file, a `vllm serve` command line, the seed family's registry with its `.env`.
 Pure; the result is read by the loader before it is returned, and by a `judge` that the caller has. Secrets never
-enter it. Errors: ImportRefused for a text
-that is no such thing, RegistryInvalid for one that is no YAML.
+enter it. Errors: ImportRefused for a text that is no such thing, RegistryInvalid for one that is no YAML.
 """
 
 from __future__ import annotations
