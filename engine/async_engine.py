@@ -407,10 +407,8 @@ def _rank_in_core(config: EngineConfig) -> str:
     if not config.placement:
         is_alone = config.tensor_parallel_size * config.pipeline_parallel_size == 1
         return f"rank {index} (node localhost, {config.device})" if is_alone else ""
-    ranks = Placement.from_json(config.placement).engine(index)
-    if len(ranks) != 1 or (config.has_other_nodes and ranks[0].node != config.nodes.names[0]):
-        return ""
-    return f"rank {ranks[0].rank} (node {ranks[0].node}, {ranks[0].device})"
+    rank = Placement.from_json(config.placement).only_rank(index, config.core_node)
+    return "" if rank is None else f"rank {rank.rank} (node {rank.node}, {rank.device})"
 
 
 def _describe_exit(code: int | None) -> str:

@@ -226,6 +226,11 @@ class EngineConfig:
         return len(self.nodes.names) > 1
 
     @property
+    def core_node(self) -> str:
+        """The node of the engine core, by name; empty where there is only one."""
+        return self.nodes.names[0] if self.has_other_nodes else ""
+
+    @property
     def served_name(self) -> str:
         """What people call the model."""
         return self.server.served_model_names[0] if self.server.served_model_names else self.model

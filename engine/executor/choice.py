@@ -23,9 +23,7 @@ if TYPE_CHECKING:
 
 def runs_in_process(config: EngineConfig, placement: Placement) -> bool:
     """Whether an engine is one rank of this node, which needs no process of its own."""
-    ranks = placement.engine(config.data_parallel_rank)
-    is_here = not config.has_other_nodes or ranks[0].node == config.nodes.names[0]
-    return len(ranks) == 1 and is_here
+    return placement.only_rank(config.data_parallel_rank, config.core_node) is not None
 
 
 def open_executor(

@@ -178,6 +178,11 @@ class Placement:
         size = self.pipeline_parallel_size * self.tensor_parallel_size
         return self.ranks[dp * size : (dp + 1) * size]
 
+    def only_rank(self, dp: int, node: str = "") -> RankSpec | None:
+        """Return the rank that is all of an engine, if there is such a one on `node`; empty: wherever it is."""
+        ranks = self.engine(dp)
+        return ranks[0] if len(ranks) == 1 and node in ("", ranks[0].node) else None
+
     def stage(self, dp: int, pp: int) -> tuple[RankSpec, ...]:
         """The ranks of one pipeline stage of one engine."""
         first = self.index(dp, pp, 0)
